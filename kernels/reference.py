@@ -1,0 +1,124 @@
+"""The definitions: each operator in plain PyTorch, computed in fp32 or wider.
+
+These are the specification. They run anywhere, differentiate by autograd, switch autocast off, and
+are what every other implementation is tested against. Nothing here is fast.
+
+Letters: B batch, T sequence, H heads, D head dimension; M rows, N features, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _wide(*tensors: Tensor | None) -> list:
+    return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def visible(T: int, doc_start: Tensor | None = None, window: int | None = None, device=None) -> Tensor:
+    """Which keys a query may see, as a boolean (1 or B, T, T): itself and what came before it, within its own
+    document and within the last `window` positions (itself counted)."""
+    i, j = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)[None, :]
+    seen = (j <= i)[None]
+    if window is not None:
+        seen = seen & (j > i - window)
+    if doc_start is not None:
+        seen = seen & (j >= doc_start[:, :, None])
+    return seen
+
+
+def philox_keep(seed: Tensor, shape: tuple[int, int, int, int], dropout: float) -> Tensor:
+    """Which of the (B, H, T, T) attention probabilities survive dropout: Philox 4x32-10 keyed by position alone.
+
+    The counter is (i, j, b * H + h, 0), the key is the 64-bit `seed`, and the first of the four words decides; so the
+    mask is the same for every block size, in the forward and in the backward. Source: Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    B, H, T, _ = shape
+    low = 0xFFFFFFFF
+
+    def mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:  # 32 x 32 -> 64 bits, by halves: int64 has no room for all 64
+        p, q = a * (b & 0xFFFF), a * (b >> 16)
+        return (q + (p >> 16)) >> 16, (p + ((q & 0xFFFF) << 16)) & low
+
+    def axis(n: int, dim: int) -> Tensor:
+        return torch.arange(n, device=seed.device).view([n if d == dim else 1 for d in range(3)]).expand(B * H, T, T)
+
+    c0, c1, c2, c3 = axis(T, 1), axis(T, 2), axis(B * H, 0), torch.zeros_like(axis(T, 1))
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        (hi0, lo0), (hi1, lo1) = mulhilo(0xD2511F53, c0), mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return (c0 >= int(dropout * 2**32)).view(shape)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None, window: int | None = None,
+              dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """Causal softmax(q k^T / sqrt(D)) v of q, k, v (B, T, H, D).
+
+    `doc_start` (B, T) int32: the first position of the document that each position belongs to. `window`: a query sees
+    itself and the window - 1 positions before it. `dropout` of the probabilities, drawn by `philox_keep` from `seed`,
+    an int64 tensor without axes on the device of q, which is required when dropout > 0.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        B, T, H, D = q.shape
+        qs, ks, vs = (t.transpose(1, 2) for t in _wide(q, k, v))
+        scores = qs @ ks.transpose(-2, -1) * D**-0.5
+        seen = visible(T, doc_start, window, q.device)[:, None]
+        p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        if dropout > 0:
+            if seed is None:
+                raise ValueError(f"attention: dropout={dropout} needs seed=, an int64 tensor without axes")
+            p = p * philox_keep(seed, (B, H, T, T), dropout) / (1 - dropout)
+        return (p @ vs).transpose(1, 2).to(q.dtype)
+
+
+def attention_qkv(qkv: Tensor, **options) -> Tensor:
+    """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D)."""
+    return attention(*qkv.unbind(2), **options)
+
+
+def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Normalise the last axis of x (..., N) to zero mean and unit variance, then scale by w and shift by b (N,)."""
+    with torch.autocast(x.device.type, enabled=False):
+        xs, ws, bs = _wide(x, w, b)
+        centred = xs - xs.mean(-1, keepdim=True)
+        y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * ws
+        return (y if bs is None else y + bs).to(x.dtype)
+
+
+def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = None,
+                  eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """The pre-norm residual step: (residual + x, layernorm(residual + x)), for x and residual (..., N).
+
+    The sum is rounded once, to the dtype of the residual stream; the norm reads the rounded sum and returns the dtype
+    of x, the branch.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        xs, rs = _wide(x, residual)
+        total = (rs + xs).to(residual.dtype)
+        return total, layernorm(*_wide(total), w, b, eps).to(x.dtype)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -1) -> Tensor:
+    """-log softmax(logits)[target] of logits (M, V) and targets (M,) int64, fp32, over the rows not ignored.
+
+    `reduction` is "mean" (over those rows; nan if there is none, as in PyTorch) or "sum".
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        (wide,) = _wide(logits)
+        kept = targets != ignore_index
+        losses = wide.logsumexp(-1) - wide.gather(-1, targets.where(kept, 0)[:, None])[:, 0]
+        total = losses.where(kept, 0).sum()
+        return total / kept.sum() if reduction == "mean" else total
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
+                         ignore_index: int = -1) -> Tensor:
+    """cross_entropy(x @ weight^T, targets) of features x (M, N) and weight (V, N)."""
+    with torch.autocast(x.device.type, enabled=False):
+        xs, ws = _wide(x, weight)
+        return cross_entropy(xs @ ws.T, targets, reduction=reduction, ignore_index=ignore_index)
+
+
+__all__ = ["add_layernorm", "attention", "attention_qkv", "cross_entropy", "layernorm", "linear_cross_entropy"]
