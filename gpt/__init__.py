@@ -1,1 +1,13 @@
-"""."""
+"""The model: GPT and its configuration."""
+
+from gpt.config import SIZES, GPTConfig
+
+__all__ = ["GPT", "SIZES", "GPTConfig"]
+
+
+def __getattr__(name: str):
+    if name == "GPT":  # imported when asked for, so that configs do not wait for torch
+        from gpt.model import GPT
+
+        return GPT
+    raise AttributeError(f"module 'gpt' has no attribute {name!r}")

@@ -1,0 +1,132 @@
+"""The operator calls that the bench compiles ahead, counts, tunes and times: which shapes, and how to make one.
+
+Letters: B batch, T sequence, H heads, D head dimension; M rows, N features, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GPT2 = {"124M": (12, 768), "350M": (16, 1024), "774M": (20, 1280), "1558M": (25, 1600)}  # name: (heads, width)
+T, V, ROWS = 1024, 50304, 16 * 1024  # context, padded vocabulary, and the tokens of one micro-batch
+FAMILY = {
+    "attention": "attention", "attention_qkv": "attention", "layernorm": "layernorm", "add_layernorm": "layernorm",
+    "cross_entropy": "cross_entropy", "linear_cross_entropy": "cross_entropy",
+}
+WINDOW, DROPOUT = 256, 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public operator.
+
+    `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy and (M, N, V) for
+    linear_cross_entropy. `variant`: "window", "documents" or "dropout" for attention; "nobias" for the norms, "fp32
+    residual" for add_layernorm. Parameters of the norms and the weight of the head are fp32, as under autocast.
+    """
+
+    operator: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    variant: str = ""
+
+    @property
+    def family(self) -> str:
+        return FAMILY[self.operator]
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.operator} {'x'.join(map(str, self.shape))} {dtype} {self.variant}".rstrip()
+
+
+def gpt2(size: str, batch: int = ROWS // T) -> list[Case]:
+    """What the model of this size calls in one micro-batch, bf16."""
+    heads, width = GPT2[size]
+    rows = batch * T
+    return [
+        Case("attention_qkv", (batch, T, heads, width // heads)),
+        Case("layernorm", (rows, width)),
+        Case("add_layernorm", (rows, width)),
+        Case("cross_entropy", (rows, V)),
+        Case("linear_cross_entropy", (rows, width, V)),
+    ]
+
+
+def quick() -> list[Case]:
+    """GPT-2's four sizes."""
+    return [case for size in GPT2 for case in gpt2(size)]
+
+
+def full() -> list[Case]:
+    """GPT-2's sizes, then the head dimensions, widths, vocabularies, dtypes and variants around them."""
+    fp32, fp16 = torch.float32, torch.float16
+    dims = (16, 32, 40, 80, 96, 128, 160, 192, 256)
+    widths = (64, 128, 256, 384, 512, 1000, 2048, 3072, 4096, 5120, 6144, 8192, 12288, 16384)
+    return quick() + [
+        *(Case("attention_qkv", (16, T, 12, D)) for D in dims),
+        *(Case("attention_qkv", (16, T, 12, D), dtype) for D in (64, 128) for dtype in (fp16, fp32)),
+        *(Case("attention_qkv", (16, T, 12, D), torch.bfloat16, variant)
+          for D in (64, 128) for variant in ("window", "documents", "dropout")),
+        *(Case("attention_qkv", (max(1, ROWS // t), t, 12, 64)) for t in (512, 4096, 16384)),
+        *(Case(operator, (ROWS, N)) for operator in ("layernorm", "add_layernorm") for N in widths),
+        *(Case("layernorm", (ROWS, 768), dtype) for dtype in (fp16, fp32)),
+        *(Case(operator, (ROWS, 768), torch.bfloat16, "nobias") for operator in ("layernorm", "add_layernorm")),
+        Case("add_layernorm", (ROWS, 768), torch.bfloat16, "fp32 residual"),
+        *(Case("cross_entropy", (ROWS, v)) for v in (65, 50257, 131072)),
+        *(Case("cross_entropy", (ROWS, V), dtype) for dtype in (fp16, fp32)),
+    ]
+
+
+# -- making and calling one ----------------------------------------------------
+
+
+def arguments(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
+    """The tensors of a case, normally distributed; targets and parameters are what a model would pass."""
+    def normal(*shape: int, dtype: torch.dtype = case.dtype, grad: bool = True) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device).requires_grad_(grad)
+
+    match case.operator, case.shape:
+        case "attention_qkv", (B, t, H, D):
+            return [normal(B, t, 3, H, D)]
+        case "attention", (B, t, H, D):
+            return [normal(B, t, H, D) for _ in range(3)]
+        case "layernorm" | "add_layernorm" as operator, (M, N):
+            residual = [normal(M, N, dtype=torch.float32 if case.variant == "fp32 residual" else case.dtype)]
+            parameters = [normal(N, dtype=torch.float32) for _ in range(1 if case.variant == "nobias" else 2)]
+            return [normal(M, N), *(residual if operator == "add_layernorm" else []), *parameters]
+        case "cross_entropy", (M, v):
+            return [normal(M, v), torch.randint(v, (M,), device=device)]
+        case "linear_cross_entropy", (M, N, v):
+            return [normal(M, N), normal(v, N, dtype=torch.float32), torch.randint(v, (M,), device=device)]
+    raise ValueError(f"no case for {case.operator} of shape {case.shape}; see bench/cases.py")
+
+
+def options(case: Case, device: torch.device | str = "cpu") -> dict:
+    """The keyword arguments of a case."""
+    if case.variant == "window":
+        return {"window": WINDOW}
+    if case.variant == "documents":  # four documents of equal length in a row
+        t = case.shape[1]
+        starts = torch.arange(t, device=device, dtype=torch.int32) // max(1, t // 4) * max(1, t // 4)
+        return {"doc_start": starts.expand(case.shape[:2]).contiguous()}
+    if case.variant == "dropout":
+        return {"dropout": DROPOUT, "seed": torch.zeros((), dtype=torch.int64, device=device)}
+    return {}
+
+
+def leaves(args: list[Tensor]) -> list[Tensor]:
+    return [a for a in args if a.requires_grad]
+
+
+def run(fn: Callable, args: list[Tensor], kwargs: dict) -> Iterator[tuple[str, list[Tensor]]]:
+    """Call an operator: yields ("forward", its outputs), then ("backward", the gradient of every leaf).
+
+    A scalar output (a loss) has gradient 1, any other a normally distributed one.
+    """
+    outputs = fn(*args, **kwargs)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    yield "forward", outputs
+    gradients = [torch.ones_like(o) if o.ndim == 0 else torch.randn_like(o) for o in outputs]
+    yield "backward", list(torch.autograd.grad(outputs, leaves(args), gradients))

@@ -1,0 +1,54 @@
+"""The shape of a GPT, and the four published ones. No torch here: config errors must be instant."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT-2: pre-norm transformer decoder with learned positions."""
+
+    block_size: int = 1024
+    """longest sequence, in tokens"""
+    vocab_size: int = 50304
+    """rows of the embedding; GPT-2's 50257 rounded up to a multiple of 64. The trainer's 0: the data set's own"""
+    n_layer: int = 12
+    """transformer blocks"""
+    n_head: int = 12
+    """attention heads; divides n_embd"""
+    n_embd: int = 768
+    """width of the residual stream"""
+    dropout: float = 0.0
+    """probability, for embeddings, attention and both branches; 0 is good for pretraining"""
+    bias: bool = False
+    """bias in the linear layers and norms, as in GPT-2; without is a little better and faster"""
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """gelu (erf) as in nanoGPT; gelu_tanh for GPT-2's published weights"""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.n_embd % self.n_head:
+            fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            near = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
+            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; nearest that do: {near}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+# As published: vocabulary 50257, positions 1024, biases, tanh GELU.
+# Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and OpenAI's release.
+SIZES: dict[str, GPTConfig] = {
+    name: GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257, bias=True, activation="gelu_tanh")
+    for name, n_layer, n_head, n_embd in (
+        ("gpt2", 12, 12, 768),
+        ("gpt2-medium", 24, 16, 1024),
+        ("gpt2-large", 36, 20, 1280),
+        ("gpt2-xl", 48, 25, 1600),
+    )
+}

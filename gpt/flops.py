@@ -1,0 +1,46 @@
+"""Operations per token, in the two conventions in use, and the peaks they are divided by.
+
+L layers, d width, T sequence length, N parameters.
+palm:   6 N + 12 L d T, N without the positions   (PaLM, appendix B; nanoGPT): attention as if it were not causal
+causal: 6 N +  6 L d T, N with them               (llm.c): each score that is used, once
+"""
+
+from gpt.config import GPTConfig
+
+# Dense bf16 tensor-core peak in TFLOP/s, by the device's name. Source: NVIDIA's data sheets for A100, H100 and H200,
+# whose sparse figures are twice these. A GPU that is not here has no MFU.
+PEAK_TFLOPS = {
+    "NVIDIA H200": 989.5,
+    "NVIDIA H100 80GB HBM3": 989.5,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+}
+
+
+def matmul_params(c: GPTConfig) -> int:
+    """All parameters but the positions, the tied embedding counted once (as the head)."""
+    norms = (2 * c.n_layer + 1) * c.n_embd * (2 if c.bias else 1)
+    biases = c.n_layer * 9 * c.n_embd if c.bias else 0
+    return c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd + norms + biases
+
+
+def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
+    """Floating-point operations of forward and backward per token, {"palm": ..., "causal": ...}."""
+    T = T or c.block_size
+    N, attention = matmul_params(c), 6.0 * c.n_layer * c.n_embd * T
+    return {"palm": 6.0 * N + 2 * attention, "causal": 6.0 * (N + c.block_size * c.n_embd) + attention}
+
+
+def mfu(c: GPTConfig, tokens_per_s: float, device_name: str, T: int | None = None) -> dict[str, float | None]:
+    """Model FLOPs utilisation of one device as fractions, {"mfu_palm": ..., "mfu_causal": ...}; None for an unknown one.
+
+    Raises ValueError above 1: then the clock or the formula is wrong.
+    """
+    peak = PEAK_TFLOPS.get(device_name)
+    result: dict[str, float | None] = {}
+    for name, flops in flops_per_token(c, T).items():
+        result[f"mfu_{name}"] = None if peak is None else flops * tokens_per_s / (peak * 1e12)
+        if (result[f"mfu_{name}"] or 0) > 1:
+            raise ValueError(f"mfu_{name} of {result[f'mfu_{name}']:.2f} at {tokens_per_s:.0f} tokens/s on {device_name}: above 100 %")
+    return result

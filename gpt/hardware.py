@@ -1,0 +1,81 @@
+"""The one module that knows devices: which there are, what they compute in, and how to wait for them."""
+
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device to run on. Raises ValueError, naming what there is, for one that is not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available)
+    kind, _, index = name.partition(":")
+    if kind not in there or (index and not index.isdigit()):
+        raise ValueError(f"--device={name}: choose auto, cuda, cuda:N, mps or cpu")
+    if not there[kind]:
+        raise ValueError(f"--device={name}: there is none here; choose from {', '.join(k for k in there if there[k])}")
+    if kind == "cuda":
+        device = torch.device("cuda", int(index) if index else local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device={name}: cuda:{device.index} is not here, {torch.cuda.device_count()} GPU(s) are")
+        torch.cuda.set_device(device)
+        return device
+    return torch.device(kind)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What matrix multiplications run in; auto is bfloat16 where the device has units for it, else fp16 on a GPU."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and _cpu_has_bf16_units():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has_bf16_units() -> bool:
+    """Where they are missing PyTorch emulates bf16, slower than fp32."""
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Where matrix multiplications take `dtype` and the rest keeps fp32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def device_name(device: torch.device) -> str:
+    """The name that gpt.flops.PEAK_TFLOPS knows a GPU by; the model of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{platform.machine()} GPU"
+    return f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def read_later(values: Tensor) -> Callable[[], list[float]]:
+    """Start copying a small tensor to the host; the call returned waits for that copy alone, not for later work."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most that was allocated on a GPU so far; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,90 @@
+"""Reading trained models: our checkpoint folders.
+
+A checkpoint is a folder `step-NNNNNNNN` in a run's out_dir: model.safetensors, model.json (the GPTConfig),
+tokenizer.json, what the trainer needs to go on, and DONE, written last: {file: {"bytes", "sha256"}}. A folder without
+DONE was cut short and does not count.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpt.config import GPTConfig
+from gpt.model import GPT
+from kernels import Kernels
+
+
+def whole_checkpoints(out_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(done.parent for done in out_dir.glob("step-*/DONE"))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder at `path`: itself, or the newest in a run's folder. Raises ValueError if there is none."""
+    path = Path(path)
+    if (path / "DONE").is_file():
+        return path
+    found = whole_checkpoints(path)
+    if not found:
+        what = "has no whole checkpoint" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {what}; train one with `python train/run.py CONFIG --out_dir={path}`")
+    return found[-1]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError, naming the file, if one is missing or not what was written."""
+    for name, entry in json.loads((folder / "DONE").read_text()).items():
+        file = folder / name
+        size = file.stat().st_size if file.exists() else None
+        if size != entry["bytes"]:
+            raise ValueError(f"{file}: {'missing' if size is None else f'{size} bytes'}, was written with {entry['bytes']}")
+        if sha256(file) != entry["sha256"]:
+            raise ValueError(f"{file}: damaged, its sha256 is not the one it was written with")
+
+
+def read_config(folder: Path) -> GPTConfig:
+    return GPTConfig(**json.loads((folder / "model.json").read_text()))
+
+
+def read_tokenizer(folder: Path) -> dict:
+    """What data.tokenizer.load_tokenizer makes the model's tokenizer from."""
+    return json.loads((folder / "tokenizer.json").read_text())
+
+
+def config_json(config: GPTConfig) -> str:
+    return json.dumps(asdict(config), indent=1)
+
+
+@torch.no_grad()
+def fill(model: GPT, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into the parameters of the same names, all of them. Raises ValueError where they do not fit."""
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != tensors.keys():
+        odd = sorted(parameters.keys() ^ tensors.keys())
+        raise ValueError(f"not this model's weights: {odd[0]} is in only one of the two ({len(odd)} such names)")
+    for name, p in parameters.items():
+        if p.shape != tensors[name].shape:
+            raise ValueError(f"not this model's weights: {name} is {tuple(tensors[name].shape)}, the model's {tuple(p.shape)}")
+        p.copy_(tensors[name])
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: Kernels | None = None) -> GPT:
+    """The model of a checkpoint folder, or of the newest one in a run's folder, checked against its checksums."""
+    folder = find_checkpoint(path)
+    verify(folder)
+    with torch.device("meta"):
+        model = GPT(read_config(folder), kernels)
+    model.to_empty(device=device)
+    model.lm_head.weight = model.transformer["wte"].weight
+    fill(model, load_file(folder / "model.safetensors", device=str(device)))
+    return model

@@ -1,0 +1,79 @@
+"""Write text with a trained model: `python gpt/sample.py --out_dir=out --start="def "`. --help lists the settings."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample from a model; nanoGPT's names and defaults."""
+
+    out_dir: str = "out"
+    """a run's folder, or one checkpoint in it"""
+    init_from: str = "resume"
+    """resume: from out_dir"""
+    start: str = "\n"
+    """the prompt, or FILE:path"""
+    num_samples: int = 10
+    max_new_tokens: int = 500
+    temperature: float = 0.8
+    """below 1: safer; 0: always the likeliest"""
+    top_k: int = 200
+    """choose among the likeliest top_k; 0: among all"""
+    top_p: float = 1.0
+    """choose among the likeliest that together have this probability"""
+    seed: int = 1337
+    device: str = "auto"
+    """cuda, mps, cpu; auto: the first that is there"""
+    dtype: str = "auto"
+    """float32, bfloat16, float16"""
+
+
+def sample(c: Sample) -> None:
+    """Print num_samples continuations of the prompt as they grow, one line of dashes after each, as nanoGPT does."""
+    import torch
+
+    from data.tokenizer import load_tokenizer
+    from gpt import hardware
+    from gpt.generate import generate
+    from gpt.pretrained import find_checkpoint, load_model, read_tokenizer
+
+    if c.init_from != "resume":
+        raise ValueError(f"--init_from={c.init_from}: choose resume")
+    if c.num_samples < 1 or c.max_new_tokens < 1:
+        raise ValueError(f"num_samples={c.num_samples}, max_new_tokens={c.max_new_tokens}: must be at least 1")
+    device = hardware.resolve_device(c.device)
+    folder = find_checkpoint(c.out_dir)
+    tokenizer = load_tokenizer(read_tokenizer(folder))
+    prompt = Path(c.start[5:]).read_text(encoding="utf-8") if c.start.startswith("FILE:") else c.start
+    model = load_model(folder, device)
+    idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
+    torch.manual_seed(c.seed)
+    for _ in range(c.num_samples):
+        text = tokenizer.stream()
+        print(prompt, end="", flush=True)
+        with hardware.autocast(device, hardware.resolve_dtype(c.dtype, device)):
+            tokens = generate(model, idx, c.max_new_tokens, c.temperature, c.top_k or None,
+                              c.top_p if c.top_p < 1 else None, n_tokens=tokenizer.vocab_size)
+            for token in tokens:
+                print(text(token.item()), end="", flush=True)
+        print(text())
+        print("---------------", flush=True)
+
+
+def main() -> int:
+    """0 when the text is written; 2, after one line on stderr, for what the user can mend."""
+    import tyro
+
+    config = tyro.cli(Sample, prog="gpt/sample.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    try:
+        sample(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Everything a run can be told, with nanoGPT's names. No torch here: --help and config errors must be instant.
+
+A config file is an ordinary module that says `config = Config(...)`. The command line overrides it: `--batch_size=32`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gpt.config import GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    dataset: str = "openwebtext"
+    """folder under data/ with train.bin and val.bin"""
+    data_dir: str = ""
+    """any other folder with train.bin and val.bin; replaces dataset"""
+    batch_size: int = 12
+    """sequences in a micro-batch, on each rank"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How it is trained."""
+
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adam has no weight decay; sgd takes momentum"""
+    learning_rate: float = 6e-4
+    """the highest one"""
+    max_iters: int = 600_000
+    """optimizer steps of the whole run"""
+    gradient_accumulation_steps: int = 40
+    """micro-batches in an optimizer step, over all ranks together"""
+    weight_decay: float = 0.1
+    """for matrices and embeddings; never for norms and biases"""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.9
+    """of sgd"""
+    grad_clip: float = 1.0
+    """largest norm of the gradient; 0 for none"""
+    decay_lr: bool = True
+    """cosine from learning_rate to min_lr; else constant"""
+    warmup_iters: int = 2000
+    """steps of linear warm-up"""
+    lr_decay_iters: int = 600_000
+    """where the cosine ends; about max_iters"""
+    min_lr: float = 6e-5
+    """about learning_rate / 10"""
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Which implementations run (see kernels/)."""
+
+    kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """auto: the fastest by measurement on this device"""
+    attention: Literal["", "reference", "torch", "triton", "flash_attn"] = ""
+    """for attention alone; empty: as --kernels says"""
+    layernorm: Literal["", "reference", "torch", "triton"] = ""
+    """for the norms alone"""
+    cross_entropy: Literal["", "reference", "torch", "triton"] = ""
+    """for the loss alone"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where, how long, and what is kept."""
+
+    out_dir: str = "out"
+    """the run's folder: checkpoints, metrics.jsonl, config.json, loss.png"""
+    init_from: str = "scratch"
+    """scratch; resume: go on from the last whole checkpoint; auto: resume where there is one, else scratch"""
+    resume_dir: str = ""
+    """where to resume from; empty: out_dir"""
+    seed: int = 1337
+    """of the weights, the data order and dropout"""
+    eval_interval: int = 2000
+    """steps between evaluations; a checkpoint follows each"""
+    eval_iters: int = 200
+    """batches of each split in an evaluation"""
+    eval_only: bool = False
+    """evaluate once and exit"""
+    log_interval: int = 1
+    """steps between log lines"""
+    always_save_checkpoint: bool = True
+    """else only when the validation loss is the best so far"""
+    keep_last: int = 1
+    """checkpoints kept, besides the best one"""
+    keep_every: int = 0
+    """also keep those at multiples of this many steps; 0: none"""
+    device: str = "auto"
+    """cuda, cuda:1, mps, cpu; auto: the first of cuda, mps, cpu that is there"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """of the matrix multiplications; auto: bfloat16 where the device has units for it"""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile; auto: where it pays within the run"""
+    backend: str = "auto"
+    """of torch.distributed; auto: nccl for cuda, else gloo"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size=0))
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    kernel: KernelConfig = KernelConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "keep_last")
+        leaves = dict(flatten(self))
+        for name in positive:
+            if leaves[name] < 1:
+                raise ValueError(f"{name}={leaves[name]}: must be at least 1")
+        for name in ("max_iters", "learning_rate", "grad_clip", "warmup_iters", "keep_every"):
+            if leaves[name] < 0:
+                raise ValueError(f"{name}={leaves[name]}: must be at least 0")
+        if self.optim.decay_lr and self.optim.lr_decay_iters <= self.optim.warmup_iters:
+            raise ValueError(f"lr_decay_iters={self.optim.lr_decay_iters} must be more than warmup_iters={self.optim.warmup_iters}")
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.data.data_dir) if self.data.data_dir else ROOT / "data" / self.data.dataset
+
+    @property
+    def tokens_per_iter(self) -> int:
+        return self.optim.gradient_accumulation_steps * self.data.batch_size * self.model.block_size
+
+
+def flatten(config: Any) -> Iterator[tuple[str, Any]]:
+    """(leaf name, value) of all sections; leaf names are unique."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value)
+        else:
+            yield f.name, value
+
+
+def unflatten(leaves: dict[str, Any]) -> Config:
+    """The Config with these leaves, defaults elsewhere. Raises ValueError for a name that is none."""
+    unknown = set(leaves) - dict(flatten(Config())).keys()
+    if unknown:
+        raise ValueError(f"unknown setting {sorted(unknown)[0]!r}{_nearest(sorted(unknown)[0])}")
+    default = Config()
+    sections = {}
+    for f in dataclasses.fields(default):
+        section = getattr(default, f.name)
+        names = {g.name for g in dataclasses.fields(section)}
+        sections[f.name] = dataclasses.replace(section, **{k: v for k, v in leaves.items() if k in names})
+    return Config(**sections)
+
+
+def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
+    """What differs from base (the defaults): leaf -> (base's value, config's value)."""
+    before = dict(flatten(base or Config()))
+    return {k: (before[k], v) for k, v in flatten(config) if before[k] != v}
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dict(flatten(config)), indent=1)
+
+
+def load_file(path: str) -> Config:
+    """The `config` of a config file: a path, or the name of one in configs/."""
+    found = next((p for p in (Path(path), ROOT / path, ROOT / "configs" / f"{path}.py") if p.is_file()), None)
+    if found is None:
+        known = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"))
+        raise ValueError(f"no config file {path!r}; configs/ has {known}")
+    spec = importlib.util.spec_from_file_location(f"_config_{found.stem}", found)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise ValueError(f"{found}: a config file ends in `config = Config(...)` (train/config.py); this one does not")
+    return config
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """[CONFIG] [--key=value ...] -> Config. Raises ValueError, in one line, for what is wrong with it."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    files = [a for i, a in enumerate(argv) if not a.startswith("-") and not _is_value(argv, i)]
+    if len(files) > 1:
+        raise ValueError(f"more than one config file: {', '.join(files)}")
+    known = dict(flatten(Config()))
+    for arg in argv:
+        name = arg[2:].partition("=")[0].replace("-", "_")
+        if arg.startswith("--") and name not in known and name != "help":
+            raise ValueError(f"unknown flag --{name}{_nearest(name)}")
+    base = load_file(files[0]) if files else Config()
+    flags = [a for a in argv if a not in files]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                Config, default=base, args=flags, prog="train/run.py", use_underscores=True,
+                config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+            )
+    except SystemExit as stop:
+        if stop.code != 2:  # --help
+            raise
+        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
+        message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
+        raise ValueError(re.sub(r"^Error parsing \w+: (?=\w+=)", "", message)) from None
+
+
+def _is_value(argv: list[str], i: int) -> bool:
+    return i > 0 and argv[i - 1].startswith("--") and "=" not in argv[i - 1]
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, dict(flatten(Config())), n=1)
+    return f"; did you mean --{near[0]}?" if near else "; --help lists them all"

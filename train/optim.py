@@ -1,0 +1,33 @@
+"""Optimizers and the learning rate."""
+
+import math
+
+import torch
+from torch import nn
+
+from train.config import OptimConfig
+
+
+def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer, in its fused form: matrices and embeddings decay (adamw, sgd), norms and biases do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if c.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=c.learning_rate, momentum=c.momentum, fused=True)
+    if c.optimizer == "adam":
+        return torch.optim.Adam([g | {"weight_decay": 0.0} for g in groups], lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
+
+
+def learning_rate(step: int, c: OptimConfig) -> float:
+    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr; steps count from 0."""
+    if not c.decay_lr:
+        return c.learning_rate
+    if step < c.warmup_iters:
+        return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
+    done = min(1.0, (step - c.warmup_iters) / (c.lr_decay_iters - c.warmup_iters))
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (c.learning_rate - c.min_lr)

@@ -1,0 +1,130 @@
+"""What a run says: nanoGPT's lines and a progress bar on the terminal, metrics.jsonl and loss.png in its folder.
+
+Only rank 0 speaks. metrics.jsonl has one JSON object a line: after a step `iter`, `loss`, `lr`, `grad_norm`,
+`tokens_per_s`, `time_ms`, `mfu`, `mfu_causal`, `tokens`; after an evaluation `iter`, `train/loss`, `val/loss`, `lr`,
+`mfu` (nanoGPT's wandb keys, mfu in percent by PaLM's formula, null where the device's peak is not known).
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gpt import hardware
+from gpt.flops import mfu
+
+from train.config import Config, to_json
+from train.parallel import World
+
+
+class Report:
+    """The run's voice. Numbers of a step are read one step later, so that the device never waits for the host."""
+
+    def __init__(self, config: Config, world: World, device: torch.device, first_step: int = 0):
+        self.config, self.speaks = config, world.rank == 0
+        self.device_name, self.world_size = hardware.device_name(device), world.size
+        self.out_dir, self.pending, self.mfu = Path(config.run.out_dir), None, None
+        self.bar: tqdm | None = None
+        self.first_step, self.clock = first_step, time.perf_counter()
+
+    def say(self, line: str) -> None:
+        if self.speaks:
+            tqdm.write(line)
+
+    def begin(self) -> None:
+        """Open the run's folder: config.json, and metrics.jsonl cut back to the step that is resumed from."""
+        if self.speaks:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            (self.out_dir / "config.json").write_text(to_json(self.config))
+            log = self.out_dir / "metrics.jsonl"
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and _before(line, self.first_step)]
+            fresh = log.with_suffix(".tmp")
+            fresh.write_text("".join(kept))
+            fresh.replace(log)
+            self.bar = tqdm(total=self.config.optim.max_iters, initial=self.first_step, unit="step", disable=None,
+                            dynamic_ncols=True, smoothing=0.05)
+        self.clock = time.perf_counter()
+
+    def step(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
+        """Take note of a step just launched; write down the one before it."""
+        self._write_pending()
+        self.pending = (step, lr, hardware.read_later(torch.stack([loss.float(), grad_norm.float()])))
+
+    def _write_pending(self) -> None:
+        if self.pending is None:
+            return
+        step, lr, read = self.pending
+        self.pending = None
+        loss, grad_norm = read()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        tokens = self.config.tokens_per_iter
+        used = mfu(self.config.model, tokens / seconds / self.world_size, self.device_name)
+        self.mfu = used["mfu_palm"] and 100 * used["mfu_palm"]
+        if not self.speaks:
+            return
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s", refresh=False)
+            self.bar.update(1)
+        if step % self.config.run.log_interval == 0:
+            percent = "n/a" if self.mfu is None else f"{self.mfu:.2f}%"
+            self.say(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {percent}")
+            causal = used["mfu_causal"] and 100 * used["mfu_causal"]
+            self._log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens / seconds, time_ms=1000 * seconds,
+                      mfu=self.mfu, mfu_causal=causal, tokens=(step + 1) * tokens)
+
+    def evaluation(self, step: int, lr: float, losses: dict[str, float]) -> None:
+        """nanoGPT's line after an evaluation; its time does not count as the next step's."""
+        self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        if self.speaks and not self.config.run.eval_only:
+            self._log(**{"iter": step, "train/loss": losses["train"], "val/loss": losses["val"], "lr": lr, "mfu": self.mfu})
+
+    def pause(self) -> None:
+        """Write what is pending before something else than a step begins."""
+        self._write_pending()
+
+    def resume_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def _log(self, **values: Any) -> None:
+        with (self.out_dir / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps(values) + "\n")
+
+    def finish(self) -> None:
+        """Close the bar and draw loss.png."""
+        self._write_pending()
+        if self.bar is not None:
+            self.bar.close()
+        if self.speaks:
+            draw(self.out_dir)
+
+
+def _before(line: str, step: int) -> bool:
+    entry = json.loads(line)
+    return entry["iter"] < step or ("val/loss" in entry and entry["iter"] == step > 0)
+
+
+def draw(out_dir: Path) -> None:
+    """loss.png from metrics.jsonl: every step's loss, and both splits' where they were evaluated."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    entries = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [e for e in entries if "loss" in e]
+    evaluations = [e for e in entries if "val/loss" in e]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([e["iter"] for e in steps], [e["loss"] for e in steps], color="0.75", linewidth=0.8, label="batch")
+    axes.plot([e["iter"] for e in evaluations], [e["train/loss"] for e in evaluations], "o-", markersize=4, label="train")
+    axes.plot([e["iter"] for e in evaluations], [e["val/loss"] for e in evaluations], "o-", markersize=4, label="validation")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out_dir / "loss.png", dpi=120)
+    plt.close(figure)
