@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import FAMILIES, load
+
 GPT2 = {"124M": (12, 768), "350M": (16, 1024), "774M": (20, 1280), "1558M": (25, 1600)}  # name: (heads, width)
 T, V, ROWS = 1024, 50304, 16 * 1024  # context, padded vocabulary, and the tokens of one micro-batch
-FAMILY = {
-    "attention": "attention", "attention_qkv": "attention", "layernorm": "layernorm", "add_layernorm": "layernorm",
-    "cross_entropy": "cross_entropy", "linear_cross_entropy": "cross_entropy",
-}
+FAMILY = {operator: family for family, operators in FAMILIES.items() for operator in operators}
 WINDOW, DROPOUT = 256, 0.1
 
 
@@ -116,17 +115,42 @@ def options(case: Case, device: torch.device | str = "cpu") -> dict:
     return {}
 
 
+def operator(case: Case, suite: str) -> Callable:
+    """The suite's implementation of a case; imports that family of operators alone."""
+    return getattr(load("torch", **{case.family: suite}), case.operator)
+
+
 def leaves(args: list[Tensor]) -> list[Tensor]:
     return [a for a in args if a.requires_grad]
 
 
-def run(fn: Callable, args: list[Tensor], kwargs: dict) -> Iterator[tuple[str, list[Tensor]]]:
-    """Call an operator: yields ("forward", its outputs), then ("backward", the gradient of every leaf).
+def run(fn: Callable, args: list[Tensor], kwargs: dict,
+        gradients: list[Tensor] | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+    """Call an operator: yields ("forward", its outputs), ("gradients", those of its outputs) and ("backward", the
+    gradient of every leaf).
 
-    A scalar output (a loss) has gradient 1, any other a normally distributed one.
+    Unless given, a scalar output (a loss) has gradient 1, any other a normally distributed one.
     """
     outputs = fn(*args, **kwargs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     yield "forward", outputs
-    gradients = [torch.ones_like(o) if o.ndim == 0 else torch.randn_like(o) for o in outputs]
+    gradients = gradients or [torch.ones_like(o) if o.ndim == 0 else torch.randn_like(o) for o in outputs]
+    yield "gradients", gradients
     yield "backward", list(torch.autograd.grad(outputs, leaves(args), gradients))
+
+
+def inaccuracy(fn: Callable, case: Case, device: torch.device | str) -> str:
+    """What is wrong with the outputs or gradients of `fn`, or "": it may err at most twice as much as PyTorch's operator
+    does in the same dtype, both against the definition in fp64, and one unit in the last place of the largest value."""
+    args, kwargs = arguments(case, device), options(case, device)
+    ours = dict(run(fn, args, kwargs))
+    theirs = dict(run(operator(case, "torch"), args, kwargs, ours["gradients"]))
+    wide = [a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a for a in args]
+    exact = dict(run(operator(case, "reference"), wide, kwargs, [g.double() for g in ours["gradients"]]))
+    for phase in ("forward", "backward"):
+        for i, (got, other, true) in enumerate(zip(ours[phase], theirs[phase], exact[phase], strict=True)):
+            error, allowed = ((t.double() - true).abs().max().item() for t in (got, other))
+            allowed = 2 * allowed + torch.finfo(got.dtype).eps * true.abs().max().item()
+            if not error <= allowed:  # also when it is nan
+                return f"{phase} tensor {i}: error {error:.2e}, allowed {allowed:.2e}"
+    return ""

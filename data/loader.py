@@ -151,8 +151,8 @@ def eval_batches(tokens: Tokens, *, block_size: int, batch_size: int, count: int
                  world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of at most `count` batches (inputs, targets), the same ones at every evaluation.
 
-    They are distinct windows in an order of their own, whatever the number of ranks, dealt out batch by batch. Where the
-    data has fewer than count * batch_size, there are as many whole batches as it has; one smaller one if it has none.
+    They are distinct windows in an order of their own, whatever the number of ranks, dealt out batch by batch. Where
+    the data has fewer than count * batch_size, there are as many whole batches as it has, or a single smaller one.
     Every rank gets as many batches as the others, since under FSDP each forward is a collective: where they do not come
     out even, a rank ends with a batch whose targets are all -1, which has no loss and no tokens.
     """

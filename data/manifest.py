@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data.files import read_json, sha256_of
+from data.files import read_json, sha256_of, write_json
 
 NAME = "manifest.json"
 # At each start of a run a file up to _WHOLE_BYTES is hashed whole, and of a larger one _PIECES pieces of _PIECE_BYTES:
@@ -24,7 +24,14 @@ def shard_entry(path: Path, tokens: int) -> dict[str, Any]:
     """The manifest's entry for the file `path` of `tokens` ids."""
     size = path.stat().st_size
     return {"file": path.name, "tokens": tokens, "bytes": size, "sha256": sha256_of(path),
-            "sample": _sample(path, size)}
+            "sample": fingerprint(path)}
+
+
+def write_manifest(data_dir: str | Path, source: dict[str, Any], tokenizer: str, vocab_size: int,
+                   splits: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest, the last file of a data set: `source` is free-form, `splits` as in the module's docstring."""
+    write_json(Path(data_dir) / NAME, {"source": source, "tokenizer": tokenizer, "vocab_size": vocab_size,
+                                       "splits": splits})
 
 
 def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
@@ -48,15 +55,29 @@ def verify(data_dir: str | Path, *, full: bool = False) -> None:
             size = path.stat().st_size
             if size != shard["bytes"]:
                 raise ValueError(f"{path}: {size:,} bytes, {NAME} says {shard['bytes']:,}; {_remedy(path)}")
-            if (sha256_of(path) != shard["sha256"]) if full else (_sample(path, size) != shard["sample"]):
+            if (sha256_of(path) != shard["sha256"]) if full else (fingerprint(path) != shard["sample"]):
                 raise ValueError(f"{path}: its content is not what {NAME} says; {_remedy(path)}")
+
+
+def already_made(data_dir: str | Path, source: dict[str, Any]) -> bool:
+    """Whether `data_dir` holds, unchanged, what was made from this `source`; says so in one line if it does."""
+    try:
+        verify(data_dir)
+        manifest = read_manifest(data_dir)
+    except ValueError:
+        return False
+    if manifest is None or manifest["source"] != source:
+        return False
+    counts = ", ".join(f"{split} {entry['tokens']:,}" for split, entry in manifest["splits"].items())
+    print(f"{data_dir}: already made from the same source, tokens: {counts}")
+    return True
 
 
 def _remedy(path: Path) -> str:
     return f"prepare the data again, or remove {path.parent / NAME} if you changed it on purpose"
 
 
-def _sample(path: Path, size: int) -> str:
+def fingerprint(path: Path) -> str:
     """The SHA-256 of pieces spread evenly over the file, from its first bytes to its last; of all of a small file."""
     if size <= _WHOLE_BYTES:
         return sha256_of(path)

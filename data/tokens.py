@@ -38,9 +38,8 @@ class Tokens:
     """
 
     def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+        self.paths, self._shards = paths, list[_Shard]()
         self.name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name} ({len(paths)} shards)"
-        self._shards: list[_Shard] = []
         try:
             for path in paths:
                 self._shards.append(_open(path, headed=bool(self._shards) and self._shards[0].offset > 0))
@@ -173,7 +172,7 @@ def as_ids(ids: np.ndarray) -> np.ndarray:
     ids = np.asarray(ids)
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     if low < 0 or high > MAX_ID:
-        raise ValueError(f"token id {low if low < 0 else high} does not fit 16 bits; prepare the data with a vocabulary "
+        raise ValueError(f"token id {low if low < 0 else high} does not fit 16 bits; prepare the data with a tokenizer "
                          "of at most 65,536 ids")
     return ids.astype(DTYPE, copy=False)
 

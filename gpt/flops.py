@@ -26,21 +26,22 @@ def matmul_params(c: GPTConfig) -> int:
 
 
 def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
-    """Floating-point operations of forward and backward per token, {"palm": ..., "causal": ...}."""
+    """Operations of forward and backward per token, {"palm": ..., "causal": ...}."""
     T = T or c.block_size
     N, attention = matmul_params(c), 6.0 * c.n_layer * c.n_embd * T
     return {"palm": 6.0 * N + 2 * attention, "causal": 6.0 * (N + c.block_size * c.n_embd) + attention}
 
 
 def mfu(c: GPTConfig, tokens_per_s: float, device_name: str, T: int | None = None) -> dict[str, float | None]:
-    """Model FLOPs utilisation of one device as fractions, {"mfu_palm": ..., "mfu_causal": ...}; None for an unknown one.
+    """Model FLOPs utilisation of one device as fractions, "mfu_palm" and "mfu_causal"; None for an unknown one.
 
     Raises ValueError above 1: then the clock or the formula is wrong.
     """
     peak = PEAK_TFLOPS.get(device_name)
     result: dict[str, float | None] = {}
     for name, flops in flops_per_token(c, T).items():
-        result[f"mfu_{name}"] = None if peak is None else flops * tokens_per_s / (peak * 1e12)
-        if (result[f"mfu_{name}"] or 0) > 1:
-            raise ValueError(f"mfu_{name} of {result[f'mfu_{name}']:.2f} at {tokens_per_s:.0f} tokens/s on {device_name}: above 100 %")
+        used = None if peak is None else flops * tokens_per_s / (peak * 1e12)
+        if used is not None and used > 1:
+            raise ValueError(f"mfu_{name} of {used:.2f} at {tokens_per_s:.0f} tokens/s on {device_name}: above 100 %")
+        result[f"mfu_{name}"] = used
     return result

@@ -14,7 +14,8 @@ class KVCache:
 
     def __init__(self, model: GPT, batch_size: int, dtype: torch.dtype, device: torch.device):
         c = model.config
-        self.k, self.v = torch.empty(2, c.n_layer, batch_size, c.n_head, c.block_size, c.head_dim, dtype=dtype, device=device)
+        shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.head_dim)
+        self.k, self.v = torch.empty(2, *shape, dtype=dtype, device=device)
         self.length, self.layer = 0, 0
 
     def attend(self, qkv: Tensor) -> Tensor:
@@ -40,15 +41,14 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
     """One id per row of logits (B, V), as (B, 1). Temperature 0 or top_k 1 is greedy, without a draw."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kept, float("-inf"))
+    logits, ids = logits.float() / temperature, None
+    if top_k is not None or top_p is not None:  # in falling order, so that what is kept is a beginning
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+    p = logits.softmax(-1)
     if top_p is not None:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all that rank higher
-        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # as much as all that rank higher already have
+    choice = torch.multinomial(p, 1)
+    return choice if ids is None else ids.gather(-1, choice)
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
     (default: 50257 where the model has GPT-2's padded vocabulary). `cached=False` is the slow definition.
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: need at least 0, at least 1, within (0, 1]")
+        raise ValueError(f"temperature={temperature} must be at least 0, top_k={top_k} at least 1, top_p={top_p} within (0, 1]")
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token")
     size, V = model.config.block_size, model.config.vocab_size
@@ -84,5 +84,5 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
 
 
 def _compute_dtype(model: GPT) -> torch.dtype:
-    weight = model.lm_head.weight
-    return torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+    device = model.lm_head.weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.lm_head.weight.dtype

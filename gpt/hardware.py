@@ -1,6 +1,8 @@
 """The one module that knows devices: which there are, what they compute in, and how to wait for them."""
 
 import platform
+import statistics
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -31,6 +33,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """What matrix multiplications run in; auto is bfloat16 where the device has units for it, else fp16 on a GPU."""
+    if name not in (*DTYPES, "auto"):
+        raise ValueError(f"--dtype={name}: choose auto, {', '.join(DTYPES)}")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -74,6 +78,17 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
         return host.tolist()
 
     return read
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 512) -> float:
+    """Floating-point operations a second of an (n, n) matrix multiplication: the median of five."""
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(seconds[1:])
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

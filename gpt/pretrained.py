@@ -79,7 +79,7 @@ def fill(model: GPT, tensors: dict[str, Tensor]) -> None:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: Kernels | None = None) -> GPT:
-    """The model of a checkpoint folder, or of the newest one in a run's folder, checked against its checksums."""
+    """The model of a checkpoint folder, or of the newest one in a run's folder, checked by its checksums, in eval mode."""
     folder = find_checkpoint(path)
     verify(folder)
     with torch.device("meta"):
@@ -87,4 +87,4 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: Ke
     model.to_empty(device=device)
     model.lm_head.weight = model.transformer["wte"].weight
     fill(model, load_file(folder / "model.safetensors", device=str(device)))
-    return model
+    return model.eval()

@@ -1,17 +1,18 @@
 """Layer norm over the last axis, alone or with the residual addition before it.
 
-    total = round(residual + x)        mu = mean(total)        rs = rsqrt(mean((total - mu)^2) + eps)
-    y = (total - mu) * rs * w + b      (without a residual, total is x)
+    total = round(residual + x)       mu = mean(total)       rs = rsqrt(mean((total - mu)^2) + eps)
+    y = (total - mu) * rs * w + b     (without a residual, total is x)
 
-    xhat = (total - mu) * rs      g = dy * w      dw = sum over rows of dy * xhat      db = sum over rows of dy
-    d = dtotal + rs * (g - mean(g) - xhat * mean(g * xhat))        the gradient of both x and residual
+    xhat = (total - mu) * rs     g = dy * w     dw = sum over rows of dy * xhat     db = sum over rows of dy
+    d = dtotal + rs * (g - mean(g) - xhat * mean(g * xhat))     the gradient of both x and residual
 
 Shapes: x, residual, total, y (M, N); w, b (N,); mu, rs (M,) fp32. dtotal and dy are the gradients of the two outputs.
-Saved for backward: total, w, mu, rs. All arithmetic is fp32, and each value is rounded once, where it is stored.
+Saved for backward: total (or x), w, mu, rs. All arithmetic is fp32, and a value is rounded once, where it is stored.
 
-Each element is read once and written once: forward 2 tensors of (M, N) (4 with a residual), backward 3 (4 with dtotal).
-A fixed number of backward programs each sum their own rows of dw and db in fp32 registers and write one partial row;
-one sum over the partial rows follows. No atomics and no locks: the same bits on every run of one kind of GPU.
+Every element moves once: M N elements times 2 forward, 4 with a residual; 3 backward, 4 with dtotal, and one more for a
+residual wider than x, since the two gradients then differ in dtype. A fixed number of backward programs each sum dw and
+db over their own rows in registers and write one partial row, and one sum over the partial rows follows. No atomics, no
+locks: on one kind of GPU the same bits every time.
 """
 
 import torch
@@ -21,32 +22,39 @@ from torch import Tensor
 
 from kernels import launch
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 # -- kernels -----------------------------------------------------------------
 
 
 @triton.jit
 def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_stride, eps,
-             ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    # One program per ROWS rows, which it holds in registers. residual (and with it total) and b may be None.
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_N)
+             CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    # One program per ROWS rows, held in registers. residual (and total with it) and b may be None. The columns are cut
+    # into chunks of as many as a warp loads at once: in this order of axes a warp gets whole rows, and sums them
+    # without a barrier.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    cols = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
     in_row = cols < N
-    mask = (rows < M)[:, None] & in_row[None, :]
+    mask = (rows < M) & in_row
 
-    xs = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    xs = tl.load(x + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
-        xs += tl.load(residual + rows[:, None] * residual_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        xs += tl.load(residual + rows * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
         rounded = xs.to(total.dtype.element_ty)
-        tl.store(total + rows[:, None] * N + cols[None, :], rounded, mask=mask)
+        tl.store(total + rows * N + cols, rounded, mask=mask)
         xs = rounded.to(tl.float32)
 
-    mu = tl.sum(xs, 1) / N
-    centred = tl.where(in_row[None, :], xs - mu[:, None], 0.0)  # padding must not count in the variance
-    rs = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
-    ys = centred * rs[:, None] * tl.load(w + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    mu = tl.sum(tl.sum(xs, 0, keep_dims=True), 2, keep_dims=True) / N
+    centred = tl.where(in_row, xs - mu, 0.0)  # the padding must not count in the variance
+    rs = tl.rsqrt(tl.sum(tl.sum(centred * centred, 0, keep_dims=True), 2, keep_dims=True) / N + eps)
+
+    # Loaded once per row, from L1: a tile of the rows' own shape needs no exchange between threads.
+    each = cols + tl.zeros((CHUNKS, ROWS, LANES), tl.int32)
+    ys = centred * rs * tl.load(w + each, mask=mask, other=0.0).to(tl.float32)
     if b is not None:
-        ys += tl.load(b + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + rows[:, None] * N + cols[None, :], ys, mask=mask)
+        ys += tl.load(b + each, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + rows * N + cols, ys, mask=mask)
     tl.store(mean + rows, mu, mask=rows < M)
     tl.store(rstd + rows, rs, mask=rows < M)
 
@@ -54,39 +62,194 @@ def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_s
 @triton.jit
 def _backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_stride, dtotal_stride, total_stride,
               HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Program p takes the tiles p, p + programs, ... of ROWS rows each. dtotal may be None; so may d_branch, the copy of
-    # d in the dtype of x, where that is the residual's. partial (1 or 2, programs, N) receives dw and, with a bias, db.
+    # Program p takes the tiles p, p + programs, ... of ROWS rows. dtotal may be None, and so may d_branch, d in the dtype
+    # of x where the residual has another. partial (1 or 2, programs, N) receives dw and, with a bias, db.
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    cols = tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_N)[None, :]
     in_row = cols < N
-    ws = tl.load(w + cols, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    dws = tl.zeros((BLOCK_N,), tl.float32)
-    dbs = tl.zeros((BLOCK_N,), tl.float32)
+    ws = tl.load(w + cols, mask=in_row, other=0.0).to(tl.float32)
+    dws = tl.zeros((1, BLOCK_N), tl.float32)
+    dbs = tl.zeros((1, BLOCK_N), tl.float32)
     for tile in range(pid, tl.cdiv(M, ROWS), programs):
-        rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        mask = (rows < M)[:, None] & in_row[None, :]
-        # All loads before the first sum, so that they are in flight together.
-        xs = tl.load(total + rows[:, None] * total_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        dys = tl.load(dy + rows[:, None] * dy_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        rows = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (rows < M) & in_row
+        # All loads come before the first sum, so that they are in flight together.
+        xs = tl.load(total + rows * total_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        dys = tl.load(dy + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
         if dtotal is not None:
-            dts = tl.load(dtotal + rows[:, None] * dtotal_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            dts = tl.load(dtotal + rows * dtotal_stride + cols, mask=mask, other=0.0).to(tl.float32)
         mu = tl.load(mean + rows, mask=rows < M, other=0.0)
         rs = tl.load(rstd + rows, mask=rows < M, other=0.0)
 
-        xhat = (xs - mu[:, None]) * rs[:, None]  # not zero in the padding, but everything it meets is
+        xhat = (xs - mu) * rs  # not zero in the padding, but all that it meets is
         g = dys * ws
-        shift = tl.sum(g, 1) / N
-        tilt = tl.sum(g * xhat, 1) / N
-        ds = (g - shift[:, None] - xhat * tilt[:, None]) * rs[:, None]
+        ds = (g - tl.sum(g, 1, keep_dims=True) / N - xhat * (tl.sum(g * xhat, 1, keep_dims=True) / N)) * rs
         if dtotal is not None:
             ds += dts
-        tl.store(d + rows[:, None] * N + cols[None, :], ds, mask=mask)
+        tl.store(d + rows * N + cols, ds, mask=mask)
         if d_branch is not None:
-            tl.store(d_branch + rows[:, None] * N + cols[None, :], ds, mask=mask)
-        dws += tl.sum(dys * xhat, 0)
+            tl.store(d_branch + rows * N + cols, ds, mask=mask)
+        dws += tl.sum(dys * xhat, 0, keep_dims=True)
         if HAS_BIAS:
-            dbs += tl.sum(dys, 0)
+            dbs += tl.sum(dys, 0, keep_dims=True)
     tl.store(partial + pid * N + cols, dws, mask=in_row)
     if HAS_BIAS:
         tl.store(partial + (programs + pid) * N + cols, dbs, mask=in_row)
+
+
+# -- operators ---------------------------------------------------------------
+
+
+@torch.library.custom_op("ridge::layernorm", mutates_args=())
+def _layernorm(x: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _layernorm_outputs(x, w, b, eps)
+    _launch_forward(x, None, w, b, None, y, mean, rstd, eps)
+    return y, mean, rstd
+
+
+@_layernorm.register_fake
+def _layernorm_outputs(x, w, b, eps):
+    mean = x.new_empty(len(x), dtype=torch.float32)
+    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("ridge::add_layernorm", mutates_args=())
+def _add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None,
+                   eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total, y, mean, rstd = _add_layernorm_outputs(x, residual, w, b, eps)
+    _launch_forward(x, residual, w, b, total, y, mean, rstd, eps)
+    return total, y, mean, rstd
+
+
+@_add_layernorm.register_fake
+def _add_layernorm_outputs(x, residual, w, b, eps):
+    return residual.new_empty(residual.shape), *_layernorm_outputs(x, w, b, eps)
+
+
+def _launch_forward(x, residual, w, b, total, y, mean, rstd, eps) -> None:
+    M, N = x.shape
+    x, residual = _rows(x), x if residual is None else _rows(residual)
+    settings = launch.layernorm_forward(N, min(x.element_size(), residual.element_size()))
+    with torch.cuda.device_of(x):  # the autograd thread's device need not be this one; does nothing on a CPU
+        _forward[(triton.cdiv(M, settings["ROWS"]),)](
+            x, None if total is None else residual, w.contiguous(), None if b is None else b.contiguous(), total, y,
+            mean, rstd, M, N, x.stride(0), residual.stride(0), eps, **settings)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Rows may lie any distance apart; within a row the elements must be neighbours."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+@torch.library.custom_op("ridge::layernorm_backward", mutates_args=())
+def _layernorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, mean: Tensor, rstd: Tensor,
+                        has_bias: bool, branch: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """d, d in the dtype `branch` (no rows for None), and (dw,) or (dw, db) as (1 or 2, N) fp32."""
+    M, N = total.shape
+    d, d_branch, _ = _layernorm_backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch)
+    dy, total, dtotal = _rows(dy), _rows(total), None if dtotal is None else _rows(dtotal)
+    settings = launch.layernorm_backward(N)
+    programs = min(triton.cdiv(M, settings["ROWS"]),
+                   launch.layernorm_programs(N, total.element_size(), launch.multiprocessors(total.device)))
+    partial = total.new_empty((1 + has_bias, programs, N), dtype=torch.float32)
+    with torch.cuda.device_of(total):
+        _backward[(programs,)](
+            dy, dtotal, total, w.contiguous(), mean, rstd, d, None if branch is None else d_branch, partial, M, N,
+            dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0), HAS_BIAS=has_bias, **settings)
+    return d, d_branch, partial.sum(1)
+
+
+@_layernorm_backward.register_fake
+def _layernorm_backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch):
+    M, N = total.shape
+    d_branch = total.new_empty((0 if branch is None else M, N), dtype=branch)
+    return total.new_empty(total.shape), d_branch, total.new_empty((1 + has_bias, N), dtype=torch.float32)
+
+
+# -- autograd ----------------------------------------------------------------
+
+
+def _save_layernorm(ctx, inputs, output):
+    x, w, b, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, w, mean, rstd)
+    ctx.bias_dtype = None if b is None else b.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_layernorm(ctx, dy, _dmean, _drstd):
+    x, w, mean, rstd = ctx.saved_tensors
+    d, _, sums = _layernorm_backward(dy, None, x, w, mean, rstd, ctx.bias_dtype is not None, None)
+    return d, *_weight_gradients(ctx, w, sums), None
+
+
+def _save_add_layernorm(ctx, inputs, output):
+    x, _, w, b, _ = inputs
+    total, _, mean, rstd = output
+    ctx.save_for_backward(total, w, mean, rstd)
+    ctx.bias_dtype = None if b is None else b.dtype
+    ctx.x_dtype = x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_add_layernorm(ctx, dtotal, dy, _dmean, _drstd):
+    total, w, mean, rstd = ctx.saved_tensors
+    if dy is None:  # only the new residual was used
+        return dtotal.to(ctx.x_dtype), dtotal, None, None, None
+    branch = None if ctx.x_dtype == total.dtype else ctx.x_dtype
+    d, d_branch, sums = _layernorm_backward(dy, dtotal, total, w, mean, rstd, ctx.bias_dtype is not None, branch)
+    return d if branch is None else d_branch, d, *_weight_gradients(ctx, w, sums), None
+
+
+def _weight_gradients(ctx, w, sums):
+    return sums[0].to(w.dtype), None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
+
+
+_layernorm.register_autograd(_differentiate_layernorm, setup_context=_save_layernorm)
+_add_layernorm.register_autograd(_differentiate_add_layernorm, setup_context=_save_add_layernorm)
+
+
+# -- public ------------------------------------------------------------------
+
+
+def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Layer norm of x (..., N) with weight w and bias b (N,); agrees with `reference.layernorm`.
+
+    x, w and b are fp16, bf16 or fp32, each for itself; N is at most 16,384. Rows of x may lie any distance apart.
+    Raises ValueError for other shapes, dtypes and devices. Has no second derivative.
+    """
+    _check("layernorm", x, w, b)
+    y, _, _ = _layernorm(x.reshape(-1, x.shape[-1]), w, b, eps)
+    return y.view(x.shape)
+
+
+def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = None,
+                  eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """(residual + x, layer norm of it) for x and residual (..., N), in one pass; agrees with `reference.add_layernorm`.
+
+    The sum has the dtype of the residual, the norm that of x. Otherwise as `layernorm`.
+    """
+    _check("add_layernorm", x, w, b)
+    if residual.shape != x.shape or residual.dtype not in DTYPES or residual.device != x.device:
+        raise ValueError(
+            f"add_layernorm: x is {tuple(x.shape)} on {x.device}, residual is {tuple(residual.shape)} {residual.dtype} on "
+            f"{residual.device}; they must agree in shape and device, in fp16, bf16 or fp32"
+        )
+    N = x.shape[-1]
+    total, y, _, _ = _add_layernorm(x.reshape(-1, N), residual.reshape(-1, N), w, b, eps)
+    return total.view(x.shape), y.view(x.shape)
+
+
+def _check(name: str, x: Tensor, w: Tensor, b: Tensor | None) -> None:
+    N = x.shape[-1] if x.dim() else 0
+    if not 1 <= N <= launch.LAYERNORM_WIDEST:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; the last axis may have 1 to {launch.LAYERNORM_WIDEST} "
+                         "elements (use --layernorm=torch for wider ones)")
+    for label, t in (("x", x), ("w", w), ("b", w if b is None else b)):
+        if label != "x" and t.shape != (N,):
+            raise ValueError(f"{name}: {label} has shape {tuple(t.shape)}, but x ends in {N}, so it must be ({N},)")
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{name}: {label} is {t.dtype}; use fp16, bf16 or fp32, or --layernorm=reference")
+        if t.device != x.device:
+            raise ValueError(f"{name}: {label} is on {t.device}, x on {x.device}; move them to one device")

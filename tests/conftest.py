@@ -5,7 +5,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test imports triton
 
-import pytest  # noqa: E402
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +20,27 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tiny_data(tmp_path):
+    """A folder with 4,000 training and 800 validation tokens out of 29, easy to learn: each is the last one plus 1 or 2."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    steps = np.random.default_rng(0).integers(1, 3, 4800).cumsum() % 29
+    steps[:4000].astype(np.uint16).tofile(folder / "train.bin")
+    steps[4000:].astype(np.uint16).tofile(folder / "val.bin")
+    meta = {"kind": "char", "vocab_size": 29, "chars": "abcdefghijklmnopqrstuvwxyz\n =."[:29]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture
+def tiny_flags(tiny_data, tmp_path):
+    """The command line of a run that takes a second: 2 layers, dropout and accumulation on."""
+    return [
+        f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--compile=False", "--block_size=16",
+        "--batch_size=4", "--n_layer=2", "--n_head=2", "--n_embd=16", "--dropout=0.1", "--gradient_accumulation_steps=2",
+        "--max_iters=12", "--lr_decay_iters=12", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=4",
+        "--eval_iters=3",
+    ]

@@ -186,7 +186,8 @@ def load_file(path: str) -> Config:
         known = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"))
         raise ValueError(f"no config file {path!r}; configs/ has {known}")
     spec = importlib.util.spec_from_file_location(f"_config_{found.stem}", found)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{found}: a config file is a Python module, NAME.py, with `config = Config(...)`")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = getattr(module, "config", None)
@@ -220,9 +221,14 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     except SystemExit as stop:
         if stop.code != 2:  # --help
             raise
-        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines() if line.startswith("│")]
-        message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
-        raise ValueError(re.sub(r"^Error parsing \w+: (?=\w+=)", "", message)) from None
+        raise ValueError(_in_one_line(complaint.getvalue())) from None
+
+
+def _in_one_line(box: str) -> str:
+    """What tyro says in a box, without the box, its title and its advice."""
+    lines = [line for raw in box.splitlines() if (line := raw.strip("│╭╮╰╯─ ")) and line.strip("-")]
+    message = " ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:]))
+    return re.sub(r"^Error parsing \w+: (?=\w+=)", "", message)
 
 
 def _is_value(argv: list[str], i: int) -> bool:

@@ -5,10 +5,10 @@ import sys
 from train.config import parse
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """0 when the run is done; 2, after one line on stderr, for what the user can mend."""
     try:
-        config = parse()
+        config = parse(argv)
         from train.loop import train  # after parsing, which needs no torch
 
         train(config)

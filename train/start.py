@@ -11,6 +11,7 @@ from data.loader import Loader
 from data.tokenizer import read_meta
 from data.tokens import Tokens, check_vocabulary, check_window, open_split
 from gpt import GPT, hardware
+from gpt.flops import flops_per_token
 from gpt.pretrained import find_checkpoint, read_config, verify, whole_checkpoints
 from kernels import Choice, load, resolve
 from train import checkpoint, optim, parallel
@@ -38,6 +39,7 @@ class Run:
     tokens: dict[str, Tokens]
     batches: Loader
     tokenizer: dict[str, Any]
+    compiled: str
     step: int = 0
     best_val_loss: float = float("inf")
     resumed: str = ""
@@ -62,6 +64,7 @@ def build(config: Config) -> Run:
     torch.manual_seed(config.run.seed)
     model = GPT(config.model, load(**{k: v for k, v in choice._asdict().items() if k != "why"})).to(device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
+    compiled = compile_model(model, config, device, dtype)
     torch.manual_seed(config.run.seed + world.rank)
     run = Run(
         config=config, world=world, device=device, dtype=dtype, choice=choice, model=model,
@@ -71,11 +74,30 @@ def build(config: Config) -> Run:
             tokens["train"], block_size=config.model.block_size, batch_size=config.data.batch_size, seed=config.run.seed,
             device=device, rank=world.rank, world_size=world.size,
         ),
-        tokenizer=meta or GPT2,
+        tokenizer=meta or GPT2, compiled=compiled,
     )
     if folder:
         resume(run, folder)
     return run
+
+
+def compile_model(model: GPT, config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Compile the model in place where it is asked for or pays; why, in a line.
+
+    auto on a CPU: measured on two AVX2 cores, a step gets 14 % faster without dropout and no faster with it, and
+    compiling takes about 40 s. So a run that would take under ten minutes, or has dropout, stays as it is.
+    """
+    wanted, why = config.run.compile, f"--compile={config.run.compile}"
+    if wanted == "auto":
+        flops = flops_per_token(config.model)["palm"] * config.tokens_per_iter * config.optim.max_iters
+        minutes = flops / hardware.matmul_rate(device, dtype) / 60 if device.type == "cpu" else float("inf")
+        wanted = device.type == "cuda" or (device.type == "cpu" and minutes > 10 and config.model.dropout == 0)
+        why = f"auto: {'' if wanted else 'not '}worth its time on {device.type}" + (
+            f", about {minutes:,.0f} min of matrix multiplications, dropout {config.model.dropout}" if device.type == "cpu" else ""
+        )
+    if wanted:
+        model.compile()
+    return f"{'yes' if wanted else 'no'} ({why})"
 
 
 def starting_point(config: Config) -> Path | None:
@@ -138,6 +160,7 @@ def describe(run: Run) -> str:
     lines = {
         "device": f"{hardware.device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
         "kernels": run.choice,
+        "compile": run.compiled,
         "model": f"{run.model.num_params():,} parameters",
         "data": f"{c.data_dir}, {len(run.tokens['train']):,} tokens to train on, {len(run.tokens['val']):,} to validate",
         "tokens per iteration will be": f"{c.tokens_per_iter:,}",

@@ -1,0 +1,212 @@
+"""Count the bytes that a memory-bound operator moves, and compare them with the fewest possible. Needs no GPU.
+
+Triton's interpreter runs the kernels at their real shapes and launch settings, on tensors without data (loads give
+ones), and only a few programs of each grid, evenly spread; what they load and store is scaled to the whole grid. What
+PyTorch's own operators move on the way (a `.contiguous()`, the sum over partial rows) is added.
+
+Two figures, both over the same floor:
+requested    every byte that loads and stores ask for.
+moved        what reaches DRAM behind an ideal L2, in sectors of 32 bytes: a program finds again what it touched last, up
+             to its share of the cache, and tensors up to SMALL bytes (parameters, statistics per row, partial sums) stay
+             there for all programs. The share is that of an A100, the smallest, with every multiprocessor full.
+The floor is the operator's own: its inputs read once, its outputs written once.
+"""
+
+import math
+import os
+from collections import defaultdict, deque
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import numpy as np
+
+from bench.cases import Case, arguments, operator, options, run
+from bench.offline import STORAGE_BITS, Storages, name_of, offline
+
+SECTOR = 32  # bytes: what L2 fetches and writes back
+SHARE_PER_WARP = 40 * 2**20 // (108 * 64)  # bytes: 40 MB of L2, 108 multiprocessors, 64 resident warps on each
+SMALL = 4 * 2**20  # bytes
+PROGRAMS = 3  # how many programs of a grid are run
+
+
+def floor_bytes(case: Case) -> dict[str, int]:
+    """The fewest bytes each phase can move: inputs once, outputs once. Cross-entropy has one phase, because its
+    gradient takes no second look at the logits."""
+    s = case.dtype.itemsize
+    if case.operator == "cross_entropy":
+        M, V = case.shape
+        return {"forward + backward": 2 * M * V * s + 8 * M}
+    M, N = case.shape
+    r = 4 if case.variant == "fp32 residual" else s
+    parameters = 4 * N * (1 if case.variant == "nobias" else 2)
+    if case.operator == "layernorm":  # x, y; dy, x, dx, the weight and its gradient
+        return {"forward": 2 * M * N * s + parameters, "backward": 3 * M * N * s + 4 * N + parameters}
+    assert case.operator == "add_layernorm", f"{case} is not memory-bound"
+    # x, residual, total, y; dy, dtotal, total, d (of both, if their dtypes are one)
+    backward = M * N * (s + 3 * r + (s if s != r else 0))
+    return {"forward": 2 * M * N * (s + r) + parameters, "backward": backward + 4 * N + parameters}
+
+
+# -- counting one program ------------------------------------------------------
+
+
+class Window:
+    """The sectors a program touched last, up to `capacity` bytes."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._recent: deque[np.ndarray] = deque()
+        self._size = 0
+
+    def misses(self, sectors: np.ndarray, elsewhere: "Window | None" = None) -> np.ndarray:
+        """Those of the distinct `sectors` that are not here (nor in `elsewhere`); all of them are from now on."""
+        known = [*self._recent, *(elsewhere._recent if elsewhere else ())]
+        missing = sectors[~np.isin(sectors, np.concatenate(known))] if known else sectors
+        self._recent.append(sectors)
+        self._size += len(sectors) * SECTOR
+        while self._size > self.capacity:
+            self._size -= len(self._recent.popleft()) * SECTOR
+        return missing
+
+
+@dataclass
+class Tally:
+    """Bytes of the programs run so far: asked for, and missed per storage and direction."""
+
+    share: int  # of the cache, in bytes
+    requested: int = 0
+    missed: dict = field(default_factory=lambda: defaultdict(int))  # (storage, "r" or "w") -> bytes
+
+    def next_program(self) -> None:
+        self.reads, self.writes = Window(self.share), Window(self.share)
+
+    def access(self, addresses: np.ndarray, mask: np.ndarray, nbytes: int, direction: str) -> None:
+        touched = np.broadcast_to(addresses, mask.shape)[mask]
+        self.requested += touched.size * nbytes
+        sectors = np.unique(touched // SECTOR)
+        missing = self.reads.misses(sectors, self.writes) if direction == "r" else self.writes.misses(sectors)
+        storages, counts = np.unique(missing >> (STORAGE_BITS - int(math.log2(SECTOR))), return_counts=True)
+        for storage, count in zip(storages.tolist(), counts.tolist()):
+            self.missed[storage, direction] += count * SECTOR
+
+
+# -- the interpreter -----------------------------------------------------------
+
+
+@contextmanager
+def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
+    """Triton's interpreter, with loads and stores counted instead of done, over the `chosen` programs of the grid."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
+
+    def ones(ptrs):
+        kind = ptrs.get_element_ty()
+        bits = 0x3F80 if kind.is_bf16() else 1  # the interpreter keeps bf16 as raw bits
+        return interpreter.TensorHandle(np.full(ptrs.data.shape, bits, interpreter._get_np_dtype(kind)), kind)
+
+    def load(ptrs, mask, other, *hints):
+        tally.access(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8, "r")
+        return ones(ptrs)
+
+    def store(ptrs, value, mask, *hints):
+        tally.access(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8, "w")
+
+    def atomic(operation, ptrs, value, mask, *semantics):
+        store(ptrs, value, mask)
+        return load(ptrs, mask, None)
+
+    def next_program(i, _y, _z):
+        tally.next_program()
+        set_idx(*(int(c) for c in np.unravel_index(chosen[i], grid)))
+
+    executor = interpreter.GridExecutor
+    with ExitStack() as stack:
+        for name, fn in {"create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": atomic,
+                         "set_grid_dim": lambda *_: set_dim(*grid), "set_grid_idx": next_program}.items():
+            stack.enter_context(patch.object(builder, name, fn))
+        stack.enter_context(patch.object(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs)))
+        stack.enter_context(patch.object(executor, "_restore_args_dev", lambda self, *_: None))
+        yield executor
+
+
+def _launch_bytes(kernel, grid: tuple[int, int, int], args: list, kwargs: dict, storages: Storages) -> tuple[int, int]:
+    """(requested, moved) bytes of one launch."""
+    programs = math.prod(grid)
+    if programs == 0:
+        return 0, 0
+    count = min(PROGRAMS, programs)
+    chosen = [(2 * i + 1) * programs // (2 * count) for i in range(count)]
+    tally = Tally(SHARE_PER_WARP * kwargs.get("num_warps", 4))
+    with _counting(tally, grid, chosen) as executor, np.errstate(all="ignore"):
+        executor(kernel.rewrite(), kernel.arg_names, (count,))(*args, **kwargs)
+    scale = programs / count
+    moved = 0.0
+    for (storage, _), missed in tally.missed.items():
+        nbytes = storages.nbytes[storage]
+        moved += min(missed * scale, nbytes) if nbytes <= SMALL else missed * scale
+    return round(tally.requested * scale), round(moved)
+
+
+def traffic(case: Case, capabilities: list[tuple[int, int]], fn: Callable | None = None) -> list[dict]:
+    """One row per phase and capability: bytes requested and moved, by kernel, the floor, and their ratios.
+
+    Must run in a process that set TRITON_INTERPRET=1 before it imported triton. `fn` replaces the operator.
+    """
+    import triton
+
+    assert triton.knobs.runtime.interpret, "bytes are counted in the interpreter: set TRITON_INTERPRET=1"
+    fn = fn or operator(case, "triton")
+    known: dict[str, tuple[int, int]] = {}  # capabilities often share their settings, and with them the count
+    rows = []
+    for capability in capabilities:
+        phases = _phases(case, capability, fn, known)
+        rows += [_row(case, capability, phase, floor, phases) for phase, floor in floor_bytes(case).items()]
+    return rows
+
+
+def _phases(case: Case, capability: tuple[int, int], fn: Callable, known: dict) -> dict[str, dict]:
+    """Of each phase, the (requested, moved) bytes by kernel."""
+    counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+
+    def add(name: str, requested: int, moved: int) -> None:
+        counts[name] = counts[name][0] + requested, counts[name][1] + moved
+
+    def launched(kernel, grid, args, kwargs):
+        if callable(grid):
+            grid = grid(dict(zip(kernel.arg_names, args)) | kwargs)
+        key = repr((name_of(kernel), grid, args, kwargs, storages.nbytes))
+        if key not in known:
+            known[key] = _launch_bytes(kernel, (*grid, 1, 1)[:3], args, kwargs, storages)
+        add(name_of(kernel), *known[key])
+
+    phases = {}
+    with offline(capability, launched, lambda name, nbytes: add(name, nbytes, nbytes)) as storages:
+        steps = run(fn, arguments(case), options(case))
+        counts.clear()
+        for phase, _ in steps:
+            phases[phase] = dict(counts)
+            counts.clear()
+    return phases
+
+
+def _row(case: Case, capability: tuple[int, int], phase: str, floor: int, phases: dict) -> dict:
+    by_kernel: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for name in phase.split(" + "):
+        for kernel, (requested, moved) in phases[name].items():
+            by_kernel[kernel] = by_kernel[kernel][0] + requested, by_kernel[kernel][1] + moved
+    requested, moved = (sum(part) for part in zip(*by_kernel.values(), strict=True))
+    return {
+        "case": str(case), "operator": case.operator, "phase": phase, "arch": capability[0] * 10 + capability[1],
+        "floor_bytes": floor, "requested_bytes": requested, "moved_bytes": moved,
+        "requested_over_floor": round(requested / floor, 4), "moved_over_floor": round(moved / floor, 4),
+        "moved_by": {name: moved for name, (_, moved) in by_kernel.items()},
+    }
+
+
+def interpret() -> None:
+    """Make this process one that can count; before triton is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,63 @@
+"""Data sets that fit in memory: their files, and the text of tiny Shakespeare."""
+
+import hashlib
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.files import whole
+from data.manifest import NAME, shard_entry, write_manifest
+from data.tokenizer import write_meta
+from data.tokens import write_tokens
+
+TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+_TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, Any], kind: str, vocab_size: int,
+                  chars: str = "") -> None:
+    """Write SPLIT.bin for each split's ids, the meta of the tokenizer and, last, the manifest; print the counts."""
+    (out / NAME).unlink(missing_ok=True)  # it must not speak for files that are being replaced
+    entries = {}
+    for split, ids in splits.items():
+        tokens = write_tokens(out / f"{split}.bin", ids)
+        shard = shard_entry(out / f"{split}.bin", tokens)
+        entries[split] = {"tokens": tokens, "max_id": int(ids.max(initial=0)), "shards": [shard]}
+    write_meta(out, kind, vocab_size, chars)
+    write_manifest(out, source, kind, vocab_size, entries)
+    print(f"vocab size: {vocab_size:,}")
+    for split, entry in entries.items():
+        print(f"{split} has {entry['tokens']:,} tokens")
+
+
+def tiny_shakespeare(given: Path | None, out: Path) -> str:
+    """The text of the file `given`; else of out/input.txt, which is first downloaded and checked if it is not there."""
+    path = given or out / "input.txt"
+    if given is None and not path.exists():
+        content = _download(TINY_SHAKESPEARE, _TINY_SHAKESPEARE_SHA256)
+        with whole(path) as file:
+            file.write(content)
+    return read_text(path)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, its line ends as they are."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; convert it, e.g. with iconv -t utf-8") from None
+
+
+def _download(url: str, sha256: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            content = answer.read()
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"no --input=FILE was given, and {url} cannot be had ({reason}); give the file") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{url}: {len(content):,} bytes with the wrong SHA-256, not the known text; give --input=FILE")
+    return content

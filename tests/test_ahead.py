@@ -1,0 +1,282 @@
+"""Ring 2: every kernel at GPT-2's shapes, compiled for GPUs that are not here; and the report's own parts.
+
+The whole report comes from one `python bench/ahead.py --quick=True`, a process of its own: the tests' process has
+TRITON_INTERPRET set, in which nothing can be compiled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from bench import ahead, cases, sass
+from bench.cases import Case
+from bench.offline import offline
+from bench.traffic import Window, floor_bytes, traffic
+from kernels import launch
+
+ROOT = Path(__file__).parents[1]
+ARCHS = (80, 90, 100)
+
+
+def python(*arguments, **environment):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ahead") / "ahead.json"
+    printed = python("bench/ahead.py", "--quick=True", f"--out={out}")
+    return json.loads(out.read_text()) | {"printed": printed}
+
+
+# -- ring 2 --------------------------------------------------------------------
+
+
+def test_every_kernel_compiles_at_gpt2s_shapes_on_every_architecture(report):
+    compiled = {(case, row["arch"]) for row in report["kernels"] for case in row["cases"]}
+    assert compiled == {(str(case), arch) for case in cases.quick() for arch in ARCHS}
+
+
+def test_every_kernel_fits_the_shared_memory_of_a_block(report):
+    for row in report["kernels"]:
+        assert row["shared_bytes"] <= launch.SHARED_MEMORY_BYTES[divmod(row["arch"], 10)], row
+        assert row["blocks_per_multiprocessor"] >= 1, row
+
+
+def test_no_kernel_spills_at_gpt2s_shapes_on_sm_90(report):
+    hopper = [row for row in report["kernels"] if row["arch"] == 90]
+    assert not [row for row in hopper if row["spill_bytes"] or row["spill_instructions"]]
+
+
+def test_attention_uses_the_matrix_units(report):
+    names = {80: {"HMMA"}, 90: {"HGMMA"}}  # on sm_100 the tcgen05 instructions or, where blocks are small, HMMA
+    for row in report["kernels"]:
+        if row["family"] == "attention":
+            found = set(row["matrix_instructions"])
+            assert found == names[row["arch"]] if row["arch"] in names else found, row
+
+
+def test_memory_bound_kernels_move_at_most_a_tenth_more_than_the_floor(report):
+    assert {(row["operator"], row["arch"]) for row in report["traffic"]} == {
+        (operator, arch) for operator in ("layernorm", "add_layernorm", "cross_entropy") for arch in ARCHS}
+    over = [row for row in report["traffic"] if not 0.99 < row["moved_over_floor"] <= 1.1]
+    assert not over, over
+
+
+def test_memory_bound_kernels_load_and_store_16_bytes_at_a_time(report):
+    for row in report["kernels"]:
+        if row["family"] == "layernorm" and "partial" not in row["kernel"]:
+            accesses = row["global_accesses"]
+            assert any(name in accesses for name in ("LDG.128", "LDG.256", "LDGSTS.128", "UTMALDG")), row
+            assert any(name in accesses for name in ("STG.128", "STG.256", "UTMASTG")), row
+
+
+def test_the_report_says_what_compiled_it_and_prints_both_tables(report):
+    assert set(report["environment"]["ptxas"]) == {"ptxas", "ptxas_blackwell"} and report["environment"]["triton"]
+    assert "blocks/SM" in report["printed"] and "moved/floor" in report["printed"]
+
+
+def test_importing_the_kernels_does_nothing(tmp_path):
+    code = """
+import os, sys
+before = dict(os.environ)
+import kernels
+assert "triton" not in sys.modules, "kernels alone needs no triton"
+import kernels.attention, kernels.cross_entropy, kernels.layernorm, torch, triton
+assert not torch.cuda.is_initialized() and triton.runtime.driver._active is None, "a device was asked for"
+assert dict(os.environ) == before, "the environment was written to"
+"""
+    assert python("-c", code, TRITON_CACHE_DIR=str(tmp_path)) == ""
+    assert not list(tmp_path.iterdir()), "something was compiled"
+
+
+@pytest.mark.parametrize(("flag", "value", "known"), [
+    ("arch", "75", "90"), ("arch", "hopper", "90"), ("family", "norms", "layernorm"),
+])
+def test_unknown_architectures_and_families_are_named(flag, value, known):
+    with pytest.raises(SystemExit, match=f"--{flag}={value}.*{known}"):
+        ahead.main(ahead.Options(**{flag: value}))
+
+
+# -- blocks per multiprocessor, instructions -------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "warps", "registers", "shared", "expected"), [
+    (90, 4, 32, 0, (16, "threads")),
+    (90, 4, 128, 0, (4, "registers")),
+    (90, 4, 129, 0, (3, "registers")),  # 136 registers: 15 warps fit, 12 in whole fours
+    (90, 8, 255, 0, (1, "registers")),
+    (90, 4, 32, 113 * 1024, (2, "shared memory")),  # 114 kB with the reserved one; two are 228
+    (80, 4, 32, 113 * 1024, (1, "shared memory")),
+    (90, 8, 168, 227 * 1024, (1, "registers")),
+    (90, 1, 16, 0, (32, "blocks")),
+])
+def test_blocks_per_multiprocessor(arch, warps, registers, shared, expected):
+    assert sass.blocks_per_multiprocessor(arch, warps, registers, shared) == expected
+
+
+def test_tensor_memory_limits_blocks():
+    assert sass.blocks_per_multiprocessor(100, 4, 32, 0, tensor_memory_columns=256) == (2, "tensor memory")
+
+
+def test_instructions_are_told_apart():
+    text = """
+      @!P1 LDG.E.128 R4, desc[UR6][R16.64] ;    LDG.E.U16 R1, [R2] ;    LDG.E.EL.64.CONSTANT R3, [R2] ;
+           LDG.E R1, [R2] ;    LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2] ;    LDGDEPBAR ;    STG.E.ENL2.256 [R2], R8, R12 ;
+           UTMALDG.2D [UR8], [UR4] ;    REDUX.SUM UR4, R3 ;
+           HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;    UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;
+           HMMA.16816.F32.BF16 R4, R8, R12, R4 ;    STL.64 [R1], R2 ;
+    """
+    assert sass._accesses(text) == {"LDG.128": 1, "LDG.16": 1, "LDG.64": 1, "LDG.32": 1, "LDGSTS.128": 1, "STG.256": 1,
+                                    "UTMALDG": 1}
+    assert sass.MATRIX.findall(text) == ["HGMMA", "UTCHMMA", "HMMA"]
+    assert len(sass.SPILL.findall(text)) == 1
+
+
+# -- cases and fake tensors ------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*{c.operator + c.variant: c for c in cases.full()}.values()], ids=str)
+def test_cases_are_calls_the_definitions_accept(case):
+    from kernels import reference
+
+    small = {"attention_qkv": (2, 9, 2, 8), "linear_cross_entropy": (6, 8, 11)}.get(case.operator, (6, 8))
+    case = Case(case.operator, small, case.dtype, case.variant)
+    args = cases.arguments(case)
+    phases = dict(cases.run(getattr(reference, case.operator), args, cases.options(case)))
+    assert list(phases) == ["forward", "gradients", "backward"]
+    assert [g.shape for g in phases["backward"]] == [a.shape for a in cases.leaves(args)]
+
+
+def test_offline_hands_over_launches_and_counts_pytorchs_own_bytes():
+    launches, bytes_by_torch = [], {}
+    with offline((9, 0), lambda *launch: launches.append(launch), bytes_by_torch.__setitem__):
+        assert launch.capability(torch.device("cpu")) == (9, 0)
+        x = torch.empty(2**20, 2**20, dtype=torch.bfloat16)  # 2 TB, were it real
+        bytes_by_torch.clear()
+        x[1:].t()
+        assert not bytes_by_torch, "a view moves nothing"
+        x[:1].contiguous(), x[:, :1].contiguous()
+        assert bytes_by_torch == {"aten::clone": 2**22}, "read and write of 2 MB; a single row is contiguous already"
+        _copy[(7,)](x[0, 3:], x[0], 5, BLOCK=8)
+    (kernel, grid, args, kwargs), = launches
+    assert kernel is _copy and grid == (7,) and args[2] == 5 and kwargs == {"BLOCK": 8}
+    assert args[0].dtype == torch.bfloat16 and args[0].data_ptr() - args[1].data_ptr() == 6
+
+
+# -- counting bytes ----------------------------------------------------------------
+
+
+@triton.jit
+def _copy(x, y, N, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    offsets = tl.program_id(0) * N + cols
+    tl.store(y + offsets, tl.load(x + offsets, mask=cols < N, other=0.0), mask=cols < N)
+
+
+@triton.jit
+def _copy_after_two_looks(x, y, N, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    offsets = tl.program_id(0) * N + cols
+    top = tl.max(tl.load(x + offsets, mask=cols < N, other=0.0).to(tl.float32))
+    tl.store(y + offsets, tl.load(x + offsets, mask=cols < N, other=0.0) - top, mask=cols < N)
+
+
+@triton.jit
+def _copy_columns(x, y, M, N, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    offsets = rows * N + tl.program_id(0)
+    tl.store(y + offsets, tl.load(x + offsets, mask=rows < M, other=0.0), mask=rows < M)
+
+
+CASE = Case("layernorm", (8192, 768), variant="nobias")  # 12 MB: more than is taken to stay in L2
+needs_interpreter = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counted in the interpreter")
+
+
+def ratios(forward):
+    """What the forward phase of CASE requests and moves over its floor when `forward(x)` computes it."""
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w):
+            return forward(x)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy, dy.new_zeros(CASE.shape[1], dtype=torch.float32)
+
+    row = traffic(CASE, [(9, 0)], Operator.apply)[0]
+    return round(row["requested_over_floor"], 2), round(row["moved_over_floor"], 2)
+
+
+def launched(kernel, width=4096, block=None):
+    """The operator that copies x by `kernel`, in rows of `width` elements, one program a row."""
+    def forward(x):
+        y = torch.empty_like(x)
+        kernel[(x.numel() // width,)](x, y, width, BLOCK=block or width)
+        return y
+    return forward
+
+
+@needs_interpreter
+def test_one_read_and_one_write_is_the_floor():
+    assert ratios(launched(_copy)) == (1.0, 1.0)
+
+
+@needs_interpreter
+def test_a_second_look_at_what_a_program_just_read_is_requested_but_not_moved():
+    assert ratios(launched(_copy_after_two_looks)) == (1.5, 1.0)
+
+
+@needs_interpreter
+def test_a_second_look_beyond_a_programs_share_of_the_cache_is_moved():
+    assert ratios(launched(_copy_after_two_looks, width=2**19)) == (1.5, 1.5)
+
+
+@needs_interpreter
+def test_a_second_kernel_moves_everything_again():
+    assert ratios(lambda x: launched(_copy)(launched(_copy)(x))) == (2.0, 2.0)
+
+
+@needs_interpreter
+def test_a_copy_by_pytorch_counts():
+    assert ratios(lambda x: launched(_copy)(x.clone())) == (2.0, 2.0)
+
+
+@needs_interpreter
+def test_columns_move_whole_sectors():
+    def forward(x):
+        y = torch.empty_like(x)
+        _copy_columns[(x.shape[1],)](x, y, *x.shape, BLOCK=x.shape[0])
+        return y
+    assert ratios(forward) == (1.0, 16.0), "a sector of 32 bytes for each element of 2"
+
+
+@needs_interpreter
+def test_masked_elements_do_not_count():
+    assert ratios(launched(_copy, width=768, block=1024)) == (1.0, 1.0)
+
+
+def test_the_window_forgets():
+    window = Window(96)  # three sectors of 32 bytes
+    first, second = torch.tensor([7, 8]).numpy(), torch.tensor([8, 9]).numpy()
+    assert window.misses(first).tolist() == [7, 8] and window.misses(first).tolist() == []
+    assert window.misses(second).tolist() == [9]
+    assert window.misses(first).tolist() == [7], "8 is still there, 7 is not"
+
+
+def test_floors():
+    assert floor_bytes(Case("layernorm", (100, 10)))["forward"] == 2 * 100 * 10 * 2 + 2 * 10 * 4
+    assert floor_bytes(Case("add_layernorm", (100, 10)))["backward"] == 4 * 100 * 10 * 2 + 3 * 10 * 4
+    wide = floor_bytes(Case("add_layernorm", (100, 10), torch.bfloat16, "fp32 residual"))
+    assert wide["forward"] == 100 * 10 * (2 + 4 + 4 + 2) + 80
+    assert floor_bytes(Case("cross_entropy", (100, 50))) == {"forward + backward": 2 * 100 * 50 * 2 + 800}

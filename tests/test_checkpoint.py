@@ -1,0 +1,167 @@
+"""Saves that die, disks that fill, files that rot: the last whole checkpoint stays, and is the one that is used."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt import GPT
+from gpt.pretrained import find_checkpoint, verify, whole_checkpoints
+from train import checkpoint, run
+from train.checkpoint import TEMPORARY
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def trained(tiny_flags):
+    """A finished run of 12 steps: its flags and its folder."""
+    assert run.main(tiny_flags) == 0
+    return tiny_flags, Path(next(f for f in tiny_flags if f.startswith("--out_dir=")).partition("=")[2])
+
+
+def test_a_save_that_died_does_not_count(trained):
+    """What kill -9 in the middle of a save leaves: a temporary folder, with anything in it, and never a DONE in place."""
+    flags, folder = trained
+    dead = folder / f"{TEMPORARY}16"
+    dead.mkdir()
+    (dead / "model.safetensors").write_bytes(b"half")
+    (folder / "step-00000016").mkdir()
+    (folder / "step-00000016" / "model.safetensors").write_bytes(b"half")
+    assert find_checkpoint(folder).name == "step-00000012"
+    assert run.main([*flags, "--init_from=resume", "--max_iters=16"]) == 0
+    assert find_checkpoint(folder).name == "step-00000016"
+    verify(find_checkpoint(folder))
+    assert not dead.exists()
+
+
+def test_a_kill_at_each_moment_of_a_save_leaves_a_whole_checkpoint(trained):
+    """The process dies (os._exit) before each single fsync and rename of the save of step 16."""
+    flags, folder = trained
+    code = """
+import os, sys
+from pathlib import Path
+from train import checkpoint, run
+moments, real_flush, real_rename = int(sys.argv[1]), checkpoint._flush, Path.rename
+def counted(real):
+    def call(*args):
+        global moments
+        if moments == 0: os._exit(9)
+        moments -= 1
+        return real(*args)
+    return call
+checkpoint._flush, Path.rename = counted(real_flush), counted(real_rename)
+sys.exit(run.main(sys.argv[2:]))
+"""
+    deaths = 0
+    for moment in range(0, 12, 3):
+        done = subprocess.run([sys.executable, "-c", code, str(moment), *flags, "--init_from=resume", "--max_iters=13"],
+                              capture_output=True, text=True, cwd="/")
+        deaths += done.returncode == 9
+        newest = find_checkpoint(folder)
+        verify(newest)
+        assert newest.name in ("step-00000012", "step-00000013")
+    assert deaths >= 2
+
+
+def test_a_full_disk_is_said_and_loses_nothing(trained, capsys):
+    """A file size limit stands in for the full disk: the write fails in the same place, with the real error."""
+    flags, folder = trained
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "step-" in str(p)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        code = run.main([*flags, "--init_from=resume", "--max_iters=16"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1
+    assert "checkpoint of step 16" in err and "not written" in err and "step-00000012" in err
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "step-" in str(p)} == before
+    assert not list(folder.glob(f"{TEMPORARY}*"))
+
+
+def test_a_flipped_byte_is_found(trained, capsys):
+    flags, folder = trained
+    file = whole_checkpoints(folder)[-1] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors: damaged"):
+        GPT.from_checkpoint(folder)
+    assert run.main([*flags, "--init_from=resume", "--max_iters=16"]) == 2
+    assert "model.safetensors: damaged" in capsys.readouterr().err
+    file.write_bytes(content[:100])
+    with pytest.raises(ValueError, match="100 bytes, was written with"):
+        GPT.from_checkpoint(folder)
+
+
+def test_another_architecture_is_refused_with_both_values(trained, capsys):
+    flags, folder = trained
+    before = sorted(folder.rglob("*"))
+    assert run.main([*flags, "--init_from=resume", "--n_layer=3", "--max_iters=16"]) == 2
+    assert "another architecture: n_layer is 2 there and 3 here" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_new_run_does_not_write_over_an_old_one(trained, capsys):
+    flags, folder = trained
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert run.main(flags) == 2
+    assert "already holds a run (step-00000012)" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_nothing_to_resume_is_said(tiny_flags, tmp_path, capsys):
+    assert run.main([*tiny_flags, "--init_from=resume"]) == 2
+    assert "does not exist; train one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_changed_is_named_on_resume(trained, capsys):
+    flags, _ = trained
+    assert run.main([*flags, "--init_from=resume", "--max_iters=14", "--grad_clip=0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "max_iters was 12, is 14" in said and "grad_clip was 1.0, is 0.5" in said
+
+
+def test_the_last_the_best_and_every_mth_are_kept(tiny_flags, tmp_path):
+    assert run.main([*tiny_flags, "--eval_interval=1", "--keep_last=2", "--keep_every=5"]) == 0
+    kept = {int(f.name[5:]) for f in whole_checkpoints(tmp_path / "out")}
+    losses = {e["iter"]: e["val/loss"] for e in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+              if "val/loss" in e}
+    best = min(range(1, 13), key=losses.get)
+    assert kept == {11, 12, 5, 10, best}
+
+
+def test_only_better_ones_are_saved_when_asked(tiny_flags, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.5, 2.7, 2.4])
+    monkeypatch.setattr("train.loop.evaluate", lambda run: {"train": 1.0, "val": next(losses)})
+    assert run.main([*tiny_flags, "--always_save_checkpoint=False", "--keep_last=9"]) == 0
+    assert [f.name for f in whole_checkpoints(tmp_path / "out")] == ["step-00000004", "step-00000012"]
+
+
+def test_checkpoint_keys_are_nanogpts_and_the_same_when_compiled(trained):
+    _, folder = trained
+    names = set(GPT.from_checkpoint(folder).state_dict()) - {"lm_head.weight"}
+    from safetensors import safe_open
+
+    with safe_open(find_checkpoint(folder) / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == names
+    assert "transformer.h.0.attn.c_attn.weight" in names and not any("_orig_mod" in n for n in names)
+    model = GPT.from_checkpoint(folder)
+    model.compile()
+    assert {n for n, _ in model.named_parameters()} == names
+
+
+def test_loaded_model_is_the_trained_one(trained):
+    _, folder = trained
+    a, b = GPT.from_checkpoint(folder), GPT.from_checkpoint(find_checkpoint(folder))
+    idx = torch.randint(29, (1, 8))
+    assert torch.equal(a.predict(idx), b.predict(idx))
+    assert a.lm_head.weight is a.transformer["wte"].weight
+    assert checkpoint.read_state(find_checkpoint(folder))["step"] == 12

@@ -1,0 +1,173 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt import GPT, SIZES, GPTConfig
+from gpt.flops import PEAK_TFLOPS, flops_per_token, matmul_params, mfu
+from gpt.generate import generate, sample_token
+from kernels import load
+
+PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+TINY = GPTConfig(block_size=16, vocab_size=65, n_layer=3, n_head=2, n_embd=32)
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return GPT(replace(TINY, **changes))
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_sizes_have_the_published_parameters(size):
+    with torch.device("meta"):
+        model = GPT(SIZES[size])
+    assert model.num_params() == PUBLISHED[size]
+    assert model.num_params(non_embedding=True) == matmul_params(SIZES[size])
+
+
+def test_loss_at_the_start_is_that_of_a_guess():
+    model, idx = tiny(), torch.randint(65, (8, 16))
+    assert abs(model(idx, idx.roll(1)).item() - math.log(65)) < 0.1
+
+
+def test_residual_projections_start_smaller():
+    """GPT-2 divides by sqrt(2 * n_layer) what is added to the residual stream that often."""
+    model = tiny(n_embd=128, n_layer=4)
+    assert abs(model.transformer["h"][1].mlp.c_fc.weight.std().item() - 0.02) < 1e-3
+    assert abs(model.transformer["h"][1].mlp.c_proj.weight.std().item() - 0.02 / math.sqrt(8)) < 1e-3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_suites_agree_in_loss_and_gradients(bias):
+    ours = tiny(bias=bias)
+    defined = GPT(ours.config, load("reference"))
+    defined.load_state_dict(ours.state_dict())
+    idx, targets = torch.randint(65, (2, 2, 11))
+    for model in (ours, defined):
+        model(idx, targets).backward()
+    for (name, p), q in zip(ours.named_parameters(), defined.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def test_no_token_sees_its_future():
+    model = tiny()
+    x = torch.randn(1, 10, 32, requires_grad=True)
+    model.transformer["wte"].forward = lambda idx: x
+    for t in range(10):
+        (grad,) = torch.autograd.grad(model.features(torch.zeros(1, 10, dtype=torch.long))[0, t] @ torch.arange(32.0), x)
+        assert (grad[0, t + 1 :] == 0).all()
+        assert (grad[0, : t + 1] != 0).any(-1).all()
+
+
+def test_documents_do_not_see_each_other():
+    model, idx = tiny(), torch.randint(65, (1, 12))
+    starts = torch.tensor([[0] * 5 + [5] * 7], dtype=torch.int32)
+    other = idx.clone()
+    other[0, :5] = (other[0, :5] + 1) % 65
+    torch.testing.assert_close(model.features(idx, starts)[0, 5:], model.features(other, starts)[0, 5:], rtol=0, atol=0)
+    assert not torch.equal(model.features(idx)[0, 5:], model.features(other)[0, 5:])
+
+
+def test_predict_gives_all_logits_or_the_last():
+    model, idx = tiny(), torch.randint(65, (2, 7))
+    assert model.predict(idx).shape == (2, 7, 65)
+    torch.testing.assert_close(model.predict(idx, False), model.predict(idx, True)[:, -1:])
+    losses = torch.nn.functional.cross_entropy(model.predict(idx).flatten(0, 1), idx.flatten())
+    torch.testing.assert_close(model(idx, idx), losses)
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 16, 20])
+def test_greedy_text_is_the_same_with_and_without_cache(prompt):
+    """Across the end of the window too, where positions shift and the cache no longer holds."""
+    model = tiny().double()
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(65, 32, dtype=torch.double))  # a tied one repeats its input
+    idx = torch.randint(65, (2, prompt))
+    cached, defined = (torch.cat([*generate(model, idx, 30, temperature=0, cached=c)], 1) for c in (True, False))
+    assert torch.equal(cached, defined)
+    assert len(cached.unique()) > 2
+
+
+def test_generate_keeps_the_prompt_and_the_mode():
+    model, idx = tiny(dropout=0.5), torch.randint(65, (2, 4))
+    model.train()
+    out = model.generate(idx, 6, temperature=0)
+    assert out.shape == (2, 10) and torch.equal(out[:, :4], idx) and model.training
+    assert torch.equal(out, model.generate(idx, 6, temperature=0))
+
+
+def test_the_cache_is_allocated_once(monkeypatch):
+    made = []
+    monkeypatch.setattr("gpt.generate.KVCache.__init__", lambda self, *a, init=__import__("gpt.generate").generate.KVCache.__init__:
+                        (made.append(1), init(self, *a))[1])
+    list(generate(tiny(), torch.randint(65, (1, 3)), 10))
+    assert len(made) == 1
+
+
+def test_padding_of_the_vocabulary_is_never_sampled():
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[40:] = 100 * model.lm_head.weight[:1]  # would always win
+    out = torch.cat([*generate(model, torch.randint(40, (4, 3)), 20, n_tokens=40)], 1)
+    assert out.max() < 40
+
+
+def test_sampling_filters():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).repeat(2000, 1)
+    torch.manual_seed(0)
+    p = logits[0].softmax(-1)
+    drawn = sample_token(logits, 1.0, None, None).flatten().bincount(minlength=4) / 2000
+    torch.testing.assert_close(drawn, p, atol=0.04, rtol=0)
+    assert set(sample_token(logits, 1.0, 2, None).flatten().tolist()) == {0, 1}
+    assert set(sample_token(logits, 1.0, 1, None).flatten().tolist()) == {0}
+    assert set(sample_token(logits, 0.0, None, None).flatten().tolist()) == {0}
+    assert set(sample_token(logits, 1.0, None, p[0].item() - 0.01).flatten().tolist()) == {0}
+    assert set(sample_token(logits, 1.0, None, p[0].item() + 0.01).flatten().tolist()) == {0, 1}
+    assert set(sample_token(logits, 1.0, 3, 1.0).flatten().tolist()) == {0, 1, 2}
+
+
+def test_bad_sampling_and_lengths_are_named():
+    model, idx = tiny(), torch.randint(65, (1, 3))
+    for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(ValueError, match="must be at least 0"):
+            model.generate(idx, 2, **bad)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        model.generate(idx[:, :0], 2)
+    with pytest.raises(ValueError, match="17 tokens, block_size is 16"):
+        model.predict(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_cropping_leaves_short_inputs_alone():
+    model, idx = tiny(), torch.randint(65, (2, 8))
+    before = model.predict(idx)
+    model.crop_block_size(8)
+    assert model.config.block_size == 8
+    torch.testing.assert_close(model.predict(idx), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="block_size=9: the model has 8"):
+        model.crop_block_size(9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_flop_formulas_match_torch(size):
+    """causal within 0.5 % of FlopCounterMode, which counts whole attention matrices: half of them is taken off."""
+    config = replace(SIZES[size], vocab_size=50304)
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model, idx = GPT(config, load("reference")), torch.zeros(1, 1024, dtype=torch.long)
+        model(idx, idx).backward()
+    counted = counter.get_total_flops() / 1024
+    L, d, T = config.n_layer, config.n_embd, 1024
+    assert abs(flops_per_token(config)["palm"] / counted - 1) < 0.005
+    assert abs(flops_per_token(config)["causal"] / (counted - 6 * L * d * T) - 1) < 0.01
+
+
+def test_mfu_by_hand_and_its_limits():
+    config = replace(SIZES["gpt2"], vocab_size=50304)
+    assert flops_per_token(config)["palm"] / 1e6 == pytest.approx(855.4, abs=0.05)
+    assert flops_per_token(config)["causal"] / 1e6 == pytest.approx(803.5, abs=0.05)
+    assert mfu(config, 650_000, "NVIDIA H200")["mfu_palm"] == pytest.approx(0.562, abs=0.001)
+    assert mfu(config, 650_000, "some other GPU") == {"mfu_palm": None, "mfu_causal": None}
+    with pytest.raises(ValueError, match="above 100 %"):
+        mfu(config, 2_000_000, "NVIDIA H200")
+    assert set(PEAK_TFLOPS.values()) == {989.5, 312.0}

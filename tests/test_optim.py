@@ -1,0 +1,66 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gpt import GPT, GPTConfig
+from train import optim
+from train.config import OptimConfig
+
+
+def one_step(c):
+    """A matrix and a vector of ones with gradient 0.5, after one step of c; what the matrix and the vector became."""
+    model = nn.Linear(1, 1)
+    nn.init.ones_(model.weight), nn.init.ones_(model.bias)
+    optimizer = optim.build(model, c)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    optimizer.step()
+    return model.weight.item(), model.bias.item()
+
+
+def test_adamw_step_by_hand():
+    """The first step of Adam is lr * sign(g); the matrix decays by lr * weight_decay beforehand, the vector does not."""
+    matrix, vector = one_step(OptimConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.2))
+    assert matrix == pytest.approx(1 * (1 - 0.1 * 0.2) - 0.1, abs=1e-6)
+    assert vector == pytest.approx(1 - 0.1, abs=1e-6)
+
+
+def test_adam_step_by_hand():
+    assert one_step(OptimConfig(optimizer="adam", learning_rate=0.1, weight_decay=0.2)) == pytest.approx((0.9, 0.9), abs=1e-6)
+
+
+def test_sgd_steps_by_hand():
+    """Two steps with momentum 0.5: g, then g + 0.5 g, and weight decay in the matrix's gradient."""
+    c = OptimConfig(optimizer="sgd", learning_rate=0.1, weight_decay=0.2, momentum=0.5)
+    model = nn.Linear(1, 1)
+    nn.init.ones_(model.weight), nn.init.ones_(model.bias)
+    optimizer = optim.build(model, c)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+    assert model.bias.item() == pytest.approx(1 - 0.1 * 0.5 - 0.1 * (0.5 + 0.25), abs=1e-6)
+    first = 0.5 + 0.2 * 1
+    second = 0.5 + 0.2 * (1 - 0.1 * first) + 0.5 * first
+    assert model.weight.item() == pytest.approx(1 - 0.1 * first - 0.1 * second, abs=1e-6)
+
+
+def test_matrices_decay_and_the_rest_does_not():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, bias=True))
+    decay, rest = optim.build(model, OptimConfig()).param_groups
+    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
+    assert len(decay["params"]) == 2 + 4 * 2  # both embeddings, four matrices a layer; the tied head is not counted twice
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_learning_rate_by_hand():
+    c = OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109)
+    assert optim.learning_rate(0, c) == pytest.approx(0.1)
+    assert optim.learning_rate(8, c) == pytest.approx(0.9)
+    assert optim.learning_rate(9, c) == pytest.approx(1.0)
+    assert optim.learning_rate(34, c) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert optim.learning_rate(59, c) == pytest.approx(0.55)
+    assert optim.learning_rate(109, c) == optim.learning_rate(10**6, c) == pytest.approx(0.1)
+    assert optim.learning_rate(5, OptimConfig(learning_rate=0.3, decay_lr=False)) == 0.3

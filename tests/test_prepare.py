@@ -1,0 +1,175 @@
+"""The prepare.py of every data set: counts, the same files every time, and one line for what is wrong."""
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import small
+from data.python_stdlib import prepare as python_stdlib
+from data.shakespeare_char import prepare as shakespeare_char
+from data.tokenizer import load_tokenizer, read_meta
+from data.tokens import open_split
+
+ROOT = Path(__file__).parents[1]
+TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+needs_text = pytest.mark.skipif(not TEXT.exists(), reason="the text of tiny Shakespeare is not on this machine")
+
+
+@pytest.fixture
+def closed_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(small.urllib.request, "urlopen", refuse)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def run(set_name, *options, cwd):
+    """Run a data set's prepare.py as a user does; its exit code, stdout and stderr."""
+    script = str(ROOT / "data" / set_name / "prepare.py")
+    done = subprocess.run([sys.executable, script, *options], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+# -- shakespeare_char ----------------------------------------------------------------
+
+
+@needs_text
+def test_tiny_shakespeare_has_its_counts(tmp_path, closed_network, capsys):
+    shakespeare_char.main(TEXT, tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        "length of dataset in characters: 1,115,394", "vocab size: 65", "train has 1,003,854 tokens",
+        "val has 111,540 tokens"]
+    train, val = (np.fromfile(tmp_path / f"{split}.bin", np.uint16) for split in ("train", "val"))
+    assert (len(train), len(val)) == (1_003_854, 111_540)
+    tokenizer = load_tokenizer(read_meta(tmp_path))
+    assert tokenizer.decode(np.concatenate([train, val]).tolist()) == TEXT.read_text()
+    assert pickle.loads((tmp_path / "meta.pkl").read_bytes())["stoi"]["z"] == 64
+
+
+def test_any_text_goes_and_gives_the_same_files_each_time(tmp_path, closed_network):
+    (tmp_path / "mine.txt").write_bytes("日本語\r\nétude 🙂\n".encode())
+    for out in ("a", "b"):
+        shakespeare_char.main(tmp_path / "mine.txt", tmp_path / out)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    ids = [i for split in ("train", "val") for i in np.fromfile(tmp_path / "a" / f"{split}.bin", np.uint16).tolist()]
+    assert load_tokenizer(read_meta(tmp_path / "a")).decode(ids) == "日本語\r\nétude 🙂\n"
+
+
+@pytest.mark.parametrize("content, says", [(None, "No such file"), (b"", "holds no text"),
+                                           (b"ab\xff", "not UTF-8 at byte 2")])
+def test_a_bad_input_is_one_line_and_exit_code_2(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "in.txt").write_bytes(content)
+    code, _, errors = run("shakespeare_char", "--input=in.txt", "--out=out", cwd=tmp_path)
+    assert code == 2 and says in errors and errors.count("\n") == 1 and "in.txt" in errors
+    assert not (tmp_path / "out").exists()
+
+
+class Answer:
+    """What urlopen gives for `content`; it raises `content` where that is an error."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __call__(self, url, timeout):
+        if isinstance(self.content, Exception):
+            raise self.content
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self):
+        return self.content
+
+
+@pytest.mark.parametrize("answer, says", [(small.urllib.error.URLError("no route"), r"cannot be had \(no route\)"),
+                                          (TimeoutError("timed out"), r"cannot be had \(timed out\)"),
+                                          (b"404: Not Found", "14 bytes with the wrong SHA-256")])
+def test_without_text_and_network_nothing_is_written(tmp_path, monkeypatch, answer, says):
+    monkeypatch.setattr(small.urllib.request, "urlopen", Answer(answer))
+    with pytest.raises(ValueError, match=f"{says}.*give"):
+        shakespeare_char.main(None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_downloaded_once_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "_TINY_SHAKESPEARE_SHA256", hashlib.sha256(b"to be\n").hexdigest())
+    monkeypatch.setattr(small.urllib.request, "urlopen", Answer(b"to be\n"))
+    shakespeare_char.main(None, tmp_path)
+    first = contents(tmp_path)
+    monkeypatch.setattr(small.urllib.request, "urlopen", Answer(OSError("unplugged")))
+    shakespeare_char.main(None, tmp_path)
+    assert contents(tmp_path) == first and first["input.txt"] == b"to be\n"
+
+
+# -- python_stdlib -------------------------------------------------------------------
+
+
+def test_the_standard_library_becomes_bytes_and_a_second_call_reuses_them(tmp_path):
+    code, out, errors = run("python_stdlib", "--out=std", cwd=tmp_path)
+    assert code == 0, errors
+    assert "vocab size: 256" in out and "train has " in out and "val has " in out
+    first = contents(tmp_path / "std")
+    assert set(first) == {"train.bin", "val.bin", "meta.json", "manifest.json"}
+    train, val = (open_split(tmp_path / "std", split) for split in ("train", "val"))
+    assert len(train) > 5_000_000 and 0.02 < len(val) / len(train) < 0.12
+    assert load_tokenizer(read_meta(tmp_path / "std")).vocab_size == 256
+    again = subprocess.run([sys.executable, "-m", "data.python_stdlib.prepare", "--out=std"], cwd=tmp_path, text=True,
+                           capture_output=True, timeout=60)
+    assert "already made" in again.stdout and again.stdout.count("\n") == 1, again.stderr
+    assert contents(tmp_path / "std") == first
+
+
+@pytest.fixture
+def little_library(tmp_path, monkeypatch):
+    """A standard library of 40 files, and some that must not be taken."""
+    library = tmp_path / "lib"
+    for name in [f"m{i}.py" for i in range(38)] + ["json/a.py", "json/b.py", "test/t.py", "json/tests/t.py", "x.txt",
+                                                   "_sysconfigdata_x.py", "site-packages/s.py", "__pycache__/c.py"]:
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_bytes(f"# {name} \xff\n".encode("latin-1"))
+    monkeypatch.setattr(python_stdlib.sysconfig, "get_path", lambda _: str(library))
+    return library
+
+
+def test_every_file_is_in_one_split(little_library, tmp_path):
+    python_stdlib.main(tmp_path / "out")
+    found = {split: bytes(open_split(tmp_path / "out", split).read(np.array([0]), n)[0].astype(np.uint8))
+             for split, n in ((s, len(open_split(tmp_path / "out", s))) for s in ("train", "val"))}
+    names = sorted([f"m{i}.py" for i in range(38)] + ["json/a.py", "json/b.py"])
+    for split, content in found.items():
+        mine = [name for name in names if python_stdlib.is_validation(name) == (split == "val")]
+        assert content == b"".join(f"# {name} \xff\n".encode("latin-1") for name in mine) and mine
+
+
+def test_a_changed_source_or_output_is_made_again(little_library, tmp_path, capsys):
+    out = tmp_path / "out"
+    python_stdlib.main(out)
+    first = contents(out)
+    (out / "val.bin").write_bytes(b"changed")
+    python_stdlib.main(out)
+    assert contents(out) == first and "already made" not in capsys.readouterr().out
+    (little_library / "m1.py").write_text("# other\n")
+    python_stdlib.main(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert contents(out) != first and manifest["source"]["files"] == 40
+
+
+def test_a_python_without_its_source_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(python_stdlib.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(ValueError, match=r"only 0 \.py files"):
+        python_stdlib.main(tmp_path / "out")

@@ -1,0 +1,125 @@
+"""The definitions against PyTorch's operators in fp64, and the PyTorch suite against the definitions."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import Kernels, load, reference, resolve, torch_ops
+from tests.numerics import DEVICE, assert_as_accurate
+
+
+def randn(*shape, dtype=torch.float64, grad=True):
+    return torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=grad)
+
+
+def qkv(B=2, T=9, H=3, D=8, dtype=torch.float64):
+    return tuple(randn(B, T, H, D, dtype=dtype) for _ in range(3))
+
+
+def test_attention_is_scaled_dot_product_attention():
+    q, k, v = qkv()
+    theirs = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(reference.attention(q, k, v), theirs)
+
+
+def test_window_and_documents_by_hand():
+    """T=4, window 2, documents [0, 1], [2, 3]: who sees whom, written out."""
+    starts = torch.tensor([[0, 0, 2, 2]], dtype=torch.int32)
+    assert reference.visible(4, starts, 2).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
+    assert reference.visible(3, None, 2).int().tolist() == [[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]
+
+
+def test_philox_is_the_published_one():
+    """Known answers of Random123 for philox4x32-10: an all-zero counter and key give 6627e8d5 first."""
+    keep = reference.philox_keep(torch.tensor(0, device=DEVICE), (1, 1, 1, 1), 0x6627E8D5 / 2**32)
+    drop = reference.philox_keep(torch.tensor(0, device=DEVICE), (1, 1, 1, 1), 0x6627E8D6 / 2**32)
+    assert keep.item() and not drop.item()
+
+
+def test_dropout_keeps_the_mean_and_needs_a_seed():
+    q, k, v = qkv(B=1, T=4, D=4)
+    many = [reference.attention(q, k, v, dropout=0.3, seed=torch.tensor(s, device=DEVICE)) for s in range(3000)]
+    assert (torch.stack(many).mean(0) - reference.attention(q, k, v)).abs().max() < 0.1
+    with pytest.raises(ValueError, match="needs seed"):
+        reference.attention(q, k, v, dropout=0.3)
+
+
+def test_norms_are_layer_norm():
+    x, r, w, b = randn(5, 16), randn(5, 16), randn(16), randn(16)
+    torch.testing.assert_close(reference.layernorm(x, w, b), F.layer_norm(x, (16,), w, b))
+    total, y = reference.add_layernorm(x, r, w)
+    torch.testing.assert_close(total, x + r)
+    torch.testing.assert_close(y, F.layer_norm(x + r, (16,), w))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy_ignores_what_is_ignored(reduction):
+    x, w = randn(7, 6), randn(11, 6)
+    targets = torch.tensor([3, -1, 0, 10, -1, 5, 2], device=DEVICE)
+    theirs = F.cross_entropy(x @ w.T, targets, ignore_index=-1, reduction=reduction)
+    torch.testing.assert_close(reference.cross_entropy(x @ w.T, targets, reduction=reduction), theirs)
+    torch.testing.assert_close(reference.linear_cross_entropy(x, w, targets, reduction=reduction), theirs)
+
+
+def test_definitions_switch_autocast_off():
+    """Under bf16 autocast an fp32 definition's error would grow from 4e-7 to 1e-2."""
+    q, k, v = qkv(dtype=torch.float32)
+    x, w = randn(7, 6, dtype=torch.float32), randn(11, 6, dtype=torch.float32)
+    targets = torch.arange(7, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        inside = reference.attention(q, k, v), reference.linear_cross_entropy(x, w, targets)
+    torch.testing.assert_close(inside[0], reference.attention(q, k, v), rtol=0, atol=0)
+    torch.testing.assert_close(inside[1], reference.linear_cross_entropy(x, w, targets), rtol=0, atol=0)
+
+
+def test_torch_suite_is_as_accurate_as_the_definitions():
+    torch.manual_seed(0)
+    starts = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 3, 8], [0] * 9], dtype=torch.int32, device=DEVICE)
+    for options in ({}, {"window": 3}, {"doc_start": starts}, {"doc_start": starts, "window": 2}):
+        ours, defined = partial(torch_ops.attention, **options), partial(reference.attention, **options)
+        assert_as_accurate(ours, defined, qkv(dtype=torch.float32))
+    x, head, targets = randn(7, 16, dtype=torch.float32), randn(11, 16, dtype=torch.float32), torch.tensor([3, -1, 0, 10, -1, 5, 2])
+    assert_as_accurate(torch_ops.linear_cross_entropy, reference.linear_cross_entropy, (x, head, targets.to(DEVICE)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_norms_are_as_accurate_as_the_definitions(dtype):
+    torch.manual_seed(0)
+    x, r, w, b = randn(7, 16, dtype=dtype), randn(7, 16, dtype=torch.float32), *(randn(16, dtype=torch.float32) for _ in "wb")
+    assert_as_accurate(torch_ops.layernorm, reference.layernorm, (x, w, b))
+    assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r, w, b))
+    assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r.to(dtype), w))
+
+
+def test_cpu_attention_dropout_drops_keys_and_keeps_the_mean():
+    q, k, v = (randn(1, 6, 2, 4, grad=False).cpu() for _ in range(3))
+    torch.manual_seed(0)
+    many = torch.stack([torch_ops.attention(q, k, v, dropout=0.3) for _ in range(4000)])
+    assert (many.mean(0) - torch_ops.attention(q, k, v)).abs().max() < 0.12
+    ones = torch_ops.attention(q, k, torch.ones_like(v), dropout=0.3)[0, 0]  # the first query sees one key: all or nothing
+    torch.testing.assert_close(ones, (ones > 0).double() / 0.7)
+
+
+def test_every_suite_has_the_six_operators():
+    for suite in ("reference", "torch"):
+        assert all(callable(f) for f in load(suite))
+    mixed = load("torch", attention="reference")
+    assert isinstance(mixed, Kernels)
+    assert (mixed.attention, mixed.layernorm) == (reference.attention, torch_ops.layernorm)
+
+
+def test_resolver_says_what_it_chose_and_refuses_what_cannot_run(monkeypatch):
+    assert resolve("auto", "cpu")[:3] == ("torch", "torch", "torch")
+    assert "cpu" in str(resolve("auto", "cpu"))
+    assert resolve("torch", "cpu", attention="reference")[:3] == ("reference", "torch", "torch")
+    with pytest.raises(ValueError, match="no such implementation; choose from reference, torch, triton, flash_attn"):
+        resolve("torch", "cpu", attention="nonsense")
+    with pytest.raises(ValueError, match=r"flash_attn needs a CUDA device.*--attention=torch"):
+        resolve("torch", "cpu", attention="flash_attn")
+    with pytest.raises(ValueError, match="choose from reference, torch, triton"):
+        resolve("torch", "cpu", layernorm="flash_attn")
+    monkeypatch.setattr("kernels._interpreting", lambda: False)
+    with pytest.raises(ValueError, match=r"needs a CUDA device.*TRITON_INTERPRET=1"):
+        resolve("triton", "cpu")

