@@ -7,8 +7,8 @@ For each kernel, launch setting and architecture: registers, spills, shared memo
 instructions, the width of global loads and stores (bench/sass.py). For each memory-bound operator: the bytes it moves
 over the fewest possible (bench/traffic.py). A table goes to stdout, everything to a JSON file.
 
-The kernels are compiled by Triton's own launch path: the operators run on fake tensors (bench/offline.py), and what
-they would launch is specialised and compiled exactly as on the device, for a target that a stand-in driver names.
+The kernels are compiled by Triton's own launch path: the operators run on tensors without data (bench/offline.py), and
+what they would launch is specialised and compiled exactly as on the device, for a target named by a stand-in driver.
 """
 
 import os
@@ -27,7 +27,7 @@ from bench.cases import Case
 from bench.offline import name_of, offline
 from bench.timing import ROOT, environment, write_result
 
-MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy")
+MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy", "linear_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
         for case in batch:
             try:
                 with offline(divmod(arch, 10), launched):
-                    deque(cases.run(cases.operator(case, "triton"), cases.arguments(case), cases.options(case)), 0)
+                    deque(cases.run(cases.operator(case, "triton"), cases.arguments(case, "meta"),
+                                    cases.options(case, "meta")), 0)
             except (triton.TritonError, ValueError) as error:
                 error.add_note(f"while compiling {case} for sm_{arch}")
                 raise

@@ -55,7 +55,7 @@ def gpt2(size: str, batch: int = ROWS // T) -> list[Case]:
 
 def quick() -> list[Case]:
     """GPT-2's four sizes."""
-    return [case for size in GPT2 for case in gpt2(size)]
+    return list(dict.fromkeys(case for size in GPT2 for case in gpt2(size)))
 
 
 def full() -> list[Case]:

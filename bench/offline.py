@@ -1,10 +1,10 @@
 """Run the operators with no device, no data and no arithmetic: each kernel launch is handed to a function instead.
 
     with offline((9, 0), launched):             # launched(kernel, grid, args, kwargs)
-        for phase, tensors in cases.run(load("triton").layernorm, cases.arguments(case), {}): ...
+        for phase, tensors in cases.run(load("triton").layernorm, cases.arguments(case, "meta"), {}): ...
 
-The tensors are fake: shapes, dtypes and strides without storage, so logits of 16,384 x 50,304 and their matmuls cost
-nothing, and whatever would read a value on the host (`.item()`) fails. The kernel files are not told.
+The tensors are on PyTorch's "meta" device: shapes, dtypes and strides without data, so logits of 16,384 x 50,304 and
+their matmuls cost nothing, and whatever would read a value on the host (`.item()`) fails. The kernel files are not told.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,13 +22,14 @@ from kernels import launch
 
 NAMESPACE = "ridge"  # of the operators in kernels/
 STORAGE_BITS = 40  # each storage gets an address range of its own, far larger than any of them
-MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148}  # A100, A40, L40, H100 and H200, B200
+# Of the GPU that each capability stands for: A100, A40, L40, H100 and H200, B200.
+MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148}
 FREE = ("empty", "new_empty", "detach", "alias")  # move no bytes, though they make a tensor
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a kernel sees of a fake tensor: a dtype, and an address in the range of its storage."""
+    """What a kernel sees of a tensor without data: a dtype, and an address in the range of its storage."""
 
     dtype: torch.dtype
     address: int
@@ -63,7 +63,7 @@ class Storages:
 
 
 class _Bodies(TorchDispatchMode):
-    """Enters the Python body of our operators, where fake tensors would stop at the declared output shapes.
+    """Enters the Python body of our operators, where PyTorch would stop at the output shapes they declare.
 
     `moved` hears of every other operator that touches memory: its name and the bytes of the tensors in and out.
     """
@@ -99,7 +99,10 @@ def _nbytes(tensor: Tensor) -> int:
 @contextmanager
 def offline(capability: tuple[int, int], launched: Callable,
             moved: Callable[[str, int], None] = lambda name, nbytes: None) -> Iterator[Storages]:
-    """Within it, kernels go to `launched(kernel, grid, args, kwargs)`, chosen as for a device of this capability."""
+    """Within it, kernels go to `launched(kernel, grid, args, kwargs)`, with settings for a device of this capability.
+
+    For tensors on the meta device.
+    """
     from triton.runtime import JITFunction
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -114,6 +117,6 @@ def offline(capability: tuple[int, int], launched: Callable,
             stack.enter_context(patch.object(kind, "run", run))
         stack.enter_context(patch.object(launch, "capability", lambda device: capability))
         stack.enter_context(patch.object(launch, "multiprocessors", lambda device: MULTIPROCESSORS[capability]))
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))  # meta has no autocast
         stack.enter_context(_Bodies(moved))
         yield storages

@@ -4,12 +4,11 @@ Triton's interpreter runs the kernels at their real shapes and launch settings, 
 ones), and only a few programs of each grid, evenly spread; what they load and store is scaled to the whole grid. What
 PyTorch's own operators move on the way (a `.contiguous()`, the sum over partial rows) is added.
 
-Two figures, both over the same floor:
+Two figures, both over the same floor, which is the operator's own: inputs read once, outputs written once.
 requested    every byte that loads and stores ask for.
 moved        what reaches DRAM behind an ideal L2, in sectors of 32 bytes: a program finds again what it touched last, up
-             to its share of the cache, and tensors up to SMALL bytes (parameters, statistics per row, partial sums) stay
-             there for all programs. The share is that of an A100, the smallest, with every multiprocessor full.
-The floor is the operator's own: its inputs read once, its outputs written once.
+             to its share of the cache (all of it, divided by the programs resident at once), and tensors up to SMALL
+             bytes (parameters, statistics per row, partial sums) stay there for all programs.
 """
 
 import math
@@ -23,21 +22,27 @@ from unittest.mock import patch
 import numpy as np
 
 from bench.cases import Case, arguments, operator, options, run
-from bench.offline import STORAGE_BITS, Storages, name_of, offline
+from bench.offline import MULTIPROCESSORS, STORAGE_BITS, name_of, offline
 
 SECTOR = 32  # bytes: what L2 fetches and writes back
-SHARE_PER_WARP = 40 * 2**20 // (108 * 64)  # bytes: 40 MB of L2, 108 multiprocessors, 64 resident warps on each
+L2_BYTES = {(8, 0): 40e6, (8, 6): 6e6, (8, 9): 96e6, (9, 0): 50e6, (10, 0): 126e6}  # of the GPUs in MULTIPROCESSORS
 SMALL = 4 * 2**20  # bytes
 PROGRAMS = 3  # how many programs of a grid are run
 
 
 def floor_bytes(case: Case) -> dict[str, int]:
-    """The fewest bytes each phase can move: inputs once, outputs once. Cross-entropy has one phase, because its
-    gradient takes no second look at the logits."""
+    """The fewest bytes each phase can move: its inputs read once, its outputs written once.
+
+    linear_cross_entropy has matrix products between its kernels, which are not memory-bound: only the kernels count, and
+    their floor is one read of the logits and one write of their gradient, both in its forward.
+    """
     s = case.dtype.itemsize
+    if case.operator == "linear_cross_entropy":
+        M, _, V = case.shape
+        return {"forward": 2 * M * V * s + 8 * M}
     if case.operator == "cross_entropy":
         M, V = case.shape
-        return {"forward + backward": 2 * M * V * s + 8 * M}
+        return {"forward": M * V * s + 8 * M, "backward": 2 * M * V * s + 8 * M}
     M, N = case.shape
     r = 4 if case.variant == "fp32 residual" else s
     parameters = 4 * N * (1 if case.variant == "nobias" else 2)
@@ -47,6 +52,12 @@ def floor_bytes(case: Case) -> dict[str, int]:
     # x, residual, total, y; dy, dtotal, total, d (of both, if their dtypes are one)
     backward = M * N * (s + 3 * r + (s if s != r else 0))
     return {"forward": 2 * M * N * (s + r) + parameters, "backward": backward + 4 * N + parameters}
+
+
+def cache_share(capability: tuple[int, int], programs: int, num_warps: int) -> int:
+    """Bytes of L2 per program, when as many are resident as 64 warps per multiprocessor allow (registers may allow
+    fewer, and leave more to each)."""
+    return int(L2_BYTES[capability] / min(programs, MULTIPROCESSORS[capability] * max(1, 64 // num_warps)))
 
 
 # -- counting one program ------------------------------------------------------
@@ -133,21 +144,19 @@ def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
         yield executor
 
 
-def _launch_bytes(kernel, grid: tuple[int, int, int], args: list, kwargs: dict, storages: Storages) -> tuple[int, int]:
-    """(requested, moved) bytes of one launch."""
+def _launch_bytes(kernel, grid: tuple[int, int, int], args: list, kwargs: dict, nbytes: dict[int, int],
+                  share: int) -> tuple[int, int]:
+    """(requested, moved) bytes of one launch; nbytes are the sizes of the storages, share that of a program in L2."""
     programs = math.prod(grid)
-    if programs == 0:
-        return 0, 0
     count = min(PROGRAMS, programs)
     chosen = [(2 * i + 1) * programs // (2 * count) for i in range(count)]
-    tally = Tally(SHARE_PER_WARP * kwargs.get("num_warps", 4))
+    tally = Tally(share)
     with _counting(tally, grid, chosen) as executor, np.errstate(all="ignore"):
         executor(kernel.rewrite(), kernel.arg_names, (count,))(*args, **kwargs)
     scale = programs / count
     moved = 0.0
     for (storage, _), missed in tally.missed.items():
-        nbytes = storages.nbytes[storage]
-        moved += min(missed * scale, nbytes) if nbytes <= SMALL else missed * scale
+        moved += min(missed * scale, nbytes[storage]) if nbytes[storage] <= SMALL else missed * scale
     return round(tally.requested * scale), round(moved)
 
 
@@ -164,11 +173,11 @@ def traffic(case: Case, capabilities: list[tuple[int, int]], fn: Callable | None
     rows = []
     for capability in capabilities:
         phases = _phases(case, capability, fn, known)
-        rows += [_row(case, capability, phase, floor, phases) for phase, floor in floor_bytes(case).items()]
+        rows += [_row(case, capability, phase, floor, phases[phase]) for phase, floor in floor_bytes(case).items()]
     return rows
 
 
-def _phases(case: Case, capability: tuple[int, int], fn: Callable, known: dict) -> dict[str, dict]:
+def _phases(case: Case, capability: tuple[int, int], fn: Callable, known: dict) -> dict[str, dict[str, tuple[int, int]]]:
     """Of each phase, the (requested, moved) bytes by kernel."""
     counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
 
@@ -178,14 +187,20 @@ def _phases(case: Case, capability: tuple[int, int], fn: Callable, known: dict) 
     def launched(kernel, grid, args, kwargs):
         if callable(grid):
             grid = grid(dict(zip(kernel.arg_names, args)) | kwargs)
-        key = repr((name_of(kernel), grid, args, kwargs, storages.nbytes))
-        if key not in known:
-            known[key] = _launch_bytes(kernel, (*grid, 1, 1)[:3], args, kwargs, storages)
-        add(name_of(kernel), *known[key])
+        if programs := math.prod(grid):
+            share = cache_share(capability, programs, kwargs.get("num_warps", 4))
+            key = repr((name_of(kernel), grid, args, kwargs, storages.nbytes, share))
+            if key not in known:
+                known[key] = _launch_bytes(kernel, (*grid, 1, 1)[:3], args, kwargs, storages.nbytes, share)
+            add(name_of(kernel), *known[key])
+
+    def by_torch(name, nbytes):
+        if case.operator != "linear_cross_entropy":
+            add(name, nbytes, nbytes)
 
     phases = {}
-    with offline(capability, launched, lambda name, nbytes: add(name, nbytes, nbytes)) as storages:
-        steps = run(fn, arguments(case), options(case))
+    with offline(capability, launched, by_torch) as storages:
+        steps = run(fn, arguments(case, "meta"), options(case, "meta"))
         counts.clear()
         for phase, _ in steps:
             phases[phase] = dict(counts)
@@ -193,11 +208,7 @@ def _phases(case: Case, capability: tuple[int, int], fn: Callable, known: dict) 
     return phases
 
 
-def _row(case: Case, capability: tuple[int, int], phase: str, floor: int, phases: dict) -> dict:
-    by_kernel: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for name in phase.split(" + "):
-        for kernel, (requested, moved) in phases[name].items():
-            by_kernel[kernel] = by_kernel[kernel][0] + requested, by_kernel[kernel][1] + moved
+def _row(case: Case, capability: tuple[int, int], phase: str, floor: int, by_kernel: dict[str, tuple[int, int]]) -> dict:
     requested, moved = (sum(part) for part in zip(*by_kernel.values(), strict=True))
     return {
         "case": str(case), "operator": case.operator, "phase": phase, "arch": capability[0] * 10 + capability[1],

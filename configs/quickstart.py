@@ -1,16 +1,16 @@
 """A byte-level GPT on Python's own source, in about a minute on two CPU cores.
 
-1,000 steps x 32 sequences x 64 bytes = 2 MB read. Prepare: `python data/python_stdlib/prepare.py`.
+1,000 steps x 16 sequences x 64 bytes = 1 MB read. Prepare: `python data/python_stdlib/prepare.py`.
 """
 
 from gpt.config import GPTConfig
 from train.config import Config, DataConfig, OptimConfig, RunConfig
 
 config = Config(
-    model=GPTConfig(block_size=64, vocab_size=0, n_layer=4, n_head=4, n_embd=128),
-    data=DataConfig(dataset="python_stdlib", batch_size=32),
+    model=GPTConfig(block_size=64, vocab_size=0, n_layer=3, n_head=4, n_embd=128),
+    data=DataConfig(dataset="python_stdlib", batch_size=16),
     optim=OptimConfig(
-        learning_rate=2e-3, min_lr=2e-4, max_iters=1000, lr_decay_iters=1000, warmup_iters=50,
+        learning_rate=4e-3, min_lr=4e-4, max_iters=1000, lr_decay_iters=1000, warmup_iters=50,
         gradient_accumulation_steps=1, beta2=0.99,
     ),
     run=RunConfig(out_dir="out-quickstart", eval_interval=250, eval_iters=20, log_interval=50),

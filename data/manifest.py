@@ -14,6 +14,7 @@ from typing import Any
 from data.files import read_json, sha256_of, write_json
 
 NAME = "manifest.json"
+UNFINISHED = "unfinished.json"  # lies in a folder while its files are being made
 # At each start of a run a file up to _WHOLE_BYTES is hashed whole, and of a larger one _PIECES pieces of _PIECE_BYTES:
 # 4 MiB, spread evenly over it.
 _WHOLE_BYTES = 1 << 25
@@ -79,6 +80,7 @@ def _remedy(path: Path) -> str:
 
 def fingerprint(path: Path) -> str:
     """The SHA-256 of pieces spread evenly over the file, from its first bytes to its last; of all of a small file."""
+    size = path.stat().st_size
     if size <= _WHOLE_BYTES:
         return sha256_of(path)
     digest = hashlib.sha256()

@@ -66,7 +66,7 @@ class Files:
         self.text_bytes: int | None = sum(part.text_bytes for part in self._parts)
 
     def describe(self) -> dict[str, Any]:
-        paths = [part.path for part in self._parts]
+        paths = dict.fromkeys(part.path for part in self._parts)
         files = [{"file": path.name, "bytes": path.stat().st_size, "sample": fingerprint(path)} for path in paths]
         return {"files": files, "column": self.column, "documents": self.documents}
 
@@ -76,12 +76,14 @@ class Files:
                 yield from part.read(start)
             start = max(0, start - part.documents)
 
-    def cut_single_text(self, fraction: float) -> None:
-        """Make two documents of a single text file, at the first end of a line in its last `fraction`."""
-        if len(self._parts) == 1 and isinstance(text := self._parts[0], _Text):
-            border = text.line_end(int(text.text_bytes * (1 - fraction)))
-            self._parts = [_Text(text.path, end=border), _Text(text.path, start=border)]
-            self.documents = 2
+    def cut_single_text(self, fraction: float) -> bool:
+        """Make two documents of a text file that is alone, at the first end of a line in its last `fraction`."""
+        if len(self._parts) > 1 or not isinstance(text := self._parts[0], _Text):
+            return False
+        border = text.border(int(text.text_bytes * (1 - fraction)))
+        self._parts = [_Text(text.path, end=border), _Text(text.path, start=border)]
+        self.documents = 2
+        return True
 
 
 def _find(pattern: str) -> list[Path]:
@@ -116,7 +118,8 @@ class _Text:
         with open(self.path, "rb") as file:
             file.seek(self._start)
             while (at := file.tell()) < self._end:
-                block = file.read(min(_PIECE, self._end - at))
+                if not (block := file.read(min(_PIECE, self._end - at))):
+                    raise ValueError(f"{self.path}: cut short while it was read")
                 pending = len(decoder.getstate()[0])
                 try:
                     yield decoder.decode(block, final=file.tell() >= self._end)
@@ -124,11 +127,14 @@ class _Text:
                     raise ValueError(f"{self.path}: not UTF-8 at byte {at - pending + error.start:,}; convert it, e.g. "
                                      "with iconv -t utf-8") from None
 
-    def line_end(self, position: int) -> int:
-        """Where the line that the byte at `position` is in ends."""
+    def border(self, position: int) -> int:
+        """Where the line that the byte at `position` is in ends; where this is the last one, the character it is in."""
         with open(self.path, "rb") as file:
             file.seek(position)
-            return position + len(file.readline())
+            if (end := position + len(file.readline())) < self._end:
+                return end
+            file.seek(position)
+            return position + next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
 
 
 class _Lines:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.files import whole
-from data.manifest import recorded_max_id
+from data.manifest import UNFINISHED, recorded_max_id
 
 DTYPE = np.dtype("<u2")
 HEADER_BYTES = 1024
@@ -128,6 +128,8 @@ def open_tokens(path: str | Path) -> Tokens:
 def open_split(data_dir: str | Path, split: str) -> Tokens:
     """The tokens of `split` ("train", "val") in a folder: SPLIT.bin, or the shards *SPLIT_*.bin as one."""
     single, pattern = Path(data_dir) / f"{split}.bin", f"*{split}_*.bin"
+    if (Path(data_dir) / UNFINISHED).exists():
+        raise ValueError(f"{data_dir}: its preparation is not finished; give the same prepare command again")
     shards = sorted(Path(data_dir).glob(pattern))
     if shards and single.exists():
         raise ValueError(f"{data_dir}: holds both {single.name} and {len(shards)} shards {pattern}; remove one of them")

@@ -94,20 +94,26 @@ class Block(nn.Module):
         return self.mlp(x), residual
 
 
+class Transformer(nn.Module):
+    """The embeddings, the blocks and the last norm: all but the head."""
+
+    def __init__(self, config: GPTConfig, kernels: Kernels):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config, kernels)
+
+
 class GPT(nn.Module):
     """GPT-2. `forward` gives the loss, `predict` the logits, `generate` text."""
 
     def __init__(self, config: GPTConfig, kernels: Kernels | None = None):
         super().__init__()
         self.config, self.kernels = config, kernels or load("torch")
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
-            "h": nn.ModuleList(Block(config, self.kernels) for _ in range(config.n_layer)),
-            "ln_f": LayerNorm(config, self.kernels),
-        })
+        self.transformer = Transformer(config, self.kernels)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
     @torch.no_grad()
@@ -122,19 +128,19 @@ class GPT(nn.Module):
     def num_params(self, non_embedding: bool = False) -> int:
         """Parameters, shared ones once; `non_embedding` leaves out the positions (the token embedding is the head)."""
         n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer["wpe"].weight.numel() if non_embedding else n
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
     def features(self, idx: Tensor, doc_start: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
         """What the head reads, (B, T, C), of token ids idx (B, T)."""
         start = 0 if cache is None else cache.length
         if start + idx.shape[1] > self.config.block_size:
             raise ValueError(f"sequence of {start + idx.shape[1]} tokens, block_size is {self.config.block_size}: crop it")
-        positions = self.transformer["wpe"].weight[start : start + idx.shape[1]]
-        x = F.dropout(self.transformer["wte"](idx) + positions, self.config.dropout, self.training)
+        positions = self.transformer.wpe.weight[start : start + idx.shape[1]]
+        x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)
         residual = None
-        for block in self.transformer["h"]:
+        for block in self.transformer.h:
             x, residual = block(x, residual, doc_start, cache)
-        return self.transformer["ln_f"](x, residual)[1]
+        return self.transformer.ln_f(x, residual)[1]
 
     def forward(self, idx: Tensor, targets: Tensor, *, doc_start: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """The cross-entropy of predicting targets (B, T) from idx (B, T), in nats; target -1 is ignored.
@@ -170,4 +176,4 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size={block_size}: the model has {self.config.block_size} positions, and none can be added")
         self.config = replace(self.config, block_size=block_size)
-        self.transformer["wpe"] = nn.Embedding.from_pretrained(self.transformer["wpe"].weight[:block_size].clone(), freeze=False)
+        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(), freeze=False)

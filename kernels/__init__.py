@@ -107,7 +107,7 @@ def load(kernels: str = "torch", *, attention: str = "", layernorm: str = "", cr
 
     Imports the files it needs, and so triton only for the triton suite. Raises ValueError for an unknown name.
     """
-    operators = {}
+    operators: dict[str, Callable] = {}
     chosen = {"attention": attention, "layernorm": layernorm, "cross_entropy": cross_entropy}
     for family, names in FAMILIES.items():
         suite = chosen[family] or kernels

@@ -1,7 +1,19 @@
-"""Causal flash attention: y = softmax(q k^T / sqrt(D)) v, without the (T, T) matrices. Definition: reference.attention.
+"""Causal flash attention: y = softmax(q k^T / sqrt(D)) v without the (T, T) matrices. Definition: reference.attention.
 
-Shapes: q, k, v, y, y_low, dy, dq, dk, dv (B, T, H, D); lse, delta (B, H, T) fp32. Letters: i a query's position, j a
-key's, m and n the first of a block of each.
+Shapes: q, k, v, y, y_low, dy, dq, dk, dv (B, T, H, D), read and written by strides; lse, delta (B, H, T) fp32; first,
+end (B, T) int32: query i sees the keys first[i] to i, key j is seen by the queries j to end[j] - 1 (None: all).
+Letters: i a query, j a key, m and n the first of a block of each; s scores, p probabilities, ds = p (dp - delta).
+
+Sums are fp32; p and ds are rounded to the inputs' dtype for the matrix units, fp32 inputs are multiplied as fp32. The
+scale and log2(e) sit in the exponent, so lse is in base 2. Saved for backward: the inputs, lse, y, and y_low, what y lost
+when it was rounded. No atomics: dq is summed by the program of its queries, dk and dv by that of their keys, so a
+backward has the same bits in every run, at the price of seven products for five.
+
+Rows whose maximum is repeated (arXiv 2510.04212): rounding y is biased there, and delta = rowsum(dy * y) hands the bias
+to every ds of the row. The paper shifts the maximum, so that no p is 1. Here delta is taken from y + y_low instead, the
+remedy at the source. In an emulation of rows with two equal maxima in bf16, the rms error of delta is 0.021 with y
+alone, 0.087 with the shift (p = 1 is exact, a shifted p is not) and 0.0002 with y_low; the shift also underflows for
+logits beyond 87. y_low costs 4 bytes of traffic per element of y, about 0.6 % of a 124M step.
 """
 
 import torch
@@ -15,6 +27,19 @@ from kernels import launch
 # -- kernels ------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def _interpreted():
+    return triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _dot(a, b, acc=None):
+    """a @ b + acc, summed in fp32. The interpreter would multiply the bits of bf16; widened, the products are the same."""
+    if _interpreted():
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
 @triton.jit
 def _tile(x, strides, head, H, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers (ROWS, BLOCK_D) to rows `start` and on of head `head` (of B * H) of x, whose strides are (B, T, H, 1)."""
@@ -24,58 +49,51 @@ def _tile(x, strides, head, H, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def _inside(start, T, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of the tile exist."""
     return (start + tl.arange(0, ROWS)[:, None] < T) & (tl.arange(0, BLOCK_D)[None, :] < D)
 
 
 @triton.jit
-def _first(doc_start, i, T, window):
-    """The first key that query i sees."""
-    first = tl.maximum(i - window + 1, 0)
-    if doc_start is not None:
-        first = tl.maximum(first, tl.load(doc_start + i, mask=i < T, other=0))
-    return first
+def _bound(bounds, b, position, T):
+    """first or end of positions in sequence b; beyond T, of the last one."""
+    return tl.load(bounds + b.to(tl.int64) * T + tl.minimum(position, T - 1))
 
 
 @triton.jit
-def _end(doc_end, j, T, window):
-    """The first query that no longer sees key j."""
-    end = tl.minimum(j + window, T)
-    if doc_end is not None:
-        end = tl.minimum(end, tl.load(doc_end + j, mask=j < T, other=0))
-    return end
-
-
-@triton.jit
-def _keys(doc_start, m, T, window, LEFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """lo, a, b, hi: queries m to m + BLOCK_M - 1 read the keys from lo to hi, and all see all of those from a to b."""
-    hi = tl.minimum(m + BLOCK_M, T)
-    if LEFT:
-        return _first(doc_start, m, T, window) // BLOCK_N * BLOCK_N, _first(doc_start, hi - 1, T, window), m + 1, hi
-    return 0, 0, m + 1, hi
+def _scores(qs, ks, m, n, firsts, unmasked, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """q k^T, -inf where query m + row may not see key n + column. The mask is a branch, which full blocks skip: with two
+    loops, one masked and one not, ptxas may serialise the matrix units (C7515)."""
+    s = _dot(qs, ks.T)
+    if (n < unmasked) | (n + BLOCK_N > m + 1):
+        i, j = m + tl.arange(0, BLOCK_M)[:, None], n + tl.arange(0, BLOCK_N)[None, :]
+        seen = j <= i
+        if firsts is not None:
+            seen &= j >= firsts[:, None]
+        s = tl.where(seen, s, float("-inf"))
+    return s
 
 
 @triton.jit
 def _keep(seed, i, j, head, DROPPED: tl.constexpr):
-    """Which probabilities survive dropout; see reference.philox_keep."""
-    zero = i * 0 + j * 0
-    word, _, _, _ = tl.philox(tl.load(seed), i + zero, j + zero, head + zero, zero)
+    """Which probabilities survive dropout: all but DROPPED of 2**32 draws. See reference.philox_keep."""
+    i, j = tl.broadcast(i, j)
+    word, _, _, _ = tl.philox(tl.load(seed), i, j, head, 0)
     return word >= DROPPED
 
 
 @triton.jit
-def _forward(q, k, v, doc_start, seed, y, y_low, lse, q_strides, k_strides, v_strides, y_strides, T, H, window,
-             LEFT: tl.constexpr, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _forward(q, k, v, first, seed, y, y_low, lse, q_strides, k_strides, v_strides, y_strides, T, H,
+             DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_N: tl.constexpr):
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // blocks
-    m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows first
-    if doc_start is not None:
-        doc_start += (head // H).to(tl.int64) * T
+    m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest rows of a head first
     i = m + tl.arange(0, BLOCK_M)
-    if LEFT:
-        first = _first(doc_start, i, T, window)
-    lo, a, b, hi = _keys(doc_start, m, T, window, LEFT, BLOCK_M, BLOCK_N)
+    firsts, lo, unmasked, hi = None, 0, 0, tl.minimum(m + BLOCK_M, T)
+    if first is not None:
+        firsts, unmasked = _bound(first, head // H, i, T), _bound(first, head // H, m + BLOCK_M - 1, T)
+        lo = _bound(first, head // H, m, T) // BLOCK_N * BLOCK_N
 
     rows = _inside(m, T, BLOCK_M, D, BLOCK_D)
     qs = tl.load(_tile(q, q_strides, head, H, m, BLOCK_M, BLOCK_D), mask=rows, other=0.0)
@@ -83,31 +101,24 @@ def _forward(q, k, v, doc_start, seed, y, y_low, lse, q_strides, k_strides, v_st
     v_tile = _tile(v, v_strides, head, H, lo, BLOCK_N, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), -1e38, tl.float32)  # finite: a block that hides a whole row must not make inf - inf
+    top = tl.full((BLOCK_M,), -1e38, tl.float32)  # finite: where a block hides a whole row, inf - inf would be nan
     for n in range(lo, hi, BLOCK_N):
         inside = _inside(n, T, BLOCK_N, D, BLOCK_D)
         ks = tl.load(k_tile, mask=inside, other=0.0)
         vs = tl.load(v_tile, mask=inside, other=0.0)
-        s = tl.dot(qs, ks.T, input_precision="ieee")
-        j = n + tl.arange(0, BLOCK_N)
-        if LEFT:
-            if (n < a) | (n + BLOCK_N > b):
-                s = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= first[:, None]), s, float("-inf"))
-        else:
-            if n + BLOCK_N > b:
-                s = tl.where(j[None, :] <= i[:, None], s, float("-inf"))
+        s = _scores(qs, ks, m, n, firsts, unmasked, BLOCK_M, BLOCK_N)
         higher = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
         if DROPPED:
-            p = tl.where(_keep(seed, i[:, None], j[None, :], head, DROPPED), p, 0.0)
-        acc = tl.dot(p.to(vs.dtype), vs, acc * shrink[:, None], input_precision="ieee")
+            p = tl.where(_keep(seed, i[:, None], n + tl.arange(0, BLOCK_N)[None, :], head, DROPPED), p, 0.0)
+        acc = _dot(p.to(vs.dtype), vs, acc * shrink[:, None])
         top = higher
         k_tile += tl.cast(BLOCK_N, tl.int64) * k_strides[1]
         v_tile += tl.cast(BLOCK_N, tl.int64) * v_strides[1]
 
-    acc *= (1 / total * (2**32 / (2**32 - DROPPED)))[:, None]
+    acc *= (2**32 / (2**32 - DROPPED) / total)[:, None]
     ys = acc.to(y.dtype.element_ty)
     tl.store(_tile(y, y_strides, head, H, m, BLOCK_M, BLOCK_D), ys, mask=rows)
     if y_low is not None:
@@ -117,19 +128,19 @@ def _forward(q, k, v, doc_start, seed, y, y_low, lse, q_strides, k_strides, v_st
 
 
 @triton.jit
-def _backward_q(q, k, v, doc_start, seed, y, y_low, lse, dy, dq, delta, q_strides, k_strides, v_strides, y_strides,
-                dy_strides, dq_strides, T, H, window, LEFT: tl.constexpr, DROPPED: tl.constexpr, D: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k_strides, v_strides, y_strides,
+                dy_strides, dq_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dq, and delta for _backward_kv."""
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // blocks
     m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    if doc_start is not None:
-        doc_start += (head // H).to(tl.int64) * T
     i = m + tl.arange(0, BLOCK_M)
-    if LEFT:
-        first = _first(doc_start, i, T, window)
-    lo, a, b, hi = _keys(doc_start, m, T, window, LEFT, BLOCK_M, BLOCK_N)
+    firsts, lo, unmasked, hi = None, 0, 0, tl.minimum(m + BLOCK_M, T)
+    if first is not None:
+        firsts, unmasked = _bound(first, head // H, i, T), _bound(first, head // H, m + BLOCK_M - 1, T)
+        lo = _bound(first, head // H, m, T) // BLOCK_N * BLOCK_N
 
     rows = _inside(m, T, BLOCK_M, D, BLOCK_D)
     dys = tl.load(_tile(dy, dy_strides, head, H, m, BLOCK_M, BLOCK_D), mask=rows, other=0.0)
@@ -148,45 +159,34 @@ def _backward_q(q, k, v, doc_start, seed, y, y_low, lse, dy, dq, delta, q_stride
         inside = _inside(n, T, BLOCK_N, D, BLOCK_D)
         ks = tl.load(k_tile, mask=inside, other=0.0)
         vs = tl.load(v_tile, mask=inside, other=0.0)
-        s = tl.dot(qs, ks.T, input_precision="ieee")
-        dp = tl.dot(dys, vs.T, input_precision="ieee")
-        j = n + tl.arange(0, BLOCK_N)
-        if LEFT:
-            if (n < a) | (n + BLOCK_N > b):
-                s = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= first[:, None]), s, float("-inf"))
-        else:
-            if n + BLOCK_N > b:
-                s = tl.where(j[None, :] <= i[:, None], s, float("-inf"))
-        p = tl.exp2(s * scale - lses[:, None])
+        s = _scores(qs, ks, m, n, firsts, unmasked, BLOCK_M, BLOCK_N)
+        dp = _dot(dys, vs.T)
         if DROPPED:
-            keep = _keep(seed, i[:, None], j[None, :], head, DROPPED)
+            keep = _keep(seed, i[:, None], n + tl.arange(0, BLOCK_N)[None, :], head, DROPPED)
             dp = tl.where(keep, dp * (2**32 / (2**32 - DROPPED)), 0.0)
-        acc = tl.dot((p * (dp - deltas[:, None])).to(ks.dtype), ks, acc, input_precision="ieee")
+        p = tl.exp2(s * scale - lses[:, None])
+        acc = _dot((p * (dp - deltas[:, None])).to(ks.dtype), ks, acc)
         k_tile += tl.cast(BLOCK_N, tl.int64) * k_strides[1]
         v_tile += tl.cast(BLOCK_N, tl.int64) * v_strides[1]
     tl.store(_tile(dq, dq_strides, head, H, m, BLOCK_M, BLOCK_D), (acc * D**-0.5).to(dq.dtype.element_ty), mask=rows)
 
 
 @triton.jit
-def _backward_kv(q, k, v, doc_end, seed, lse, delta, dy, dk, dv, q_strides, k_strides, v_strides, dy_strides,
-                 dk_strides, dv_strides, T, H, window, LEFT: tl.constexpr, DROPPED: tl.constexpr, D: tl.constexpr,
-                 BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """All is transposed: p^T and ds^T come out of the matrix units in the registers from which they go in again."""
+def _backward_kv(q, k, v, end, seed, lse, delta, dy, dk, dv, q_strides, k_strides, v_strides, dy_strides, dk_strides,
+                 dv_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dk and dv. All is transposed: p and ds leave the matrix units in the registers from which they enter them again."""
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     blocks = tl.cdiv(T, BLOCK_N)
     head = tl.program_id(0) // blocks
-    n = tl.program_id(0) % blocks * BLOCK_N  # the longest columns first
+    n = tl.program_id(0) % blocks * BLOCK_N  # the longest columns of a head first
+    j = n + tl.arange(0, BLOCK_N)
     lse += head.to(tl.int64) * T
     delta += head.to(tl.int64) * T
-    if doc_end is not None:
-        doc_end += (head // H).to(tl.int64) * T
-    j = n + tl.arange(0, BLOCK_N)
-    lo = n // BLOCK_M * BLOCK_M
-    hi = T
-    if LEFT:
-        end = _end(doc_end, j, T, window)
-        hi = _end(doc_end, tl.minimum(n + BLOCK_N, T) - 1, T, window)
-        b = _end(doc_end, n, T, window)
+    lo, unmasked, hi = n // BLOCK_M * BLOCK_M, T, T
+    if end is not None:
+        ends, unmasked = _bound(end, head // H, j, T), _bound(end, head // H, n, T)
+        hi = _bound(end, head // H, n + BLOCK_N - 1, T)
 
     columns = _inside(n, T, BLOCK_N, D, BLOCK_D)
     ks = tl.load(_tile(k, k_strides, head, H, n, BLOCK_N, BLOCK_D), mask=columns, other=0.0)
@@ -202,22 +202,21 @@ def _backward_kv(q, k, v, doc_end, seed, lse, delta, dy, dk, dv, q_strides, k_st
         i = m + tl.arange(0, BLOCK_M)
         lses = tl.load(lse + i, mask=i < T, other=0.0)
         deltas = tl.load(delta + i, mask=i < T, other=0.0)
-        s = tl.dot(ks, qs.T, input_precision="ieee")
-        dp = tl.dot(vs, dys.T, input_precision="ieee")
-        if LEFT:
-            if (m < n + BLOCK_N) | (m + BLOCK_M > b):
-                s = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), s, float("-inf"))
-        else:
-            if m < n + BLOCK_N:
-                s = tl.where(j[:, None] <= i[None, :], s, float("-inf"))
+        s = _dot(ks, qs.T)
+        dp = _dot(vs, dys.T)
+        if (m + 1 < n + BLOCK_N) | (m + BLOCK_M > unmasked):
+            seen = j[:, None] <= i[None, :]
+            if end is not None:
+                seen &= i[None, :] < ends[:, None]
+            s = tl.where(seen, s, float("-inf"))
         p = tl.exp2(s * scale - lses[None, :])
         kept = p
         if DROPPED:
             keep = _keep(seed, i[None, :], j[:, None], head, DROPPED)
             dp = tl.where(keep, dp * (2**32 / (2**32 - DROPPED)), 0.0)
             kept = tl.where(keep, p, 0.0)
-        dvs = tl.dot(kept.to(dys.dtype), dys, dvs, input_precision="ieee")
-        dks = tl.dot((p * (dp - deltas[None, :])).to(qs.dtype), qs, dks, input_precision="ieee")
+        dvs = _dot(kept.to(dys.dtype), dys, dvs)
+        dks = _dot((p * (dp - deltas[None, :])).to(qs.dtype), qs, dks)
         q_tile += tl.cast(BLOCK_M, tl.int64) * q_strides[1]
         dy_tile += tl.cast(BLOCK_M, tl.int64) * dy_strides[1]
     dks *= D**-0.5
@@ -229,79 +228,69 @@ def _backward_kv(q, k, v, doc_end, seed, lse, delta, dy, dk, dv, q_strides, k_st
 # -- operators ----------------------------------------------------------------
 
 
-def _views(qkv: list[Tensor]) -> list[Tensor]:
-    return qkv if len(qkv) == 3 else list(qkv[0].unbind(2))
-
-
-def _common(q: Tensor, doc_start: Tensor | None, window: int | None, dropout: float) -> dict:
-    T, H, D = q.shape[1:]
-    left = doc_start is not None or (window is not None and window < T)
-    return dict(T=T, H=H, window=T if window is None else min(window, T), LEFT=left, DROPPED=int(dropout * 2**32), D=D,
-                BLOCK_D=triton.next_power_of_2(D))
+def _views(packed: list[Tensor]) -> list[Tensor]:
+    """q, k, v of [qkv (B, T, 3, H, D)], or of [q, k, v]: one operator serves both."""
+    return packed if len(packed) == 3 else list(packed[0].unbind(2))
 
 
 @torch.library.custom_op("ridge::attention_forward", mutates_args=())
-def _forward_op(qkv: list[Tensor], doc_start: Tensor | None, seed: Tensor | None, window: int | None,
+def _forward_op(qkv: list[Tensor], first: Tensor | None, seed: Tensor | None,
                 dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _views(qkv)
-    y, y_low, lse = _outputs(qkv, doc_start, seed, window, dropout)
-    settings = launch.attention_forward(q.shape[-1], q.dtype, launch.capability(q.device))
-    grid = (triton.cdiv(q.shape[1], settings["BLOCK_M"]) * q.shape[0] * q.shape[2],)
+    B, T, H, D = q.shape
+    y, y_low, lse = _outputs(qkv, first, seed, dropout)
+    settings = launch.attention_forward(D, q.dtype, launch.capability(q.device))
     with torch.cuda.device_of(q):
-        _forward[grid](q, k, v, doc_start, seed, y, y_low if y_low.numel() else None, lse, q.stride(), k.stride(),
-                       v.stride(), y.stride(), **_common(q, doc_start, window, dropout), **settings)
+        _forward[(triton.cdiv(T, settings["BLOCK_M"]) * B * H,)](
+            q, k, v, first, seed, y, y_low if y_low.numel() else None, lse, q.stride(), k.stride(), v.stride(),
+            y.stride(), T, H, int(dropout * 2**32), D, triton.next_power_of_2(D), **settings)
     return y, y_low, lse
 
 
 @_forward_op.register_fake
-def _outputs(qkv, doc_start, seed, window, dropout):
+def _outputs(qkv, first, seed, dropout):
     q = _views(qkv)[0]
     B, T, H, D = q.shape
-    y = q.new_empty(B, T, H, D)
-    return y, q.new_empty(y.shape if q.dtype != torch.float32 else 0), q.new_empty(B, H, T, dtype=torch.float32)
+    y_low = q.new_empty((B, T, H, D) if q.dtype != torch.float32 else 0)  # fp32 loses nothing
+    return q.new_empty(B, T, H, D), y_low, q.new_empty(B, H, T, dtype=torch.float32)
 
 
 @torch.library.custom_op("ridge::attention_backward", mutates_args=())
-def _backward_op(dy: Tensor, qkv: list[Tensor], y: Tensor, y_low: Tensor, lse: Tensor, doc_start: Tensor | None,
-                 seed: Tensor | None, window: int | None, dropout: float) -> list[Tensor]:
+def _backward_op(dy: Tensor, qkv: list[Tensor], y: Tensor, y_low: Tensor, lse: Tensor, first: Tensor | None,
+                 end: Tensor | None, seed: Tensor | None, dropout: float) -> list[Tensor]:
     q, k, v = _views(qkv)
     B, T, H, D = q.shape
-    grads = _gradients(dy, qkv, y, y_low, lse, doc_start, seed, window, dropout)
+    grads = _gradients(dy, qkv, y, y_low, lse, first, end, seed, dropout)
     dq, dk, dv = _views(grads)
     delta = torch.empty_like(lse)
-    doc_end = None
-    if doc_start is not None:  # for every key, the first query of a later document
-        keys = torch.arange(T, dtype=torch.int32, device=q.device).repeat(B, 1)
-        doc_end = torch.searchsorted(doc_start, keys, right=True, out_int32=True)
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the gradient of y.sum() has stride 0
-    strides = q.stride(), k.stride(), v.stride()
-    common = _common(q, doc_start, window, dropout)
-    queries, keys = launch.attention_backward(D, q.dtype, launch.capability(q.device))
-    with torch.cuda.device_of(q):
-        _backward_q[(triton.cdiv(T, queries["BLOCK_M"]) * B * H,)](
-            q, k, v, doc_start, seed, y, y_low if y_low.numel() else None, lse, dy, dq, delta, *strides, y.stride(),
-            dy.stride(), dq.stride(), **common, **queries)
-        _backward_kv[(triton.cdiv(T, keys["BLOCK_N"]) * B * H,)](
-            q, k, v, doc_end, seed, lse, delta, dy, dk, dv, *strides, dy.stride(), dk.stride(), dv.stride(), **common,
-            **keys)
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # from y.sum() it comes with strides of 0
+    strides, sizes = (q.stride(), k.stride(), v.stride()), (T, H, int(dropout * 2**32), D, triton.next_power_of_2(D))
+    of_q = launch.attention_backward_q(D, q.dtype, launch.capability(q.device))
+    of_kv = launch.attention_backward_kv(D, q.dtype, launch.capability(q.device))
+    with torch.cuda.device_of(q):  # autograd's thread may have another current device
+        _backward_q[(triton.cdiv(T, of_q["BLOCK_M"]) * B * H,)](
+            q, k, v, first, seed, y, y_low if y_low.numel() else None, lse, dy, dq, delta, *strides, y.stride(),
+            dy.stride(), dq.stride(), *sizes, **of_q)
+        _backward_kv[(triton.cdiv(T, of_kv["BLOCK_N"]) * B * H,)](
+            q, k, v, end, seed, lse, delta, dy, dk, dv, *strides, dy.stride(), dk.stride(), dv.stride(), *sizes, **of_kv)
     return grads
 
 
 @_backward_op.register_fake
-def _gradients(dy, qkv, y, y_low, lse, doc_start, seed, window, dropout):
-    return [t.new_empty(t.shape) for t in qkv]
+def _gradients(dy, qkv, y, y_low, lse, first, end, seed, dropout):
+    return [x.new_empty(x.shape) for x in qkv]
 
 
 @register_flop_formula(torch.ops.ridge.attention_forward)
-def _forward_flops(qkv, *_, out_shape=None, **__) -> int:
-    """Two products of B H T^2 D multiply-adds, of which the causal mask keeps half."""
-    (B, T), (H, D) = qkv[0][:2], qkv[0][-2:]
+def _forward_flops(qkv, *_, **__) -> int:
+    """Two products of B H T^2 D multiply-adds, of which the causal mask leaves half; windows and documents not counted."""
+    B, T, *_, H, D = qkv[0]
     return 2 * B * H * T * T * D
 
 
 @register_flop_formula(torch.ops.ridge.attention_backward)
-def _backward_flops(dy, qkv, *_, out_shape=None, **__) -> int:
-    """Five products to the forward's two; the scores and dp, which are made twice, are counted once."""
+def _backward_flops(dy, qkv, *_, **__) -> int:
+    """Five products to the forward's two; what is computed a second time is not counted."""
     return _forward_flops(qkv) * 5 // 2
 
 
@@ -309,14 +298,18 @@ def _backward_flops(dy, qkv, *_, out_shape=None, **__) -> int:
 
 
 def _save(ctx, inputs, output):
-    qkv, doc_start, seed, ctx.window, ctx.dropout = inputs
-    ctx.save_for_backward(*qkv, *output, doc_start, seed)
+    qkv, first, seed, ctx.dropout = inputs
+    ctx.save_for_backward(*qkv, *output, first, seed)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, *_):
-    *qkv, y, y_low, lse, doc_start, seed = ctx.saved_tensors
-    return _backward_op(dy, qkv, y, y_low, lse, doc_start, seed, ctx.window, ctx.dropout), None, None, None, None
+    *qkv, y, y_low, lse, first, seed = ctx.saved_tensors
+    end = None
+    if first is not None:
+        keys = torch.arange(first.shape[1], dtype=torch.int32, device=first.device).repeat(len(first), 1)
+        end = torch.searchsorted(first, keys, right=True, out_int32=True)  # how many queries begin at or before the key
+    return _backward_op(dy, qkv, y, y_low, lse, first, end, seed, ctx.dropout), None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
@@ -327,15 +320,50 @@ _forward_op.register_autograd(_backward, setup_context=_save)
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None, window: int | None = None,
               dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    for name, t in {"k": k, "v": v}.items():
-        if t.shape != q.shape or t.dtype != q.dtype or t.device != q.device:
-            raise ValueError("x")
-    qkv = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)]
-    return _forward_op(qkv, doc_start, seed, window, dropout)[0]
+    """Causal attention of q, k, v (B, T, H, D), D a multiple of 8 from 16 to 256; agrees with `reference.attention`.
+
+    `doc_start` must not decrease along T, nor exceed its position: blocks are skipped by what their first and last rows
+    see. Where it does, keys are missed or y is nan, and nothing is raised, since that would make the host wait.
+    """
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"attention: {name} is {tuple(x.shape)} {x.dtype} on {x.device}, q is {tuple(q.shape)} "
+                             f"{q.dtype} on {q.device}; make them alike")
+    return _checked([q, k, v], doc_start, window, dropout, seed)
 
 
 def attention_qkv(qkv: Tensor, *, doc_start: Tensor | None = None, window: int | None = None, dropout: float = 0.0,
                   seed: Tensor | None = None) -> Tensor:
-    """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D)."""
-    packed = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return _forward_op([packed], doc_start, seed, window, dropout)[0]
+    """`attention` of the packed projection qkv (B, T, 3, H, D), which is read in place: (B, T, H, D)."""
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"attention_qkv: qkv has shape {tuple(qkv.shape)}; view the projection as (B, T, 3, H, D)")
+    return _checked([qkv], doc_start, window, dropout, seed)
+
+
+def _checked(packed: list[Tensor], doc_start: Tensor | None, window: int | None, dropout: float,
+             seed: Tensor | None) -> Tensor:
+    """Validates, turns documents and window into `first`, and calls."""
+    q = packed[0] if len(packed) == 3 else packed[0][:, :, 0]
+    if q.ndim != 4:
+        raise ValueError(f"attention: q has shape {tuple(q.shape)}; give (B, T, H, D)")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"attention: the inputs are {q.dtype}; cast them to float32, bfloat16 or float16")
+    if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 256:
+        raise ValueError(f"attention: head dimension {q.shape[-1]}; choose n_embd and n_head so that n_embd / n_head is a "
+                         "multiple of 8 from 16 to 256, or take --attention=torch")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window={window}; a query sees at least itself: give 1 or more, or None")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"attention: dropout={dropout}; give a probability of at least 0 and below 1")
+    if dropout > 0 and (seed is None or seed.ndim or seed.dtype != torch.int64 or seed.device != q.device):
+        raise ValueError(f"attention: dropout={dropout} needs seed=, an int64 tensor without axes on {q.device}")
+    B, T = q.shape[:2]
+    if doc_start is not None and (doc_start.shape, doc_start.dtype, doc_start.device) != ((B, T), torch.int32, q.device):
+        raise ValueError(f"attention: doc_start is {tuple(doc_start.shape)} {doc_start.dtype} on {doc_start.device}; "
+                         f"give {(B, T)} torch.int32 on {q.device}")
+    first = doc_start
+    if window is not None and window < T:
+        reach = (torch.arange(T, dtype=torch.int32, device=q.device) - (window - 1)).clamp(min=0).expand(B, T)
+        first = reach if first is None else torch.maximum(first, reach)
+    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in packed]
+    return _forward_op(dense, None if first is None else first.contiguous(), seed, dropout)[0]

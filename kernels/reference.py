@@ -97,7 +97,8 @@ def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = Non
     with torch.autocast(x.device.type, enabled=False):
         xs, rs = _wide(x, residual)
         total = (rs + xs).to(residual.dtype)
-        return total, layernorm(*_wide(total), w, b, eps).to(x.dtype)
+        (wide,) = _wide(total)
+        return total, layernorm(wide, w, b, eps).to(x.dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -1) -> Tensor:

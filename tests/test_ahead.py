@@ -18,7 +18,7 @@ import triton.language as tl
 from bench import ahead, cases, sass
 from bench.cases import Case
 from bench.offline import offline
-from bench.traffic import Window, floor_bytes, traffic
+from bench.traffic import Window, cache_share, floor_bytes, traffic
 from kernels import launch
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def test_attention_uses_the_matrix_units(report):
 
 def test_memory_bound_kernels_move_at_most_a_tenth_more_than_the_floor(report):
     assert {(row["operator"], row["arch"]) for row in report["traffic"]} == {
-        (operator, arch) for operator in ("layernorm", "add_layernorm", "cross_entropy") for arch in ARCHS}
+        (operator, arch) for operator in ahead.MEMORY_BOUND for arch in ARCHS}
     over = [row for row in report["traffic"] if not 0.99 < row["moved_over_floor"] <= 1.1]
     assert not over, over
 
@@ -162,7 +162,7 @@ def test_offline_hands_over_launches_and_counts_pytorchs_own_bytes():
     launches, bytes_by_torch = [], {}
     with offline((9, 0), lambda *launch: launches.append(launch), bytes_by_torch.__setitem__):
         assert launch.capability(torch.device("cpu")) == (9, 0)
-        x = torch.empty(2**20, 2**20, dtype=torch.bfloat16)  # 2 TB, were it real
+        x = torch.empty(2**20, 2**20, dtype=torch.bfloat16, device="meta")  # 2 TB, were it real
         bytes_by_torch.clear()
         x[1:].t()
         assert not bytes_by_torch, "a view moves nothing"
@@ -199,7 +199,7 @@ def _copy_columns(x, y, M, N, BLOCK: tl.constexpr):
     tl.store(y + offsets, tl.load(x + offsets, mask=rows < M, other=0.0), mask=rows < M)
 
 
-CASE = Case("layernorm", (8192, 768), variant="nobias")  # 12 MB: more than is taken to stay in L2
+CASE = Case("layernorm", (2**16, 768), variant="nobias")  # 100 MB: more than any cache
 needs_interpreter = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counted in the interpreter")
 
 
@@ -279,4 +279,11 @@ def test_floors():
     assert floor_bytes(Case("add_layernorm", (100, 10)))["backward"] == 4 * 100 * 10 * 2 + 3 * 10 * 4
     wide = floor_bytes(Case("add_layernorm", (100, 10), torch.bfloat16, "fp32 residual"))
     assert wide["forward"] == 100 * 10 * (2 + 4 + 4 + 2) + 80
-    assert floor_bytes(Case("cross_entropy", (100, 50))) == {"forward + backward": 2 * 100 * 50 * 2 + 800}
+    assert floor_bytes(Case("cross_entropy", (100, 50))) == {"forward": 10_800, "backward": 20_800}
+    assert floor_bytes(Case("linear_cross_entropy", (100, 10, 50))) == {"forward": 20_800}
+
+
+def test_a_programs_share_of_the_cache_is_that_of_the_programs_resident_at_once():
+    assert cache_share((9, 0), 10**6, num_warps=4) == 50e6 // (132 * 16)
+    assert cache_share((9, 0), 10**6, num_warps=32) == 50e6 // (132 * 2)
+    assert cache_share((9, 0), 100, num_warps=4) == 50e6 // 100

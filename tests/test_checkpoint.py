@@ -163,5 +163,5 @@ def test_loaded_model_is_the_trained_one(trained):
     a, b = GPT.from_checkpoint(folder), GPT.from_checkpoint(find_checkpoint(folder))
     idx = torch.randint(29, (1, 8))
     assert torch.equal(a.predict(idx), b.predict(idx))
-    assert a.lm_head.weight is a.transformer["wte"].weight
+    assert a.lm_head.weight is a.transformer.wte.weight
     assert checkpoint.read_state(find_checkpoint(folder))["step"] == 12

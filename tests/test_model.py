@@ -36,8 +36,8 @@ def test_loss_at_the_start_is_that_of_a_guess():
 def test_residual_projections_start_smaller():
     """GPT-2 divides by sqrt(2 * n_layer) what is added to the residual stream that often."""
     model = tiny(n_embd=128, n_layer=4)
-    assert abs(model.transformer["h"][1].mlp.c_fc.weight.std().item() - 0.02) < 1e-3
-    assert abs(model.transformer["h"][1].mlp.c_proj.weight.std().item() - 0.02 / math.sqrt(8)) < 1e-3
+    assert abs(model.transformer.h[1].mlp.c_fc.weight.std().item() - 0.02) < 1e-3
+    assert abs(model.transformer.h[1].mlp.c_proj.weight.std().item() - 0.02 / math.sqrt(8)) < 1e-3
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -55,7 +55,7 @@ def test_suites_agree_in_loss_and_gradients(bias):
 def test_no_token_sees_its_future():
     model = tiny()
     x = torch.randn(1, 10, 32, requires_grad=True)
-    model.transformer["wte"].forward = lambda idx: x
+    model.transformer.wte.forward = lambda idx: x
     for t in range(10):
         (grad,) = torch.autograd.grad(model.features(torch.zeros(1, 10, dtype=torch.long))[0, t] @ torch.arange(32.0), x)
         assert (grad[0, t + 1 :] == 0).all()

@@ -7,6 +7,7 @@ Only rank 0 speaks. metrics.jsonl has one JSON object a line: after a step `iter
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ class Report:
     def __init__(self, config: Config, world: World, device: torch.device, first_step: int = 0):
         self.config, self.speaks = config, world.rank == 0
         self.device_name, self.world_size = hardware.device_name(device), world.size
-        self.out_dir, self.pending, self.mfu = Path(config.run.out_dir), None, None
+        self.out_dir = Path(config.run.out_dir)
+        self.mfu: float | None = None
+        self.pending: tuple[int, float, Callable[[], list[float]]] | None = None
         self.bar: tqdm | None = None
         self.first_step, self.clock = first_step, time.perf_counter()
 

@@ -1,0 +1,26 @@
+"""Tiny Shakespeare in GPT-2's tokens, for fine-tuning: nanoGPT's data set, and its counts."""
+
+import hashlib
+from pathlib import Path
+
+from data.cli import run
+from data.gpt2 import encode_ordinary
+from data.small import tiny_shakespeare, write_dataset
+
+
+def main(input: Path | None = None, out: Path = Path(__file__).parent) -> None:
+    """Write train.bin (the first nine tenths of the characters), val.bin, meta.json and manifest.json.
+
+    Args:
+        input: any UTF-8 text; without it, OUT/input.txt, which is downloaded if it is not there
+        out: the folder to write to
+    """
+    text = tiny_shakespeare(input, out)
+    train = len(text) * 9 // 10
+    splits = {"train": encode_ordinary(text[:train]), "val": encode_ordinary(text[train:])}
+    source = {"name": "shakespeare", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_dataset(out, splits, source, "gpt2", 50257)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,95 @@
+"""The files of one split as they grow: resumable to the token, and under their names only when they are whole."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data.files import sync_folder
+from data.manifest import UNFINISHED
+from data.tokens import DTYPE, HEADER_BYTES, header_of
+
+
+class ShardWriter:
+    """Writes the ids of a split to `folder`: SPLIT.bin, or shards NAME_SPLIT_000000.bin of `shard_tokens` with a header.
+
+    The open shard is called NAME.partial. `commit` makes what was written safe and gives the state that a writer made
+    with it goes on from; whatever had been written after it is dropped.
+    """
+
+    def __init__(self, folder: Path, split: str, name: str, shard_tokens: int | None, state: dict[str, Any]) -> None:
+        self._folder, self._split, self._name, self._shard_tokens = folder, split, name, shard_tokens
+        self._offset = HEADER_BYTES if shard_tokens else 0
+        self.shards: list[int] = list(state.get("shards", []))  # the tokens of each whole shard
+        self.max_id: int = state.get("max_id", 0)
+        self._open_tokens: int = state.get("open", 0)
+        self._file: BinaryIO | None = self._reopen() if self._open_tokens else None
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.shards) + self._open_tokens
+
+    def path(self, shard: int) -> Path:
+        """The file of the shard with this number. Training shards count from 1, since llm.c's number 0 is validation."""
+        if self._shard_tokens is None:
+            return self._folder / f"{self._split}.bin"
+        return self._folder / f"{self._name}_{self._split}_{shard + (self._split == 'train'):06}.bin"
+
+    def _partial(self) -> Path:
+        path = self.path(len(self.shards))
+        return path.with_name(path.name + ".partial")
+
+    def _reopen(self) -> BinaryIO:
+        """Open the shard that was being written, cut back to its committed tokens."""
+        path, whole = self._partial(), self.path(len(self.shards))
+        if not path.exists() and whole.exists():
+            whole.rename(path)  # it was finished after the last commit
+        size = self._offset + self._open_tokens * DTYPE.itemsize
+        if not path.exists() or path.stat().st_size < size:
+            raise ValueError(f"{path}: shorter than {UNFINISHED} says; remove {self._folder / UNFINISHED} to start anew")
+        os.truncate(path, size)
+        return open(path, "ab")
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append the ids (n,) uint16, going over to the next shard where one is full."""
+        self.max_id = max(self.max_id, int(ids.max(initial=0)))
+        while len(ids):
+            if self._file is None:
+                self._file = open(self._partial(), "wb")
+                self._file.write(bytes(self._offset))
+            room = self._shard_tokens - self._open_tokens if self._shard_tokens else len(ids)
+            self._file.write(ids[:room].tobytes())
+            self._open_tokens += len(ids[:room])
+            ids = ids[room:]
+            if self._open_tokens == self._shard_tokens:
+                self.finish()
+
+    def commit(self) -> dict[str, Any]:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return {"shards": list(self.shards), "open": self._open_tokens, "max_id": self.max_id}
+
+    def finish(self) -> None:
+        """Give the open shard, if there is one, its header and its name."""
+        if self._file is None:
+            return
+        self.commit()
+        self._file.close()
+        if self._offset:
+            with open(self._partial(), "r+b") as file:
+                file.write(header_of(self._open_tokens))
+                file.flush()
+                os.fsync(file.fileno())
+        self._partial().rename(self.path(len(self.shards)))
+        sync_folder(self._folder)
+        self.shards.append(self._open_tokens)
+        self._file, self._open_tokens = None, 0
+
+    def close(self) -> None:
+        """Let go of the file without finishing it."""
+        if self._file is not None:
+            with suppress(OSError):  # what a full disk did not take is not committed either
+                self._file.close()

@@ -1,0 +1,48 @@
+"""Your own text in GPT-2's tokens: txt, jsonl, parquet or arrow files, or a data set of the Hub."""
+
+from pathlib import Path
+
+from data.cli import run
+from data.encode import Format, Split, prepare
+from data.sources import Files, Hub, Source
+
+
+def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "", config: str | None = None,
+         hub_split: str = "train", revision: str = "main", column: str = "text", val_fraction: float = 0.05,
+         val_tokens: int = 0, name: str = "text", format: Format = "raw", shard_tokens: int = 100_000_000,
+         workers: int = 0) -> None:
+    """Write train.bin and val.bin, or shards, and meta.json and manifest.json. After a kill the same command goes on.
+
+    Args:
+        input: a file, folder or pattern of txt files (a document each; a single one is cut in two), or of jsonl, parquet
+            or arrow files (a document a row)
+        out: the folder to write to
+        hub: instead of files, the name of a data set on the Hub
+        config: of the Hub's data set
+        hub_split: of the Hub's data set
+        revision: of the Hub's data set
+        column: where the text is in a row
+        val_fraction: the share of the documents that is for validation, drawn with a fixed seed
+        val_tokens: instead of that, the first so many tokens
+        name: what the names of shards begin with
+        format: raw for nanoGPT's train.bin and val.bin, shards for files with llm.c's header
+        shard_tokens: tokens in a shard
+        workers: processes that encode; 0 for one a core
+    """
+    if bool(input) == bool(hub):
+        raise ValueError("give either --input=FILE, FOLDER or PATTERN, or --hub=OWNER/NAME")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction={val_fraction} must be between 0 and 1")
+    source: Source
+    cut = False
+    if input:
+        source = files = Files(input, column)
+        cut = not val_tokens and files.cut_single_text(val_fraction)
+    else:
+        source = Hub(hub, config, split=hub_split, column=column, revision=revision)
+    split = Split(tokens=val_tokens) if val_tokens else Split(fraction=val_fraction, last=cut)
+    prepare(source, split, out, name=name, format=format, shard_tokens=shard_tokens, workers=workers)
+
+
+if __name__ == "__main__":
+    run(main)

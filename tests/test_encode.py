@@ -1,0 +1,307 @@
+"""Preparation of large sets: the same exact files for any number of workers and after any death, or a loud failure."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import encode, shards, sources
+from data.encode import Split, prepare, validation_documents
+from data.gpt2 import END_OF_TEXT, gpt2_encoding
+from data.manifest import verify
+from data.sources import Files
+from data.tokenizer import load_tokenizer, read_meta
+from data.tokens import open_split
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the of and to in that is was he for it with as his on be at by I\n this had not are but from or have".split(" ")
+
+
+def documents(n, words=60, seed=0):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(words))) for _ in range(n)]
+
+
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def ids_of(texts):
+    return [token for text in texts for token in [*gpt2_encoding().encode_ordinary(text), END_OF_TEXT]]
+
+
+def tokens_of(folder, split):
+    return np.concatenate(list(open_split(folder, split).chunks())).tolist()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def go(pattern, out, split=None, **options):
+    prepare(Files(str(pattern)), split or Split(fraction=0.1), out, **({"name": "t", "workers": 1} | options))
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Tasks of a few words, a commit after each of them."""
+    monkeypatch.setattr(encode, "_TASK", 300)
+    monkeypatch.setattr(sources, "_PIECE", 100)
+    monkeypatch.setattr(encode, "_COMMIT_SECONDS", -1.0)
+
+
+# -- the files -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 4, 100])
+@pytest.mark.parametrize("options", [{}, {"format": "shards", "shard_tokens": 50}], ids=["raw", "shards"])
+def test_the_files_hold_each_document_and_its_end(tmp_path, small_steps, n, options):
+    texts = documents(n)
+    go(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "out", **options)
+    chosen = validation_documents(n, 0.1)
+    for split, wanted in (("train", ~chosen), ("val", chosen)):
+        assert tokens_of(tmp_path / "out", split) == ids_of([text for text, take in zip(texts, wanted) if take])
+    verify(tmp_path / "out", full=True)
+    assert load_tokenizer(read_meta(tmp_path / "out")).vocab_size == 50257
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["splits"]["train"]["max_id"] == END_OF_TEXT and manifest["source"]["text"]["documents"] == n
+
+
+def test_shards_are_full_and_named_like_those_of_llmc(tmp_path, small_steps):
+    go(write_lines(tmp_path / "a.jsonl", documents(100)), tmp_path / "out", format="shards", shard_tokens=500)
+    train = sorted(path.name for path in (tmp_path / "out").glob("*train*"))
+    assert train == [f"t_train_{i:06}.bin" for i in range(1, len(train) + 1)] and len(train) > 3
+    sizes = [(tmp_path / "out" / name).stat().st_size for name in train]
+    assert set(sizes[:-1]) == {1024 + 1000} and (tmp_path / "out" / "t_val_000000.bin").exists()
+
+
+def test_the_first_tokens_can_be_the_validation_split(tmp_path, small_steps):
+    texts = documents(50)
+    go(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "out", Split(tokens=333))
+    stream = ids_of(texts)
+    assert tokens_of(tmp_path / "out", "val") == stream[:333] and tokens_of(tmp_path / "out", "train") == stream[333:]
+
+
+def test_the_split_is_that_of_the_package_datasets():
+    datasets = pytest.importorskip("datasets")
+    for n in (2, 4, 1999, 2001, 5000):
+        rows = datasets.Dataset.from_dict({"i": range(n)})
+        theirs = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+        assert sorted(theirs["test"]["i"]) == np.flatnonzero(validation_documents(n, 0.0005)).tolist()
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "_TASK", 3000)
+    source = write_lines(tmp_path / "a.jsonl", documents(300))
+    for workers in (1, 3):
+        go(source, tmp_path / str(workers), workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_empty_documents_and_half_characters_are_encoded_as_tiktoken_does(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "a \\ud83d b"}\n{"text": ""}\n{"text": "x"}\n')
+    go(tmp_path / "a.jsonl", tmp_path / "out", Split(tokens=1))
+    assert tokens_of(tmp_path / "out", "train") == ids_of(["a \ud83d b", "", "x"])
+    assert tokens_of(tmp_path / "out", "val") == [END_OF_TEXT] and "4 documents, 2 of them empty" in capsys.readouterr().out
+
+
+def test_a_large_document_is_encoded_exactly(tmp_path):
+    text = "\n\n".join(documents(4000, 300))
+    assert len(text) > 2_000_000  # several pieces
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("x")
+    go(tmp_path, tmp_path / "out", Split(tokens=1))
+    assert tokens_of(tmp_path / "out", "val") + tokens_of(tmp_path / "out", "train") == ids_of([text, "x"])
+
+
+# -- once more -----------------------------------------------------------------------
+
+
+def test_the_same_again_is_reused_and_a_change_is_not(tmp_path, small_steps, capsys):
+    out, source = tmp_path / "out", tmp_path / "a.jsonl"
+    go(write_lines(source, documents(100)), out, format="shards", shard_tokens=200)
+    first = contents(out)
+    capsys.readouterr()
+    go(source, out, format="shards", shard_tokens=200)
+    assert "already made" in capsys.readouterr().out and contents(out) == first
+    go(write_lines(source, documents(30, seed=1)), out, format="shards", shard_tokens=200)
+    assert 3 < len(contents(out)) < len(first)  # no shard of the first set is left
+    assert tokens_of(out, "train") == ids_of(t for t, v in zip(documents(30, seed=1), validation_documents(30, 0.1)) if not v)
+    go(source, out)
+    assert set(contents(out)) == {"train.bin", "val.bin", "meta.json", "manifest.json"}
+
+
+def test_tokens_of_unknown_origin_are_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train.bin").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"holds train\.bin, which no manifest accounts for"):
+        go(write_lines(tmp_path / "a.jsonl", documents(9)), out)
+    assert contents(out) == {"train.bin": b"mine"}
+
+
+def test_two_preparations_do_not_share_a_folder(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", documents(9))
+    with encode._alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another preparation is writing here"):
+        go(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("n, split, says", [(1, Split(fraction=0.5), "the number of documents is 1"),
+                                            (3, Split(tokens=10_000), "none came to the split 'train'")])
+def test_a_split_without_text_is_refused(tmp_path, n, split, says):
+    with pytest.raises(ValueError, match=says):
+        go(write_lines(tmp_path / "a.jsonl", documents(n)), tmp_path / "out", split)
+    with pytest.raises(ValueError, match="train.bin|not finished"):
+        open_split(tmp_path / "out", "train")
+
+
+# -- deaths --------------------------------------------------------------------------
+
+
+class Death(BaseException):
+    """Stands for kill -9: nothing that comes after it has an effect on the disk."""
+
+
+def die_at(patch, step):
+    """Let the process die before the given one of its steps on the disk; returns the count of steps."""
+    steps = [0]
+
+    def dying(function):
+        def wrapper(*args, **kwargs):
+            steps[0] += 1
+            if steps[0] >= step:
+                raise Death
+            return function(*args, **kwargs)
+        return wrapper
+
+    for owner, names in ((os, ("fsync", "truncate")), (Path, ("rename", "replace", "unlink"))):
+        for name in names:
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+    return steps
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "shards", "shard_tokens": 200}], ids=["raw", "shards"])
+def test_death_at_any_step_and_the_same_command_again_give_the_same_files(tmp_path, small_steps, options):
+    source = write_lines(tmp_path / "a.jsonl", documents(20))
+    with pytest.MonkeyPatch.context() as patch:
+        steps = die_at(patch, 10**9)
+        go(source, tmp_path / "whole", **options)
+    wanted = contents(tmp_path / "whole")
+    for step in range(1, steps[0] + 1):
+        out = tmp_path / f"out{step}"
+        for attempt in (step, step % 7 + 1):  # the second attempt may die as well
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Death):
+                die_at(patch, attempt)
+                go(source, out, **options)
+            assert not (out / "manifest.json").exists() or contents(out).items() >= wanted.items()
+        go(source, out, **options)
+        assert contents(out) == wanted
+
+
+def children(pid):
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.fixture
+def long_text(tmp_path):
+    return write_lines(tmp_path / "a.jsonl", documents(6000, 400))
+
+
+def start(text, out, log):
+    """data/text/prepare.py with two workers, when it has written its first shards; the process and its workers."""
+    command = [sys.executable, str(ROOT / "data" / "text" / "prepare.py"), f"--input={text}", f"--out={out}",
+               "--workers=2", "--format=shards", "--shard_tokens=50_000"]
+    process = subprocess.Popen(command, stdout=log, stderr=log)
+    while len(list(out.glob("*_train_*.bin"))) < 3:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    return process, command
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are found in Linux's /proc")
+def test_kill_9_leaves_no_worker_and_loses_nothing(tmp_path, long_text):
+    go(long_text, tmp_path / "whole", Split(fraction=0.05), name="text", format="shards", shard_tokens=50_000)
+    with open(tmp_path / "log", "w+") as log:
+        process, command = start(long_text, tmp_path / "out", log)
+        workers = children(process.pid)
+        process.kill()
+        process.wait()
+        with pytest.raises(ValueError, match="its preparation is not finished"):
+            open_split(tmp_path / "out", "train")
+        again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "going on after" in again.stdout, again.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(workers) >= 2 and all(gone(worker) for worker in workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are found in Linux's /proc")
+def test_a_killed_worker_is_a_loud_failure(tmp_path, long_text):
+    with open(tmp_path / "log", "w+") as log:
+        process, _ = start(long_text, tmp_path / "out", log)
+        worker = next(pid for pid in children(process.pid)
+                      if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(worker, signal.SIGKILL)
+        assert process.wait(30) == 2
+        log.seek(0)
+        assert "error: a worker process died" in log.read().splitlines()[-1]
+    assert (tmp_path / "out" / "unfinished.json").exists() and not (tmp_path / "out" / "manifest.json").exists()
+
+
+class FullDisk:
+    """A file whose disk has room for so many bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, content):
+        if len(content) > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= len(content)
+        return self.file.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_is_said_and_what_was_finished_is_kept(tmp_path, small_steps, monkeypatch):
+    source = write_lines(tmp_path / "a.jsonl", documents(50))
+    go(source, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="out: the disk is full; what is finished is kept"):
+        patch.setattr(shards, "open", lambda path, mode: FullDisk(open(path, mode), 1500), raising=False)
+        go(source, tmp_path / "out")
+    state = json.loads((tmp_path / "out" / "unfinished.json").read_text())
+    assert 0 < state["documents"] < 50 and not (tmp_path / "out" / "train.bin").exists()
+    go(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_source_that_turns_out_broken_leaves_nothing_that_looks_whole(tmp_path, small_steps):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' * 30 + '{"text": "cut o')
+    with pytest.raises(ValueError, match="line 31 is not UTF-8 JSON"):
+        go(tmp_path / "a.jsonl", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin"))
+    go(write_lines(tmp_path / "a.jsonl", ["good"] * 30 + ["cut off"]), tmp_path / "out")
+    assert len(tokens_of(tmp_path / "out", "train")) + len(tokens_of(tmp_path / "out", "val")) == 31 * 2 + 1
+
+
+def test_fewer_documents_than_announced_is_a_failure(tmp_path):
+    source = Files(write_lines(tmp_path / "a.jsonl", documents(9)))
+    source.documents = 10
+    with pytest.raises(ValueError, match="9 documents came, where there should be 10"):
+        prepare(source, Split(fraction=0.1), tmp_path / "out", name="t", workers=1)
