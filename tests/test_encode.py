@@ -160,7 +160,7 @@ def test_two_preparations_do_not_share_a_folder(tmp_path):
 def test_a_split_without_text_is_refused(tmp_path, n, split, says):
     with pytest.raises(ValueError, match=says):
         go(write_lines(tmp_path / "a.jsonl", documents(n)), tmp_path / "out", split)
-    with pytest.raises(ValueError, match="train.bin|not finished"):
+    with pytest.raises(ValueError, match=r"train\.bin|not finished"):
         open_split(tmp_path / "out", "train")
 
 
@@ -202,7 +202,7 @@ def test_death_at_any_step_and_the_same_command_again_give_the_same_files(tmp_pa
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Death):
                 die_at(patch, attempt)
                 go(source, out, **options)
-            assert not (out / "manifest.json").exists() or contents(out).items() >= wanted.items()
+            assert (out / "unfinished.json").exists() or not list(out.glob("*.bin"))  # never taken for whole
         go(source, out, **options)
         assert contents(out) == wanted
 
