@@ -13,5 +13,5 @@ config = Config(
         learning_rate=4e-3, min_lr=4e-4, max_iters=1000, lr_decay_iters=1000, warmup_iters=50,
         gradient_accumulation_steps=1, beta2=0.99,
     ),
-    run=RunConfig(out_dir="out-quickstart", eval_interval=250, eval_iters=20, log_interval=50),
+    run=RunConfig(out_dir="out-quickstart", eval_interval=100, eval_iters=20, log_interval=20),
 )

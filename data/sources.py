@@ -229,30 +229,29 @@ class _Arrow(_Rows):
     def __init__(self, path: Path, column: str) -> None:
         super().__init__(path, column)
         self.text_bytes = path.stat().st_size
-        with _pyarrow().memory_map(str(path)) as file:  # counting the rows touches no text
-            self.documents = sum(len(batch) for batch in self._batches(file))
+        self.documents = sum(len(batch) for batch in self._batches())
 
-    def _batches(self, file: Any) -> Iterator[Any]:
+    def _batches(self) -> Iterator[Any]:
         pyarrow = _pyarrow()
-        try:
-            if file.read(6) == b"ARROW1":
-                reader = pyarrow.ipc.open_file(file)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                file.seek(0)
-                reader = batches = pyarrow.ipc.open_stream(file)
-            self._check(reader.schema)
-            yield from batches
+        try:  # not mapped into memory: the pages read would count as this process's
+            with pyarrow.OSFile(str(self.path)) as file:
+                if file.read(6) == b"ARROW1":
+                    reader = pyarrow.ipc.open_file(file)
+                    batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+                else:
+                    file.seek(0)
+                    reader = batches = pyarrow.ipc.open_stream(file)
+                self._check(reader.schema)
+                yield from batches
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise ValueError(f"{self.path}: no whole arrow file ({_first_line(error)}); get it again") from None
 
     def read(self, start: int) -> Iterator[Iterator[str]]:
         row = 0
-        with _pyarrow().OSFile(str(self.path)) as file:  # not mapped: read pages would count as this process's memory
-            for batch in self._batches(file):
-                skipped = min(len(batch), max(0, start - row))
-                yield from self._texts(batch.column(self._column)[skipped:], row + skipped)
-                row += len(batch)
+        for batch in self._batches():
+            skipped = min(len(batch), max(0, start - row))
+            yield from self._texts(batch.column(self._column)[skipped:], row + skipped)
+            row += len(batch)
 
 
 _KINDS: dict[str, Any] = {".txt": _Text, ".jsonl": _Lines, ".ndjson": _Lines, ".parquet": _Parquet, ".arrow": _Arrow}
@@ -291,9 +290,9 @@ class Hub:
             raise ValueError("a data set of the Hub needs the package datasets; pip install datasets") from None
         try:
             builder = datasets.load_dataset_builder(name, config, revision=revision)
-        except RuntimeError as error:  # what datasets says where it finds a script
+        except (RuntimeError, OSError) as error:  # a script, or no network, or no such data set
             raise ValueError(f"{name}: {_first_line(error)}; try --revision=refs/convert/parquet, where the Hub keeps "
-                             "what it converted, or download files and give --input=FOLDER") from None
+                             "what it converted from scripts, or fetch its files and give --input=FOLDER") from None
         known = (builder.info.splits or {}).get(split)
         self.documents = documents or (known.num_examples if known else None)
         self._commit = HfApi().dataset_info(name, revision=revision).sha

@@ -170,6 +170,13 @@ class GPT(nn.Module):
 
         return load_model(path, device, kernels)
 
+    @classmethod
+    def from_pretrained(cls, source: str, kernels: Kernels | None = None) -> "GPT":
+        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a nanoGPT checkpoint's folder, or one of ours."""
+        from gpt.pretrained import from_pretrained
+
+        return from_pretrained(source, kernels)
+
     @torch.no_grad()
     def crop_block_size(self, block_size: int) -> None:
         """Keep the first `block_size` positions; on sequences that short nothing changes."""

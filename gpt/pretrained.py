@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpt.config import GPTConfig
+from gpt import nanogpt
+from gpt.config import SIZES, GPTConfig
 from gpt.model import GPT
 from kernels import Kernels
 
@@ -76,6 +77,53 @@ def fill(model: GPT, tensors: dict[str, Tensor]) -> None:
         if p.shape != tensors[name].shape:
             raise ValueError(f"not this model's weights: {name} is {tuple(tensors[name].shape)}, the model's {tuple(p.shape)}")
         p.copy_(tensors[name])
+
+
+def read_optimizer(folder: Path, model: GPT) -> dict:
+    """The AdamW state of a checkpoint as a state_dict that numbers the parameters as the trainer does: those that decay,
+    then the rest."""
+    saved = load_file(folder / "optimizer.safetensors")
+    matrices = [name for name, p in model.named_parameters() if p.dim() >= 2]
+    vectors = [name for name, p in model.named_parameters() if p.dim() < 2]
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, name in enumerate([*matrices, *vectors]):
+        moments = {k: saved[f"{name}:{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in saved}
+        if moments:
+            state[i] = moments
+    c = json.loads((folder / "state.json").read_text())["config"]
+    shared = {"lr": c["learning_rate"], "betas": (c["beta1"], c["beta2"]), "eps": 1e-8, "amsgrad": False, "maximize": False,
+              "foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True}
+    groups = [
+        shared | {"weight_decay": c["weight_decay"], "params": list(range(len(matrices)))},
+        shared | {"weight_decay": 0.0, "params": list(range(len(matrices), len(matrices) + len(vectors)))},
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def read_weights(source: str) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The shape and the weights of a published size, a Hugging Face folder, a nanoGPT checkpoint, or one of ours."""
+    path = Path(source)
+    if (path / nanogpt.FILE).is_file():
+        found = nanogpt.read(path)
+        return found.config, found.weights
+    theirs = path / "config.json"
+    if source in SIZES or (theirs.is_file() and "model_type" in json.loads(theirs.read_text())):
+        from gpt import huggingface
+
+        return huggingface.read(source)
+    if not path.is_dir():
+        raise ValueError(f"{source!r} is no folder and no published size ({', '.join(SIZES)})")
+    folder = find_checkpoint(path)
+    verify(folder)
+    return read_config(folder), load_file(folder / "model.safetensors")
+
+
+def from_pretrained(source: str, kernels: Kernels | None = None) -> GPT:
+    """The model of anything `read_weights` reads, on the CPU, in eval mode."""
+    config, weights = read_weights(source)
+    model = GPT(config, kernels)
+    fill(model, weights)
+    return model.eval()
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: Kernels | None = None) -> GPT:

@@ -47,6 +47,11 @@ class Choice(NamedTuple):
     cross_entropy: str
     why: str
 
+    @property
+    def suites(self) -> dict[str, str]:
+        """What `load` takes."""
+        return {family: getattr(self, family) for family in FAMILIES}
+
     def __str__(self) -> str:
         return f"attention={self.attention}, layernorm={self.layernorm}, cross_entropy={self.cross_entropy} ({self.why})"
 

@@ -135,8 +135,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[
 
 @_cross_entropy.register_fake
 def _cross_entropy_outputs(logits, targets, ignore_index):
-    return (logits.new_empty(len(logits), dtype=torch.float32),
-            logits.new_empty((2, len(logits)), dtype=torch.float32))
+    stats = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
+    return torch.empty_like(stats[0]), stats
 
 
 @torch.library.custom_op("ridge::cross_entropy_backward", mutates_args=())

@@ -58,11 +58,12 @@ def layernorm_backward(N: int) -> dict[str, int]:
     return {"ROWS": max(1, 4096 // block), "BLOCK_N": block, "num_warps": max(4, block // 1024)}
 
 
-def layernorm_programs(N: int, itemsize: int, multiprocessors: int) -> int:
+def layernorm_programs(N: int, itemsize: int, capability: tuple[int, int], multiprocessors: int) -> int:
     """How many backward programs: as many as are resident at once, since one more would run alone at the end. Registers
-    (at most 168 of 128 threads in bf16, 210 in fp32) admit three or two per multiprocessor. Each costs 8 N bytes of
-    partial sums, 2.4 MB in all at N = 768 on an H200."""
-    return multiprocessors * (3 if N <= 2048 and itemsize == 2 else 2 if N <= 4096 else 1)
+    decide: at most 168 for each of 128 threads (three per multiprocessor) where `itemsize`, that of the residual, is 2,
+    and 255 (two) elsewhere. Each program costs 8 N bytes of partial sums, 2.4 MB in all at N = 768 on an H200."""
+    three = itemsize == 2 and N <= (2048 if capability >= (9, 0) else 1024)
+    return multiprocessors * (3 if three else 2 if N <= 4096 else 1)
 
 
 def multiprocessors(device: torch.device) -> int:

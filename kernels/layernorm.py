@@ -110,7 +110,7 @@ def _layernorm(x: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tens
 
 @_layernorm.register_fake
 def _layernorm_outputs(x, w, b, eps):
-    mean = x.new_empty(len(x), dtype=torch.float32)
+    mean = x.new_empty(x.shape[0], dtype=torch.float32)
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
@@ -150,8 +150,9 @@ def _layernorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Ten
     d, d_branch, _ = _layernorm_backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch)
     dy, total, dtotal = _rows(dy), _rows(total), None if dtotal is None else _rows(dtotal)
     settings = launch.layernorm_backward(N)
-    programs = min(triton.cdiv(M, settings["ROWS"]),
-                   launch.layernorm_programs(N, total.element_size(), launch.multiprocessors(total.device)))
+    resident = launch.layernorm_programs(N, total.element_size(), launch.capability(total.device),
+                                         launch.multiprocessors(total.device))
+    programs = min(triton.cdiv(M, settings["ROWS"]), resident)
     partial = total.new_empty((1 + has_bias, programs, N), dtype=torch.float32)
     with torch.cuda.device_of(total):
         _backward[(programs,)](

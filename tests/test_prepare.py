@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from data import small
+from data.encode import validation_documents
+from data.gpt2 import END_OF_TEXT, gpt2_encoding
 from data.python_stdlib import prepare as python_stdlib
+from data.shakespeare import prepare as shakespeare
 from data.shakespeare_char import prepare as shakespeare_char
 from data.tokenizer import load_tokenizer, read_meta
 from data.tokens import open_split
@@ -114,6 +117,50 @@ def test_what_was_downloaded_once_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(small.urllib.request, "urlopen", Answer(OSError("unplugged")))
     shakespeare_char.main(None, tmp_path)
     assert contents(tmp_path) == first and first["input.txt"] == b"to be\n"
+
+
+# -- GPT-2's tokens ------------------------------------------------------------------
+
+
+@needs_text
+def test_tiny_shakespeare_has_its_counts_in_gpt2s_tokens(tmp_path, closed_network, capsys):
+    shakespeare.main(TEXT, tmp_path)
+    assert "train has 301,966 tokens\nval has 36,059 tokens" in capsys.readouterr().out
+    tokenizer = load_tokenizer(read_meta(tmp_path))
+    ids = [i for split in ("train", "val") for i in np.fromfile(tmp_path / f"{split}.bin", np.uint16).tolist()]
+    assert tokenizer.decode(ids) == TEXT.read_text()
+
+
+@pytest.fixture
+def four_documents(tmp_path):
+    """A parquet file of four documents; what their tokens are, one list for each."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = ["One document.", "", "Zwei: <|endoftext|> 東京\n\n", "and   a fourth one, somewhat longer than the others " * 9]
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "four.parquet")
+    return [[*gpt2_encoding().encode_ordinary(text), END_OF_TEXT] for text in texts]
+
+
+@pytest.mark.parametrize("set_name", ["openwebtext", "fineweb", "text"])
+def test_four_documents_of_a_local_parquet_are_enough(tmp_path, four_documents, set_name):
+    code, out, errors = run(set_name, "--input=four.parquet", "--out=out", cwd=tmp_path)
+    assert code == 0 and "4 documents, 1 of them empty" in out and "documents/s" in errors, errors
+    train, val = (np.concatenate(list(open_split(tmp_path / "out", split).chunks())).tolist() for split in ("train", "val"))
+    if set_name == "fineweb":
+        assert val + train == [i for ids in four_documents for i in ids]
+    else:
+        chosen = validation_documents(4, 0.0005)
+        assert val == four_documents[chosen.argmax()]
+        assert train == [i for ids, taken in zip(four_documents, chosen) if not taken for i in ids]
+
+
+@pytest.mark.parametrize("options, says", [([], "give either --input"), (["--input=a.txt", "--hub=x"], "give either --input"),
+                                           (["--input=a.txt"], "a.txt: no such file"),
+                                           (["--input=.", "--val_fraction=1.5"], "--val_fraction=1.5 must be between")])
+def test_wrong_options_are_one_line_and_exit_code_2(tmp_path, options, says):
+    code, _, errors = run("text", *options, "--out=out", cwd=tmp_path)
+    assert code == 2 and says in errors and errors.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 # -- python_stdlib -------------------------------------------------------------------

@@ -85,7 +85,8 @@ class RunConfig:
     out_dir: str = "out"
     """the run's folder: checkpoints, metrics.jsonl, config.json, loss.png"""
     init_from: str = "scratch"
-    """scratch; resume: go on from the last whole checkpoint; auto: resume where there is one, else scratch"""
+    """scratch; resume: go on from the last whole checkpoint; auto: resume where there is one, else scratch;
+    gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder: start from those weights"""
     resume_dir: str = ""
     """where to resume from; empty: out_dir"""
     seed: int = 1337

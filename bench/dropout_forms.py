@@ -1,0 +1,110 @@
+"""Does dropping keys instead of probabilities cost anything? Validation loss of a small model that overfits, either way.
+
+    python bench/dropout_forms.py --data_dir=data/shakespeare_char
+
+On a CPU our attention dropout zeroes whole values, which keeps PyTorch's fused path (kernels/torch_ops.py). Here the same
+runs are made with PyTorch's own dropout of the probabilities, and with none in the attention, from the same seeds: on a
+slice of the text short enough that dropout matters.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.timing import ROOT, environment, write_result
+from data.loader import Loader, eval_batches
+from data.tokens import open_split, open_tokens, write_tokens
+from gpt import GPT, GPTConfig
+from kernels import load
+from train import optim
+from train.config import OptimConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare forms of attention dropout."""
+
+    data_dir: str = "data/shakespeare_char"
+    train_tokens: int = 50_000
+    dropout: float = 0.2
+    max_iters: int = 800
+    seeds: int = 3
+    out: str = str(ROOT / "bench" / "results" / "dropout-forms.json")
+
+
+def on_probabilities(qkv: Tensor, *, dropout: float = 0.0, **_: object) -> Tensor:
+    """PyTorch's: each probability is dropped on its own."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
+
+
+def none(qkv: Tensor, **_: object) -> Tensor:
+    """No dropout in the attention; elsewhere as ever."""
+    return on_probabilities(qkv)
+
+
+FORMS: dict[str, Callable] = {"values (ours)": load("torch").attention_qkv, "probabilities (PyTorch)": on_probabilities, "none": none}
+
+
+def run(form: Callable, seed: int, options: Options, data: Path) -> tuple[float, float]:
+    """Validation loss at the end, and the median milliseconds of a step."""
+    config = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=options.dropout)
+    c = OptimConfig(learning_rate=1e-3, min_lr=1e-4, max_iters=options.max_iters, lr_decay_iters=options.max_iters, warmup_iters=50, beta2=0.99)
+    torch.manual_seed(seed)
+    model = GPT(config, load("torch")._replace(attention_qkv=form))
+    optimizer = optim.build(model, c)
+    batches = Loader(open_tokens(data), block_size=64, batch_size=12, seed=seed)
+    times = []
+    for step in range(options.max_iters):
+        start = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = optim.learning_rate(step, c)
+        model(*next(batches)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - start)
+    model.eval()
+    with torch.no_grad():
+        held_out = eval_batches(open_split(options.data_dir, "val"), block_size=64, batch_size=12, count=100, seed=0)
+        losses = [model(*batch).item() for batch in held_out]
+    return statistics.mean(losses), statistics.median(times) * 1e3
+
+
+def main(options: Options) -> None:
+    """All forms from each seed, in turns."""
+    data = Path(options.data_dir) / "slice-for-dropout-forms.bin"
+    whole = open_split(options.data_dir, "train")
+    write_tokens(data, next(whole.chunks())[: options.train_tokens])
+    losses: dict[str, list[float]] = {name: [] for name in FORMS}
+    step_ms: dict[str, list[float]] = {name: [] for name in FORMS}
+    try:
+        for seed in range(options.seeds):
+            for name, form in FORMS.items():
+                loss, ms = run(form, seed, options, data)
+                losses[name].append(loss)
+                step_ms[name].append(ms)
+                print(f"seed {seed}, dropout of {name}: validation loss {loss:.4f}, {ms:.1f} ms a step", flush=True)
+    finally:
+        data.unlink()
+    rows = {name: {"val_loss": losses[name], "step_ms": step_ms[name]} for name in FORMS}
+    for name in FORMS:
+        spread = f" +- {statistics.stdev(losses[name]):.4f}" if options.seeds > 1 else ""
+        print(f"{name:26}{statistics.mean(losses[name]):.4f}{spread}, {statistics.median(step_ms[name]):.1f} ms a step")
+    write_result(options.out, {"benchmark": "dropout_forms", "environment": environment("cpu"), "options": options, "forms": rows})
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Options, prog="bench/dropout_forms.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,88 @@
+"""Hand a trained model on: `python gpt/export.py --out_dir=out --to=hf --folder=DIR`, or --to=nanogpt.
+
+hf: config, safetensors and tokenizer for transformers' AutoModelForCausalLM, without the padding rows of the vocabulary,
+reloaded and compared. nanogpt: a ckpt.pt that its train.py resumes and its sample.py reads.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model in another project's format."""
+
+    out_dir: str = "out"
+    """a run's folder, or one checkpoint in it"""
+    to: Literal["hf", "nanogpt"] = "hf"
+    folder: str = ""
+    """where to; empty: OUT_DIR/hf or OUT_DIR/nanogpt"""
+
+
+def export(c: Export) -> Path:
+    """The folder written. Raises ValueError or OSError; a folder that is not whole is not left under its name."""
+    import shutil
+
+    from gpt.pretrained import find_checkpoint
+
+    checkpoint = find_checkpoint(c.out_dir)
+    folder = Path(c.folder) if c.folder else Path(c.out_dir) / c.to
+    if folder.exists():
+        raise ValueError(f"{folder} exists; remove it or give another --folder")
+    partial = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        (to_huggingface if c.to == "hf" else to_nanogpt)(checkpoint, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def to_huggingface(checkpoint: Path, folder: Path) -> None:
+    from data.tokenizer import load_tokenizer
+    from gpt import huggingface
+    from gpt.pretrained import load_model, read_tokenizer
+
+    meta = read_tokenizer(checkpoint)
+    huggingface.write(load_model(checkpoint), folder, load_tokenizer(meta).vocab_size)
+    if meta["kind"] == "gpt2":
+        from data.gpt2 import vocabulary_files
+        from transformers import GPT2TokenizerFast
+
+        encoder, merges = vocabulary_files()
+        GPT2TokenizerFast(str(encoder), str(merges)).save_pretrained(folder)
+    else:
+        (folder / "tokenizer_meta.json").write_text((checkpoint / "tokenizer.json").read_text())
+
+
+def to_nanogpt(checkpoint: Path, folder: Path) -> None:
+    import json
+
+    from gpt import nanogpt
+    from gpt.pretrained import load_model, read_optimizer
+
+    model, state = load_model(checkpoint), json.loads((checkpoint / "state.json").read_text())
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    nanogpt.write(folder / nanogpt.FILE, model.config, weights, read_optimizer(checkpoint, model), state["step"],
+                  state["best_val_loss"], state["config"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when it is written; 2, after one line on stderr, for what the user can mend."""
+    import tyro
+
+    config = tyro.cli(Export, args=argv, prog="gpt/export.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    try:
+        print(f"written to {export(config)}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="triton is not installed")
+from kernels import launch, reference, torch_ops
+from kernels import layernorm as ln
+from tests.numerics import DEVICE, assert_as_accurate, grads
+
+SHAPES = [(1, 1), (1, 8), (7, 96), (33, 768), (5, 1000), (3, 1600), (2, 16384), (257, 3)]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")]
+
+
+def tensor(*shape, dtype=FP32, seed=0, grad=True):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
+
+
+def arguments(M, N, x=BF16, residual=None, w=FP32, bias=True):
+    """x, the residual if it has a dtype, w and b."""
+    stream = [] if residual is None else [tensor(M, N, dtype=residual, seed=1)]
+    return tensor(M, N, dtype=x), *stream, tensor(N, dtype=w, seed=2), tensor(N, dtype=w, seed=3) if bias else None
+
+
+# -- numbers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layernorm_errs_no_more_than_pytorch(shape, dtype):
+    assert_as_accurate(ln.layernorm, reference.layernorm, arguments(*shape, x=dtype), torch_ops.layernorm)
+
+
+@pytest.mark.parametrize("x, residual", [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP16, FP32), (FP16, FP16), (FP32, BF16)],
+                         ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_layernorm_errs_no_more_than_pytorch(shape, x, residual):
+    args = arguments(*shape, x=x, residual=residual)
+    assert_as_accurate(ln.add_layernorm, reference.add_layernorm, args, torch_ops.add_layernorm)
+
+
+@pytest.mark.parametrize("shape", [(7, 96), (3, 1600)], ids=str)
+def test_without_bias_and_with_bf16_weight(shape):
+    for args in (arguments(*shape, bias=False), arguments(*shape, w=BF16), arguments(*shape, w=BF16, bias=False)):
+        assert_as_accurate(ln.layernorm, reference.layernorm, args)
+    args = arguments(*shape, residual=FP32, bias=False)
+    assert_as_accurate(ln.add_layernorm, reference.add_layernorm, args, torch_ops.add_layernorm)
+
+
+@settings(max_examples=25, deadline=None)
+@given(M=st.integers(1, 40), N=st.integers(1, 300), x=st.sampled_from([FP32, BF16, FP16]),
+       residual=st.sampled_from([None, FP32, BF16]), bias=st.booleans())
+def test_any_shape_and_mix_of_dtypes(M, N, x, residual, bias):
+    args = arguments(M, N, x, residual, bias=bias)
+    name = "layernorm" if residual is None else "add_layernorm"
+    assert_as_accurate(getattr(ln, name), getattr(reference, name), args)
+
+
+def test_rows_far_from_zero_keep_their_variance():
+    """mean(x^2) - mean(x)^2 loses every digit of it; so does padding that counts."""
+    x, w, b = tensor(5, 1000, grad=False), tensor(1000), tensor(1000, seed=1)
+    assert_as_accurate(ln.layernorm, reference.layernorm, ((x + 3e3).requires_grad_(), w, b), torch_ops.layernorm)
+
+
+def test_no_rows():
+    x, w = tensor(0, 8), tensor(8)
+    y = ln.layernorm(x, w)
+    assert y.shape == (0, 8)
+    y.sum().backward()
+    assert x.grad.shape == (0, 8) and w.grad.eq(0).all()
+
+
+# -- layouts and gradients -----------------------------------------------------
+
+
+def test_rows_may_lie_apart_and_columns_too():
+    w, b = tensor(96), tensor(96, seed=1)
+    packed = tensor(2, 7, 3, 96, dtype=BF16, grad=False)
+    for x in (packed[:, :, 1], packed[0, :1, 0].expand(5, 96), packed.view(96, -1).T, packed[..., ::2].reshape(-1, 96)):
+        x = x.detach().requires_grad_()
+        assert_as_accurate(ln.layernorm, reference.layernorm, (x, w, b), torch_ops.layernorm)
+        residual = torch.randn_like(x, dtype=FP32).as_strided(x.shape, x.stride()).requires_grad_()
+        assert_as_accurate(ln.add_layernorm, reference.add_layernorm, (x, residual, w, b), torch_ops.add_layernorm)
+
+
+@pytest.mark.parametrize("residual", [None, BF16, FP32], ids=str)
+def test_expanded_gradients(residual):
+    """The gradient of a sum has stride 0: read as contiguous, it is garbage."""
+    args = arguments(7, 96, residual=residual)
+    outputs = ln.layernorm(*args) if residual is None else ln.add_layernorm(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    expanded = torch.autograd.grad([o.sum() for o in outputs], args, retain_graph=True)
+    assert all(map(torch.equal, expanded, torch.autograd.grad(outputs, args, [torch.ones_like(o) for o in outputs])))
+
+
+def test_gradient_whose_rows_lie_apart():
+    x, w, b = arguments(7, 96, x=FP32)
+    gradient = torch.randn(7, 200, device=DEVICE)[:, 3:99]
+    got = torch.autograd.grad(ln.layernorm(x, w, b), (x, w, b), gradient)
+    torch.testing.assert_close(got, torch.autograd.grad(reference.layernorm(x, w, b), (x, w, b), gradient))
+
+
+@pytest.mark.parametrize("residual", [BF16, FP32], ids=str)
+def test_one_output_alone(residual):
+    args = x, r, w, b = arguments(7, 96, residual=residual)
+    total, y = ln.add_layernorm(*args)
+    dtotal, dy = torch.randn_like(total), torch.randn_like(y)
+
+    both = torch.autograd.grad([total, y], args, [torch.zeros_like(total), dy], retain_graph=True)
+    assert all(map(torch.equal, torch.autograd.grad(y, args, dy, retain_graph=True), both))
+    dx, dr, dw, db = torch.autograd.grad(total, args, dtotal, allow_unused=True)
+    assert torch.equal(dr, dtotal) and torch.equal(dx, dtotal.to(x.dtype)) and dw is None and db is None
+
+
+def test_both_summands_get_the_same_gradient():
+    x, r, w, b = arguments(7, 96, residual=BF16)
+    total, y = ln.add_layernorm(x, r, w, b)
+    dx, dr = torch.autograd.grad([total, y], [x, r], [torch.randn_like(total), torch.randn_like(y)])
+    assert torch.equal(dx, dr)
+
+
+def test_thirty_backwards_are_bit_equal():
+    x, r, w, b = arguments(65, 96, residual=FP32)
+    total, y = ln.add_layernorm(x, r, w, b)
+    gradients = [torch.randn_like(total), torch.randn_like(y)]
+    first, *rest = (torch.autograd.grad([total, y], [x, r, w, b], gradients, retain_graph=True) for _ in range(30))
+    assert all(torch.equal(a, b) for again in rest for a, b in zip(first, again))
+
+
+# -- operators, compile --------------------------------------------------------
+
+
+def test_opcheck():
+    x, r, w, b = arguments(5, 24, residual=FP32)
+    torch.library.opcheck(ln._layernorm, (x, w, b, 1e-5))
+    torch.library.opcheck(ln._layernorm, (x, w, None, 1e-5))
+    torch.library.opcheck(ln._add_layernorm, (x, r, w, b, 1e-5))
+    stats = torch.rand(5, device=DEVICE), torch.rand(5, device=DEVICE)
+    plain = x.detach(), r.detach(), w.detach()
+    torch.library.opcheck(ln._layernorm_backward, (plain[0], None, plain[0], plain[2], *stats, True, None))
+    torch.library.opcheck(ln._layernorm_backward, (plain[0], plain[1], plain[1], plain[2], *stats, False, BF16))
+
+
+def test_strides_are_those_that_the_fake_promised():
+    x = tensor(96, 7, dtype=BF16).T
+    w = tensor(96)
+    for real in (*ln._layernorm(x, w, None, 1e-5), *ln._add_layernorm(x, x, w, None, 1e-5)):
+        assert real.is_contiguous()
+    fakes = ln._add_layernorm_outputs(x, x, w, None, 1e-5)
+    assert all(f.is_contiguous() for f in fakes)
+
+
+def test_compiles_whole_and_does_not_recompile():
+    def block(x, r, w, b):
+        total, y = ln.add_layernorm(x, r, w, b)
+        return total * 2 + ln.layernorm(y, w, b)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    args = arguments(6, 16, x=FP32, residual=FP32)
+    assert all(map(torch.equal, grads(compiled, args), grads(block, args)))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        grads(compiled, arguments(11, 16, x=FP32, residual=FP32))
+
+
+# -- launch settings, errors ---------------------------------------------------
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_cover_every_width(itemsize):
+    for N in range(1, launch.LAYERNORM_WIDEST + 1):
+        tile = launch.layernorm_forward(N, itemsize)
+        assert N <= tile["CHUNKS"] * tile["LANES"] < 2 * N + 1
+        assert tile["num_warps"] <= 32
+        assert launch.layernorm_backward(N)["BLOCK_N"] >= N
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda t: ln.layernorm(t(2, 8), t(9)), r"w has shape \(9,\), but x ends in 8"),
+    (lambda t: ln.layernorm(t(2, 8), t(8), t(1)), r"b has shape \(1,\)"),
+    (lambda t: ln.layernorm(t(2, 8).double(), t(8)), "x is torch.float64; use fp16"),
+    (lambda t: ln.layernorm(t(2, 8), t(8).long()), "w is torch.int64"),
+    (lambda t: ln.layernorm(t(2, 16385), t(16385)), "1 to 16384"),
+    (lambda t: ln.layernorm(t(2, 0), t(0)), "1 to 16384"),
+    (lambda t: ln.layernorm(t(2, 8), t(8).to("meta")), "w is on meta"),
+    (lambda t: ln.add_layernorm(t(2, 8), t(3, 8), t(8)), r"residual is \(3, 8\)"),
+    (lambda t: ln.add_layernorm(t(2, 8), t(2, 8).double(), t(8)), "float64"),
+    (lambda t: ln.add_layernorm(t(2, 8), t(2, 8).to("meta"), t(8)), "on meta"),
+])
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(lambda *shape: torch.zeros(shape, device=DEVICE))
+
+
+# -- on a GPU ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("N", [768, 1024, 1280, 1600])
+class TestAtRealSize:
+    pytestmark = GPU
+
+    def test_errs_no_more_than_pytorch(self, N, residual):
+        args = arguments(16 * 1024 + 1, N, residual=residual)
+        assert_as_accurate(ln.add_layernorm, reference.add_layernorm, args, torch_ops.add_layernorm)
+        x, _, w, b = args
+        assert_as_accurate(ln.layernorm, reference.layernorm, (x, w, b), torch_ops.layernorm)
+
+    def test_thirty_backwards_are_bit_equal_without_a_host_sync(self, N, residual):
+        x, r, w, b = arguments(16 * 1024 + 1, N, residual=residual)
+        gradients = [torch.randn_like(r), torch.randn_like(x)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            outputs = ln.add_layernorm(x, r, w, b)
+            first, *rest = (torch.autograd.grad(outputs, [x, r, w, b], gradients, retain_graph=True) for _ in range(30))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(a, b) for again in rest for a, b in zip(first, again))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_offsets_beyond_int32():
+    M, N = 2**31 // 768 + 4096, 768
+    x = torch.randn(M, N, device=DEVICE, dtype=BF16).requires_grad_()
+    w, b = tensor(N), tensor(N, seed=1)
+    y = ln.layernorm(x, w, b)
+    (dx,) = torch.autograd.grad(y, x, torch.ones((), device=DEVICE, dtype=BF16).expand(M, N))
+    tail = x.detach()[-5:].clone().requires_grad_()
+    expected = reference.layernorm(tail, w, b)
+    torch.testing.assert_close(y[-5:], expected)
+    torch.testing.assert_close(dx[-5:], torch.autograd.grad(expected.sum(), tail)[0])

@@ -1,0 +1,111 @@
+"""Where a run begins: from nothing, from its own checkpoint, or from weights that others trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt import GPT, SIZES, GPTConfig, nanogpt
+from gpt.pretrained import find_checkpoint, read_config, read_weights, verify, whole_checkpoints
+from train import checkpoint
+from train.config import Config, flatten
+
+ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation")
+GPT2_PADDED_VOCAB = 50304
+
+# (config, model, optimizer, scaler), all filled in place -> (step, best validation loss, data position, what to say)
+Resume = Callable[[Config, GPT, torch.optim.Optimizer, torch.amp.GradScaler], tuple[int, float, int, str]]
+
+
+@dataclass
+class Origin:
+    """A beginning: the shape it dictates, the weights to start from, or the run to put back."""
+
+    name: str
+    model: GPTConfig | None = None
+    weights: dict[str, Tensor] | None = None
+    resume: Resume | None = None
+
+
+def find_origin(config: Config) -> Origin:
+    """What --init_from means here. Raises ValueError for what is not there, or for a start that would lose a run."""
+    run, out_dir = config.run, Path(config.run.out_dir)
+    there = whole_checkpoints(out_dir)
+    if run.init_from == "resume" or (run.init_from == "auto" and there):
+        return continued(Path(run.resume_dir or out_dir))
+    if there and not run.eval_only:
+        raise ValueError(
+            f"{out_dir} already holds a run ({there[-1].name}); continue it with --init_from=resume, "
+            "or start another with --out_dir=DIR (or remove that one)"
+        )
+    if run.init_from in ("scratch", "auto"):
+        return Origin("scratch")
+    if run.init_from not in SIZES and not Path(run.init_from).is_dir():
+        raise ValueError(f"--init_from={run.init_from}: choose scratch, resume, auto, {', '.join(SIZES)}, or a folder with a model")
+    return pretrained(run.init_from, config.model.block_size)
+
+
+def pretrained(source: str, block_size: int) -> Origin:
+    """Someone's weights, with fewer positions where fewer are asked for; a new run."""
+    model, weights = read_weights(source)
+    if block_size < model.block_size:
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
+        model = replace(model, block_size=block_size)
+    return Origin(source, model, weights)
+
+
+def continued(path: Path) -> Origin:
+    """A run of ours, or of nanoGPT's, put back to where its last checkpoint was written."""
+    if (path / nanogpt.FILE).is_file() and not whole_checkpoints(path):
+        theirs = nanogpt.read(path)
+        return Origin(str(path), theirs.config, theirs.weights, lambda *run: _resume_nanogpt(path, theirs, *run))
+    folder = find_checkpoint(path)
+    verify(folder)
+    return Origin(str(folder), read_config(folder), None, lambda *run: _resume(folder, *run))
+
+
+def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Config:
+    """The config with its model completed: by its origin, else by the data set's vocabulary.
+
+    Raises ValueError where the config asks for another architecture than its origin has. What it leaves at the default
+    is not asked for.
+    """
+    if origin.model is None:
+        vocab = config.model.vocab_size or (meta["vocab_size"] if meta else GPT2_PADDED_VOCAB)
+        return replace(config, model=replace(config.model, vocab_size=vocab))
+    default = Config().model
+    wrong = [
+        f"{k} is {getattr(origin.model, k)} there and {getattr(config.model, k)} here" for k in ARCHITECTURE
+        if getattr(config.model, k) not in (getattr(origin.model, k), getattr(default, k))
+    ]
+    if wrong:
+        raise ValueError(f"{origin.name} is a checkpoint of another architecture: {', '.join(wrong)}")
+    return replace(config, model=replace(origin.model, dropout=config.model.dropout))
+
+
+def _resume(folder: Path, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
+            scaler: torch.amp.GradScaler) -> tuple[int, float, int, str]:
+    state = checkpoint.read_state(folder)
+    before, now = state["config"], dict(flatten(config))
+    if before["optimizer"] != now["optimizer"]:
+        raise ValueError(f"{folder} was trained with --optimizer={before['optimizer']}, whose state {now['optimizer']} cannot take over")
+    checkpoint.restore(folder, model, optimizer)
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    same_data = (before["dataset"], before["data_dir"]) == (now["dataset"], now["data_dir"])
+    said = f"{folder}, step {state['step']}" + "".join(
+        f"; {k} was {before[k]}, is {v}" for k, v in now.items() if k in before and before[k] != v and k != "init_from"
+    )
+    return state["step"], state["best_val_loss"], state["position"] if same_data else 0, said
+
+
+def _resume_nanogpt(path: Path, theirs: nanogpt.NanoGPT, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
+                    _scaler: torch.amp.GradScaler) -> tuple[int, float, int, str]:
+    if config.optim.optimizer != "adamw":
+        raise ValueError(f"{path} was trained with AdamW, whose state {config.optim.optimizer} cannot take over")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": theirs.optimizer.get("state", {})})
+    windows = theirs.step * config.optim.gradient_accumulation_steps * config.data.batch_size
+    return theirs.step, theirs.best_val_loss, windows, f"{path / nanogpt.FILE}, nanoGPT's, step {theirs.step}; its data order is not in it"
