@@ -50,8 +50,9 @@ def to_huggingface(checkpoint: Path, folder: Path) -> None:
     meta = read_tokenizer(checkpoint)
     huggingface.write(load_model(checkpoint), folder, load_tokenizer(meta).vocab_size)
     if meta["kind"] == "gpt2":
-        from data.gpt2 import vocabulary_files
         from transformers import GPT2TokenizerFast
+
+        from data.gpt2 import vocabulary_files
 
         encoder, merges = vocabulary_files()
         GPT2TokenizerFast(str(encoder), str(merges)).save_pretrained(folder)

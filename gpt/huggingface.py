@@ -58,7 +58,8 @@ def write(model: GPT, folder: Path, vocab_size: int) -> None:
     theirs = GPT2LMHeadModel(GPT2Config(
         vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
         activation_function="gelu_new" if c.activation == "gelu_tanh" else "gelu", resid_pdrop=c.dropout,
-        embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=min(50256, vocab_size - 1), eos_token_id=min(50256, vocab_size - 1),
+        embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=min(50256, vocab_size - 1),
+        eos_token_id=min(50256, vocab_size - 1),
     ))
     ours = {k: v.T if k.endswith(TURNED) else v for k, v in model.state_dict().items()}
     ours |= {k: ours[k][:vocab_size] for k in ("transformer.wte.weight", "lm_head.weight")}

@@ -4,16 +4,16 @@ Shapes: q, k, v, y, y_low, dy, dq, dk, dv (B, T, H, D), read and written by stri
 end (B, T) int32: query i sees the keys first[i] to i, key j is seen by the queries j to end[j] - 1 (None: all).
 Letters: i a query, j a key, m and n the first of a block of each; s scores, p probabilities, ds = p (dp - delta).
 
-Sums are fp32; p and ds are rounded to the inputs' dtype for the matrix units, fp32 inputs are multiplied as fp32. The
-scale and log2(e) sit in the exponent, so lse is in base 2. Saved for backward: the inputs, lse, y, and y_low, what y lost
-when it was rounded. No atomics: dq is summed by the program of its queries, dk and dv by that of their keys, so a
-backward has the same bits in every run, at the price of seven products for five.
+Sums are fp32; p and ds are rounded to the inputs' dtype for the matrix units, fp32 inputs are multiplied as fp32. Scale
+and log2(e) sit in the exponent, so lse is in base 2. Saved: the inputs, lse, y, and y_low, what rounding took from y.
+dq is summed by the program of its queries, dk and dv by that of their keys: no atomics, equal bits in every run, and
+seven products for five.
 
 Rows whose maximum is repeated (arXiv 2510.04212): rounding y is biased there, and delta = rowsum(dy * y) hands the bias
-to every ds of the row. The paper shifts the maximum, so that no p is 1. Here delta is taken from y + y_low instead, the
-remedy at the source. In an emulation of rows with two equal maxima in bf16, the rms error of delta is 0.021 with y
-alone, 0.087 with the shift (p = 1 is exact, a shifted p is not) and 0.0002 with y_low; the shift also underflows for
-logits beyond 87. y_low costs 4 bytes of traffic per element of y, about 0.6 % of a 124M step.
+to every ds of the row. The paper shifts the maximum, so that no p is 1; here delta is taken from y + y_low, the remedy
+at the source. Emulated in bf16 on rows with two equal maxima, the rms error of delta is 0.021 with y alone, 0.087 with
+the shift (p = 1 is exact, a shifted p is not) and 0.0002 with y_low; and the shift underflows for logits beyond 87.
+y_low costs 4 bytes of traffic per element of y, about 0.6 % of a 124M step.
 """
 
 import torch
@@ -41,16 +41,16 @@ def _dot(a, b, acc=None):
 
 
 @triton.jit
-def _tile(x, strides, head, H, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers (ROWS, BLOCK_D) to rows `start` and on of head `head` (of B * H) of x, whose strides are (B, T, H, 1)."""
-    row, col = start + tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
+def _tile(x, strides, head, H, start, ROWS: tl.constexpr, D: tl.constexpr):
+    """Pointers (ROWS, D) to rows `start` and on of head `head` (of B * H) of x, whose strides are (B, T, H, 1)."""
+    row, col = start + tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, triton.next_power_of_2(D))[None, :]
     return x + (head // H).to(tl.int64) * strides[0] + (head % H).to(tl.int64) * strides[2] + row * strides[1] + col
 
 
 @triton.jit
-def _inside(start, T, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _inside(start, T, ROWS: tl.constexpr, D: tl.constexpr):
     """Which elements of the tile exist."""
-    return (start + tl.arange(0, ROWS)[:, None] < T) & (tl.arange(0, BLOCK_D)[None, :] < D)
+    return (start + tl.arange(0, ROWS)[:, None] < T) & (tl.arange(0, triton.next_power_of_2(D))[None, :] < D)
 
 
 @triton.jit
@@ -76,14 +76,12 @@ def _scores(qs, ks, m, n, firsts, unmasked, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 @triton.jit
 def _keep(seed, i, j, head, DROPPED: tl.constexpr):
     """Which probabilities survive dropout: all but DROPPED of 2**32 draws. See reference.philox_keep."""
-    i, j = tl.broadcast(i, j)
-    word, _, _, _ = tl.philox(tl.load(seed), i, j, head, 0)
-    return word >= DROPPED
+    return tl.philox(tl.load(seed), i, j, head, 0)[0] >= DROPPED
 
 
 @triton.jit
 def _forward(q, k, v, first, seed, y, y_low, lse, q_strides, k_strides, v_strides, y_strides, T, H,
-             DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+             DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr):
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     blocks = tl.cdiv(T, BLOCK_M)
@@ -95,15 +93,15 @@ def _forward(q, k, v, first, seed, y, y_low, lse, q_strides, k_strides, v_stride
         firsts, unmasked = _bound(first, head // H, i, T), _bound(first, head // H, m + BLOCK_M - 1, T)
         lo = _bound(first, head // H, m, T) // BLOCK_N * BLOCK_N
 
-    rows = _inside(m, T, BLOCK_M, D, BLOCK_D)
-    qs = tl.load(_tile(q, q_strides, head, H, m, BLOCK_M, BLOCK_D), mask=rows, other=0.0)
-    k_tile = _tile(k, k_strides, head, H, lo, BLOCK_N, BLOCK_D)
-    v_tile = _tile(v, v_strides, head, H, lo, BLOCK_N, BLOCK_D)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    rows = _inside(m, T, BLOCK_M, D)
+    qs = tl.load(_tile(q, q_strides, head, H, m, BLOCK_M, D), mask=rows, other=0.0)
+    k_tile = _tile(k, k_strides, head, H, lo, BLOCK_N, D)
+    v_tile = _tile(v, v_strides, head, H, lo, BLOCK_N, D)
+    acc = tl.zeros((BLOCK_M, triton.next_power_of_2(D)), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -1e38, tl.float32)  # finite: where a block hides a whole row, inf - inf would be nan
     for n in range(lo, hi, BLOCK_N):
-        inside = _inside(n, T, BLOCK_N, D, BLOCK_D)
+        inside = _inside(n, T, BLOCK_N, D)
         ks = tl.load(k_tile, mask=inside, other=0.0)
         vs = tl.load(v_tile, mask=inside, other=0.0)
         s = _scores(qs, ks, m, n, firsts, unmasked, BLOCK_M, BLOCK_N)
@@ -120,16 +118,16 @@ def _forward(q, k, v, first, seed, y, y_low, lse, q_strides, k_strides, v_stride
 
     acc *= (2**32 / (2**32 - DROPPED) / total)[:, None]
     ys = acc.to(y.dtype.element_ty)
-    tl.store(_tile(y, y_strides, head, H, m, BLOCK_M, BLOCK_D), ys, mask=rows)
+    tl.store(_tile(y, y_strides, head, H, m, BLOCK_M, D), ys, mask=rows)
     if y_low is not None:
         low = (acc - ys.to(tl.float32)).to(y.dtype.element_ty)
-        tl.store(_tile(y_low, y_strides, head, H, m, BLOCK_M, BLOCK_D), low, mask=rows)
+        tl.store(_tile(y_low, y_strides, head, H, m, BLOCK_M, D), low, mask=rows)
     tl.store(lse + head.to(tl.int64) * T + i, top + tl.log2(total), mask=i < T)
 
 
 @triton.jit
 def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k_strides, v_strides, y_strides,
-                dy_strides, dq_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                dy_strides, dq_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dq, and delta for _backward_kv."""
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
@@ -142,21 +140,21 @@ def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k
         firsts, unmasked = _bound(first, head // H, i, T), _bound(first, head // H, m + BLOCK_M - 1, T)
         lo = _bound(first, head // H, m, T) // BLOCK_N * BLOCK_N
 
-    rows = _inside(m, T, BLOCK_M, D, BLOCK_D)
-    dys = tl.load(_tile(dy, dy_strides, head, H, m, BLOCK_M, BLOCK_D), mask=rows, other=0.0)
-    ys = tl.load(_tile(y, y_strides, head, H, m, BLOCK_M, BLOCK_D), mask=rows, other=0.0).to(tl.float32)
+    rows = _inside(m, T, BLOCK_M, D)
+    dys = tl.load(_tile(dy, dy_strides, head, H, m, BLOCK_M, D), mask=rows, other=0.0)
+    ys = tl.load(_tile(y, y_strides, head, H, m, BLOCK_M, D), mask=rows, other=0.0).to(tl.float32)
     if y_low is not None:
-        ys += tl.load(_tile(y_low, y_strides, head, H, m, BLOCK_M, BLOCK_D), mask=rows, other=0.0).to(tl.float32)
+        ys += tl.load(_tile(y_low, y_strides, head, H, m, BLOCK_M, D), mask=rows, other=0.0).to(tl.float32)
     deltas = tl.sum(ys * dys.to(tl.float32), 1)
     tl.store(delta + head.to(tl.int64) * T + i, deltas, mask=i < T)
     lses = tl.load(lse + head.to(tl.int64) * T + i, mask=i < T, other=0.0)
 
-    qs = tl.load(_tile(q, q_strides, head, H, m, BLOCK_M, BLOCK_D), mask=rows, other=0.0)
-    k_tile = _tile(k, k_strides, head, H, lo, BLOCK_N, BLOCK_D)
-    v_tile = _tile(v, v_strides, head, H, lo, BLOCK_N, BLOCK_D)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    qs = tl.load(_tile(q, q_strides, head, H, m, BLOCK_M, D), mask=rows, other=0.0)
+    k_tile = _tile(k, k_strides, head, H, lo, BLOCK_N, D)
+    v_tile = _tile(v, v_strides, head, H, lo, BLOCK_N, D)
+    acc = tl.zeros((BLOCK_M, triton.next_power_of_2(D)), tl.float32)
     for n in range(lo, hi, BLOCK_N):
-        inside = _inside(n, T, BLOCK_N, D, BLOCK_D)
+        inside = _inside(n, T, BLOCK_N, D)
         ks = tl.load(k_tile, mask=inside, other=0.0)
         vs = tl.load(v_tile, mask=inside, other=0.0)
         s = _scores(qs, ks, m, n, firsts, unmasked, BLOCK_M, BLOCK_N)
@@ -168,12 +166,12 @@ def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k
         acc = _dot((p * (dp - deltas[:, None])).to(ks.dtype), ks, acc)
         k_tile += tl.cast(BLOCK_N, tl.int64) * k_strides[1]
         v_tile += tl.cast(BLOCK_N, tl.int64) * v_strides[1]
-    tl.store(_tile(dq, dq_strides, head, H, m, BLOCK_M, BLOCK_D), (acc * D**-0.5).to(dq.dtype.element_ty), mask=rows)
+    tl.store(_tile(dq, dq_strides, head, H, m, BLOCK_M, D), (acc * D**-0.5).to(dq.dtype.element_ty), mask=rows)
 
 
 @triton.jit
 def _backward_kv(q, k, v, end, seed, lse, delta, dy, dk, dv, q_strides, k_strides, v_strides, dy_strides, dk_strides,
-                 dv_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                 dv_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dk and dv. All is transposed: p and ds leave the matrix units in the registers from which they enter them again."""
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
@@ -188,15 +186,15 @@ def _backward_kv(q, k, v, end, seed, lse, delta, dy, dk, dv, q_strides, k_stride
         ends, unmasked = _bound(end, head // H, j, T), _bound(end, head // H, n, T)
         hi = _bound(end, head // H, n + BLOCK_N - 1, T)
 
-    columns = _inside(n, T, BLOCK_N, D, BLOCK_D)
-    ks = tl.load(_tile(k, k_strides, head, H, n, BLOCK_N, BLOCK_D), mask=columns, other=0.0)
-    vs = tl.load(_tile(v, v_strides, head, H, n, BLOCK_N, BLOCK_D), mask=columns, other=0.0)
-    q_tile = _tile(q, q_strides, head, H, lo, BLOCK_M, BLOCK_D)
-    dy_tile = _tile(dy, dy_strides, head, H, lo, BLOCK_M, BLOCK_D)
-    dks = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dvs = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    columns = _inside(n, T, BLOCK_N, D)
+    ks = tl.load(_tile(k, k_strides, head, H, n, BLOCK_N, D), mask=columns, other=0.0)
+    vs = tl.load(_tile(v, v_strides, head, H, n, BLOCK_N, D), mask=columns, other=0.0)
+    q_tile = _tile(q, q_strides, head, H, lo, BLOCK_M, D)
+    dy_tile = _tile(dy, dy_strides, head, H, lo, BLOCK_M, D)
+    dks = tl.zeros((BLOCK_N, triton.next_power_of_2(D)), tl.float32)
+    dvs = tl.zeros((BLOCK_N, triton.next_power_of_2(D)), tl.float32)
     for m in range(lo, hi, BLOCK_M):
-        inside = _inside(m, T, BLOCK_M, D, BLOCK_D)
+        inside = _inside(m, T, BLOCK_M, D)
         qs = tl.load(q_tile, mask=inside, other=0.0)
         dys = tl.load(dy_tile, mask=inside, other=0.0)
         i = m + tl.arange(0, BLOCK_M)
@@ -219,10 +217,9 @@ def _backward_kv(q, k, v, end, seed, lse, delta, dy, dk, dv, q_strides, k_stride
         dks = _dot((p * (dp - deltas[None, :])).to(qs.dtype), qs, dks)
         q_tile += tl.cast(BLOCK_M, tl.int64) * q_strides[1]
         dy_tile += tl.cast(BLOCK_M, tl.int64) * dy_strides[1]
-    dks *= D**-0.5
-    dvs *= 2**32 / (2**32 - DROPPED)
-    tl.store(_tile(dk, dk_strides, head, H, n, BLOCK_N, BLOCK_D), dks.to(dk.dtype.element_ty), mask=columns)
-    tl.store(_tile(dv, dv_strides, head, H, n, BLOCK_N, BLOCK_D), dvs.to(dv.dtype.element_ty), mask=columns)
+    dks, dvs = (dks * D**-0.5).to(dk.dtype.element_ty), (dvs * (2**32 / (2**32 - DROPPED))).to(dv.dtype.element_ty)
+    tl.store(_tile(dk, dk_strides, head, H, n, BLOCK_N, D), dks, mask=columns)
+    tl.store(_tile(dv, dv_strides, head, H, n, BLOCK_N, D), dvs, mask=columns)
 
 
 # -- operators ----------------------------------------------------------------
@@ -243,7 +240,7 @@ def _forward_op(qkv: list[Tensor], first: Tensor | None, seed: Tensor | None,
     with torch.cuda.device_of(q):
         _forward[(triton.cdiv(T, settings["BLOCK_M"]) * B * H,)](
             q, k, v, first, seed, y, y_low if y_low.numel() else None, lse, q.stride(), k.stride(), v.stride(),
-            y.stride(), T, H, int(dropout * 2**32), D, triton.next_power_of_2(D), **settings)
+            y.stride(), T, H, int(dropout * 2**32), D, **settings)
     return y, y_low, lse
 
 
@@ -264,7 +261,7 @@ def _backward_op(dy: Tensor, qkv: list[Tensor], y: Tensor, y_low: Tensor, lse: T
     dq, dk, dv = _views(grads)
     delta = torch.empty_like(lse)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # from y.sum() it comes with strides of 0
-    strides, sizes = (q.stride(), k.stride(), v.stride()), (T, H, int(dropout * 2**32), D, triton.next_power_of_2(D))
+    strides, sizes = (q.stride(), k.stride(), v.stride()), (T, H, int(dropout * 2**32), D)
     of_q = launch.attention_backward_q(D, q.dtype, launch.capability(q.device))
     of_kv = launch.attention_backward_kv(D, q.dtype, launch.capability(q.device))
     with torch.cuda.device_of(q):  # autograd's thread may have another current device
@@ -344,13 +341,11 @@ def _checked(packed: list[Tensor], doc_start: Tensor | None, window: int | None,
              seed: Tensor | None) -> Tensor:
     """Validates, turns documents and window into `first`, and calls."""
     q = packed[0] if len(packed) == 3 else packed[0][:, :, 0]
-    if q.ndim != 4:
-        raise ValueError(f"attention: q has shape {tuple(q.shape)}; give (B, T, H, D)")
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"attention: the inputs are {q.dtype}; cast them to float32, bfloat16 or float16")
+    if q.ndim != 4 or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"attention: q is {tuple(q.shape)} {q.dtype}; give (B, T, H, D) in float32, bfloat16 or float16")
     if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 256:
-        raise ValueError(f"attention: head dimension {q.shape[-1]}; choose n_embd and n_head so that n_embd / n_head is a "
-                         "multiple of 8 from 16 to 256, or take --attention=torch")
+        raise ValueError(f"attention: head dimension {q.shape[-1]}; choose n_embd / n_head as a multiple of 8 from 16 to "
+                         "256, or take --attention=torch")
     if window is not None and window < 1:
         raise ValueError(f"attention: window={window}; a query sees at least itself: give 1 or more, or None")
     if not 0 <= dropout < 1:

@@ -122,7 +122,7 @@ def test_no_file_and_an_unknown_kind(tmp_path):
 
 
 def test_invalid_utf8_is_placed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_PIECE", 16)
+    monkeypatch.setattr(sources, "_PIECE", 25)
     (tmp_path / "a.txt").write_bytes("東".encode() * 20 + b"\xff" + b"x" * 9)
     fails(tmp_path / "a.txt", r"a\.txt: not UTF-8 at byte 60;")
     (tmp_path / "a.txt").write_bytes(b"x" * 9 + "é".encode()[:1])

@@ -135,7 +135,8 @@ class Config:
             if leaves[name] < 0:
                 raise ValueError(f"{name}={leaves[name]}: must be at least 0")
         if self.optim.decay_lr and self.optim.lr_decay_iters <= self.optim.warmup_iters:
-            raise ValueError(f"lr_decay_iters={self.optim.lr_decay_iters} must be more than warmup_iters={self.optim.warmup_iters}")
+            both = self.optim.lr_decay_iters, self.optim.warmup_iters
+            raise ValueError("lr_decay_iters={} must be more than warmup_iters={}".format(*both))
 
     @property
     def data_dir(self) -> Path:

@@ -19,7 +19,8 @@ def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
     if c.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=c.learning_rate, momentum=c.momentum, fused=True)
     if c.optimizer == "adam":
-        return torch.optim.Adam([g | {"weight_decay": 0.0} for g in groups], lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
+        groups = [g | {"weight_decay": 0.0} for g in groups]
+        return torch.optim.Adam(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
     return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
 
 

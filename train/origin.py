@@ -44,7 +44,8 @@ def find_origin(config: Config) -> Origin:
     if run.init_from in ("scratch", "auto"):
         return Origin("scratch")
     if run.init_from not in SIZES and not Path(run.init_from).is_dir():
-        raise ValueError(f"--init_from={run.init_from}: choose scratch, resume, auto, {', '.join(SIZES)}, or a folder with a model")
+        known = ", ".join(("scratch", "resume", "auto", *SIZES))
+        raise ValueError(f"--init_from={run.init_from}: choose {known}, or a folder with a model")
     return pretrained(run.init_from, config.model.block_size)
 
 
@@ -91,7 +92,8 @@ def _resume(folder: Path, config: Config, model: GPT, optimizer: torch.optim.Opt
     state = checkpoint.read_state(folder)
     before, now = state["config"], dict(flatten(config))
     if before["optimizer"] != now["optimizer"]:
-        raise ValueError(f"{folder} was trained with --optimizer={before['optimizer']}, whose state {now['optimizer']} cannot take over")
+        raise ValueError(f"{folder} was trained with --optimizer={before['optimizer']}, "
+                         f"whose state {now['optimizer']} cannot take over")
     checkpoint.restore(folder, model, optimizer)
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
@@ -108,4 +110,5 @@ def _resume_nanogpt(path: Path, theirs: nanogpt.NanoGPT, config: Config, model: 
         raise ValueError(f"{path} was trained with AdamW, whose state {config.optim.optimizer} cannot take over")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": theirs.optimizer.get("state", {})})
     windows = theirs.step * config.optim.gradient_accumulation_steps * config.data.batch_size
-    return theirs.step, theirs.best_val_loss, windows, f"{path / nanogpt.FILE}, nanoGPT's, step {theirs.step}; its data order is not in it"
+    said = f"{path / nanogpt.FILE}, nanoGPT's, step {theirs.step}; its data order is not in it"
+    return theirs.step, theirs.best_val_loss, windows, said

@@ -60,5 +60,6 @@ def accumulation_per_rank(total: int, w: World) -> int:
     if total % w.size:
         below, above = total // w.size * w.size, (total // w.size + 1) * w.size
         near = f"{below} or {above}" if below else above
-        raise ValueError(f"gradient_accumulation_steps={total} is for all ranks together and {w.size} ranks do not divide it; use {near}")
+        raise ValueError(f"gradient_accumulation_steps={total} is for all ranks together, {w.size} ranks do not divide it; "
+                         f"use {near}")
     return total // w.size

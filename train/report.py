@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from gpt import hardware
 from gpt.flops import mfu
-
 from train.config import Config, to_json
 from train.parallel import World
 

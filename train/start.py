@@ -92,9 +92,9 @@ def compile_model(model: GPT, config: Config, device: torch.device, dtype: torch
         flops = flops_per_token(config.model)["palm"] * config.tokens_per_iter * config.optim.max_iters
         minutes = flops / hardware.matmul_rate(device, dtype) / 60 if device.type == "cpu" else float("inf")
         wanted = device.type == "cuda" or (device.type == "cpu" and minutes > 10 and config.model.dropout == 0)
-        why = f"auto: {'' if wanted else 'not '}worth its time on {device.type}" + (
-            f", about {minutes:,.0f} min of matrix multiplications, dropout {config.model.dropout}" if device.type == "cpu" else ""
-        )
+        why = f"auto: {'' if wanted else 'not '}worth its time on {device.type}"
+        if device.type == "cpu":
+            why += f", about {minutes:,.0f} min of matrix multiplications, dropout {config.model.dropout}"
     if wanted:
         model.compile()
     return f"{'yes' if wanted else 'no'} ({why})"

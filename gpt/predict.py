@@ -1,0 +1,72 @@
+"""What a model expects: `python gpt/predict.py --out_dir=out --text="To be or not to"`.
+
+Prints the mean loss and the perplexity of the text, and the likeliest next tokens with their probabilities.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Score a text and look one token ahead."""
+
+    out_dir: str = "out"
+    """a run's folder, or one checkpoint in it"""
+    text: str = ""
+    file: str = ""
+    """read the text from here instead"""
+    top: int = 10
+    """how many next tokens are shown"""
+    device: str = "auto"
+    """cuda, mps, cpu; auto: the first that is there"""
+
+
+def predict(c: Predict) -> None:
+    """Print the scores and the table. Raises ValueError or OSError for what the user can mend."""
+    import torch
+
+    from data.tokenizer import load_tokenizer
+    from gpt import hardware
+    from gpt.pretrained import find_checkpoint, load_model, read_tokenizer
+    from gpt.scoring import token_losses
+
+    if bool(c.text) == bool(c.file):
+        raise ValueError("give one of --text=TEXT and --file=FILE")
+    if c.top < 1:
+        raise ValueError(f"top={c.top}: must be at least 1")
+    device, folder = hardware.resolve_device(c.device), find_checkpoint(c.out_dir)
+    tokenizer, model = load_tokenizer(read_tokenizer(folder)), load_model(folder, device)
+    text = Path(c.file).read_text(encoding="utf-8") if c.file else c.text
+    ids = torch.tensor(tokenizer.encode(text), device=device)
+    if len(ids) == 0:
+        raise ValueError(f"{c.file}: the text is empty")
+    losses = token_losses(model, ids)
+    if len(losses):
+        mean = losses.double().mean().item()
+        print(f"{len(ids):,} tokens, mean loss {mean:.4f}, perplexity {math.exp(mean):.4f}")
+    with torch.no_grad():
+        logits = model.predict(ids[None, -model.config.block_size :], False)[0, 0, : tokenizer.vocab_size]
+    likeliest = logits.float().softmax(-1).topk(min(c.top, tokenizer.vocab_size))
+    print("next token:")
+    for p, token in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+        print(f"{100 * p:7.2f} %  {token:6d}  {tokenizer.decode([token])!r}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when all is printed; 2, after one line on stderr, for what the user can mend."""
+    import tyro
+
+    config = tyro.cli(Predict, args=argv, prog="gpt/predict.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    try:
+        predict(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

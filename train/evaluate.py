@@ -1,0 +1,170 @@
+"""How good a model is: `python train/evaluate.py --out_dir=out --dataset=openwebtext`, alone or under torchrun.
+
+Goes through a whole split once: loss, perplexity, bits per byte. With local files also HellaSwag and LAMBADA:
+
+hellaswag, completion style (llm.c, build-nanogpt): ctx + " " + ending; acc takes the ending of least total loss, acc_norm
+the one of least loss per token. lambada, last word: the text up to its last space, then " " + word; acc counts words that
+greedy decoding writes whole, ppl is of those words. These are not lm-eval's figures; for those, export with --to=hf.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a model on whole files."""
+
+    out_dir: str = "out"
+    """a run's folder, or one checkpoint in it"""
+    init_from: str = "resume"
+    """resume: out_dir; else gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a model"""
+    dataset: str = ""
+    """folder under data/; its split is gone through whole"""
+    data_dir: str = ""
+    """any other folder of tokens"""
+    split: str = "val"
+    batch_size: int = 8
+    hellaswag: str = ""
+    """hellaswag_val.jsonl: lines with ctx, endings, label"""
+    lambada: str = ""
+    """lambada_test.jsonl: lines with text"""
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def evaluate(c: Evaluate) -> dict[str, float]:
+    """Print and return the figures, summed over all ranks. Raises ValueError or OSError for what the user can mend."""
+    from data.tokenizer import load_tokenizer
+    from gpt import hardware
+    from gpt.pretrained import find_checkpoint, from_pretrained, load_model, read_tokenizer
+    from train import parallel
+
+    if not (c.dataset or c.data_dir or c.hellaswag or c.lambada):
+        raise ValueError("nothing to evaluate on; give --dataset=, --data_dir=, --hellaswag=FILE or --lambada=FILE")
+    world = parallel.world()
+    device = hardware.resolve_device(c.device, world.local_rank)
+    meta = None
+    if c.init_from == "resume":
+        folder = find_checkpoint(c.out_dir)
+        model, meta = load_model(folder, device), read_tokenizer(folder)
+    else:
+        model = from_pretrained(c.init_from).to(device)
+    tokenizer = load_tokenizer(meta)
+    parallel.start(world, device, "auto")
+    figures: dict[str, float] = {}
+    with hardware.autocast(device, hardware.resolve_dtype(c.dtype, device)):
+        if c.dataset or c.data_dir:
+            figures |= whole_split(c, model, tokenizer, world)
+        if c.hellaswag:
+            figures |= hellaswag(read_lines(c.hellaswag, ("ctx", "endings", "label")), model, tokenizer, world)
+        if c.lambada:
+            figures |= lambada(read_lines(c.lambada, ("text",)), model, tokenizer, world)
+    if world.rank == 0:
+        for name, value in figures.items():
+            print(f"{name}: {value:.6g}")
+    parallel.stop(world)
+    return figures
+
+
+def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
+    """Every token of the split but its first, predicted once from at most block_size tokens before it."""
+    import numpy as np
+    import torch
+
+    from data.tokens import check_vocabulary, open_split
+    from gpt.scoring import spans
+    from train.config import ROOT
+    from train.parallel import sum_over_ranks
+
+    tokens = open_split(c.data_dir or ROOT / "data" / c.dataset, c.split)
+    if len(tokens) < 2:
+        raise ValueError(f"{tokens.name}: {len(tokens)} token(s), at least 2 are needed")
+    check_vocabulary(tokens, model.config.vocab_size)
+    size, device = model.config.block_size, model.lm_head.weight.device
+    bytes_of = torch.tensor([len(tokenizer.decode_bytes([i])) if i < tokenizer.vocab_size else 0
+                             for i in range(model.config.vocab_size)], device=device)
+    mine = islice(spans(len(tokens), size), world.rank, None, world.size)
+    total = torch.zeros(3, dtype=torch.float64, device=device)  # loss in nats, tokens, bytes
+    while group := list(islice(mine, c.batch_size)):
+        whole = [span for span in group if span[1] - span[0] == size]
+        for part in [whole, *([span] for span in group if span not in whole)]:
+            if not part:
+                continue
+            windows = tokens.read(np.array([start for start, _ in part]), part[0][1] - part[0][0] + 1).astype(np.int64)
+            ids = torch.from_numpy(windows).to(device)
+            with torch.no_grad():
+                total[0] += model(ids[:, :-1], ids[:, 1:], reduction="sum")
+            total[1:] += torch.tensor([ids[:, 1:].numel(), bytes_of[ids[:, 1:]].sum()], device=device)
+    loss, count, n_bytes = sum_over_ranks(total).tolist()
+    return {"loss": loss / count, "perplexity": math.exp(loss / count), "bits per byte": loss / math.log(2) / max(n_bytes, 1),
+            "tokens": count}
+
+
+def read_lines(path: str, keys: tuple[str, ...]) -> list[dict]:
+    """The objects of a JSONL file. Raises ValueError, with the line's number, for one that is not as expected."""
+    examples = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            example = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if missing := set(keys) - example.keys():
+            raise ValueError(f"{path}, line {number}: no {sorted(missing)[0]!r}")
+        examples.append(example)
+    if not examples:
+        raise ValueError(f"{path}: no examples in it")
+    return examples
+
+
+def hellaswag(examples: list[dict], model, tokenizer, world) -> dict[str, float]:
+    import torch
+
+    from gpt.scoring import continuation_losses
+    from train.parallel import sum_over_ranks
+
+    counts = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)
+    for example in examples[world.rank :: world.size]:
+        endings = [tokenizer.encode(" " + ending) for ending in example["endings"]]
+        scored = [losses for losses, _ in continuation_losses(model, tokenizer.encode(example["ctx"]), endings)]
+        for i, score in enumerate((torch.Tensor.sum, torch.Tensor.mean)):
+            best = min(range(len(scored)), key=lambda e: score(scored[e]).item())
+            counts[i] += best == int(example["label"])
+    acc, acc_norm = (sum_over_ranks(counts) / len(examples)).tolist()
+    return {"hellaswag acc": acc, "hellaswag acc_norm": acc_norm, "hellaswag examples": len(examples)}
+
+
+def lambada(examples: list[dict], model, tokenizer, world) -> dict[str, float]:
+    import torch
+
+    from gpt.scoring import continuation_losses
+    from train.parallel import sum_over_ranks
+
+    counts = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)
+    for example in examples[world.rank :: world.size]:
+        context, _, word = example["text"].rpartition(" ")
+        ((losses, greedy),) = continuation_losses(model, tokenizer.encode(context), [tokenizer.encode(" " + word)])
+        counts += torch.tensor([greedy, losses.double().sum()], device=counts.device)
+    acc, loss = (sum_over_ranks(counts) / len(examples)).tolist()
+    return {"lambada acc": acc, "lambada ppl": math.exp(loss), "lambada examples": len(examples)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when all is printed; 2, after one line on stderr, for what the user can mend."""
+    import tyro
+
+    config = tyro.cli(Evaluate, args=argv, prog="train/evaluate.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    try:
+        evaluate(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
