@@ -46,8 +46,8 @@ def gpt2(size: str, batch: int = ROWS // T) -> list[Case]:
     rows = batch * T
     return [
         Case("attention_qkv", (batch, T, heads, width // heads)),
-        Case("layernorm", (rows, width)),
         Case("add_layernorm", (rows, width)),
+        Case("layernorm", (rows, width)),
         Case("cross_entropy", (rows, V)),
         Case("linear_cross_entropy", (rows, width, V)),
     ]

@@ -9,7 +9,6 @@ slice of the text short enough that dropout matters.
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,31 +49,30 @@ def none(qkv: Tensor, **_: object) -> Tensor:
     return on_probabilities(qkv)
 
 
-FORMS: dict[str, Callable] = {"values (ours)": load("torch").attention_qkv, "probabilities (PyTorch)": on_probabilities, "none": none}
+FORMS: dict[str, Callable] = {
+    "values (ours)": load("torch").attention_qkv, "probabilities (PyTorch)": on_probabilities, "none": none,
+}
 
 
-def run(form: Callable, seed: int, options: Options, data: Path) -> tuple[float, float]:
-    """Validation loss at the end, and the median milliseconds of a step."""
+def run(form: Callable, seed: int, options: Options, data: Path) -> float:
+    """Validation loss at the end."""
     config = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=options.dropout)
-    c = OptimConfig(learning_rate=1e-3, min_lr=1e-4, max_iters=options.max_iters, lr_decay_iters=options.max_iters, warmup_iters=50, beta2=0.99)
+    c = OptimConfig(learning_rate=1e-3, min_lr=1e-4, max_iters=options.max_iters, lr_decay_iters=options.max_iters,
+                    warmup_iters=50, beta2=0.99)
     torch.manual_seed(seed)
     model = GPT(config, load("torch")._replace(attention_qkv=form))
     optimizer = optim.build(model, c)
     batches = Loader(open_tokens(data), block_size=64, batch_size=12, seed=seed)
-    times = []
     for step in range(options.max_iters):
-        start = time.perf_counter()
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = optim.learning_rate(step, c)
         model(*next(batches)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - start)
     model.eval()
     with torch.no_grad():
         held_out = eval_batches(open_split(options.data_dir, "val"), block_size=64, batch_size=12, count=100, seed=0)
-        losses = [model(*batch).item() for batch in held_out]
-    return statistics.mean(losses), statistics.median(times) * 1e3
+        return statistics.mean(model(*batch).item() for batch in held_out)
 
 
 def main(options: Options) -> None:
@@ -83,21 +81,18 @@ def main(options: Options) -> None:
     whole = open_split(options.data_dir, "train")
     write_tokens(data, next(whole.chunks())[: options.train_tokens])
     losses: dict[str, list[float]] = {name: [] for name in FORMS}
-    step_ms: dict[str, list[float]] = {name: [] for name in FORMS}
     try:
         for seed in range(options.seeds):
             for name, form in FORMS.items():
-                loss, ms = run(form, seed, options, data)
-                losses[name].append(loss)
-                step_ms[name].append(ms)
-                print(f"seed {seed}, dropout of {name}: validation loss {loss:.4f}, {ms:.1f} ms a step", flush=True)
+                losses[name].append(run(form, seed, options, data))
+                print(f"seed {seed}, dropout of {name}: validation loss {losses[name][-1]:.4f}", flush=True)
     finally:
         data.unlink()
-    rows = {name: {"val_loss": losses[name], "step_ms": step_ms[name]} for name in FORMS}
     for name in FORMS:
         spread = f" +- {statistics.stdev(losses[name]):.4f}" if options.seeds > 1 else ""
-        print(f"{name:26}{statistics.mean(losses[name]):.4f}{spread}, {statistics.median(step_ms[name]):.1f} ms a step")
-    write_result(options.out, {"benchmark": "dropout_forms", "environment": environment("cpu"), "options": options, "forms": rows})
+        print(f"{name:26}{statistics.mean(losses[name]):.4f}{spread}")
+    result = {"benchmark": "dropout_forms", "environment": environment("cpu"), "options": options, "val_loss": losses}
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 Each function of kernels/launch.py is tuned in turn, with the others as they are or as already chosen: every candidate's
 outputs and gradients are checked first, then those that are right are timed interleaved, and the fastest by median is
 taken, if it beats today's setting by more than MARGIN. Then the operators are timed against PyTorch's fused ones under
-torch.compile. Rows ready for launch.py are printed; everything goes to the user's cache (and to --out), as JSON.
+torch.compile. Rows ready for launch.py are printed; everything goes to the user's cache (and to --out), as JSON. Most of
+the time goes into compiling the candidates, which Triton caches: a second run is faster.
 """
 
 import itertools
@@ -28,18 +29,8 @@ from bench.cases import Case
 from bench.timing import Timing, environment, measure, write_result
 from kernels import FAMILIES, launch
 
+Settings = dict | int  # what a function of launch.py returns
 MARGIN = 0.01  # a setting is changed for at least 1 %: less is within the noise from run to run
-
-# What to try: for each function of launch.py, the phase its kernel runs in, and the values of its settings.
-KNOBS: dict[str, tuple[str, dict[str, tuple]]] = {
-    "attention_forward": ("forward", {
-        "BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}),
-    "attention_backward_q": ("step", {
-        "BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}),
-    "attention_backward_kv": ("step", {
-        "BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)}),
-}
-
 
 @dataclass(frozen=True)
 class Options:
@@ -52,15 +43,67 @@ class Options:
     out: str = ""  # a second place for the JSON
 
 
-# -- pure parts ----------------------------------------------------------------
+# -- what to try -----------------------------------------------------------------
 
 
-def candidates(knobs: Mapping[str, tuple], current: dict) -> list[dict]:
-    """Today's settings first, then every other combination of the knobs' values; what is no knob stays as it is."""
-    unknown = set(knobs) - set(current)
-    assert not unknown, f"launch.py does not set {', '.join(sorted(unknown))}: {current}"
-    product = (current | dict(zip(knobs, values)) for values in itertools.product(*knobs.values()))
-    return [current, *(settings for settings in product if settings != current)]
+class Call(NamedTuple):
+    """A function of launch.py and what it was asked for."""
+
+    function: str
+    arguments: tuple
+
+    def __str__(self) -> str:
+        return f"{self.function}({', '.join(map(repr, self.arguments))})"
+
+
+def product(**knobs: tuple) -> Callable[[Call, dict], Iterator[dict]]:
+    """Every combination of these settings (None: not set); others stay as they are."""
+    def settings(call: Call, current: dict) -> Iterator[dict]:
+        for values in itertools.product(*knobs.values()):
+            combined = current | dict(zip(knobs, values, strict=True))
+            yield {name: value for name, value in combined.items() if value is not None}
+    return settings
+
+
+def per_multiprocessor(*counts: int) -> Callable[[Call, int], Iterator[int]]:
+    """These numbers of programs for each multiprocessor, whose count is the call's last argument."""
+    return lambda call, current: (n * call.arguments[-1] for n in counts)
+
+
+def rows_of_layernorm(call: Call, current: dict) -> Iterator[dict]:
+    """Tiles of the same row length with 8 to 64 elements per thread; forward, in one to eight chunks."""
+    block = current.get("BLOCK_N") or current["CHUNKS"] * current["LANES"]
+    for rows, warps, chunks in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8) if "CHUNKS" in current else (1,)):
+        if 8 <= rows * block // (32 * warps) <= 64:
+            chunked = {"CHUNKS": chunks, "LANES": block // chunks} if "CHUNKS" in current else {}
+            yield current | {"ROWS": rows, "num_warps": warps} | chunked
+
+
+# For each function of launch.py: the phase its kernel runs in, and the settings to try. chunk_rows is not among them: it
+# trades speed for memory, which no clock can weigh.
+_tiles = {"num_warps": (4, 8), "num_stages": (2, 3), "maxnreg": (None, 128)}
+_blocks = product(BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
+KNOBS: dict[str, tuple[str, Callable]] = {
+    "attention_forward": ("forward", product(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), **_tiles)),
+    "attention_backward_q": ("step", product(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), **_tiles)),
+    "attention_backward_kv": ("step", product(BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128), **_tiles)),
+    "layernorm_forward": ("forward", rows_of_layernorm),
+    "layernorm_backward": ("step", rows_of_layernorm),
+    "layernorm_programs": ("step", per_multiprocessor(1, 2, 3, 4, 6, 8)),
+    "cross_entropy_forward": ("forward", _blocks),
+    "cross_entropy_backward": ("step", _blocks),
+    "cross_entropy_in_place": ("step", _blocks),
+    "cross_entropy_programs": ("step", per_multiprocessor(1, 2, 3, 4)),
+}
+
+
+def candidates(call: Call, current: Settings) -> dict[str, Settings]:
+    """The settings to try by their text: today's first, then the others."""
+    _, generate = KNOBS[call.function]
+    return {str(settings): settings for settings in (current, *generate(call, current))}
+
+
+# -- what to conclude ------------------------------------------------------------
 
 
 def choose(times: Mapping[str, Timing], current: str) -> str:
@@ -94,21 +137,11 @@ def cache_file(gpu: str, environ: Mapping[str, str]) -> Path:
 # -- steering launch.py ----------------------------------------------------------
 
 
-class Call(NamedTuple):
-    """A function of launch.py and what it was asked for."""
-
-    function: str
-    arguments: tuple
-
-    def __str__(self) -> str:
-        return f"{self.function}({', '.join(map(repr, self.arguments))})"
-
-
 @contextmanager
-def steered() -> Iterator[tuple[dict[Call, dict], dict[Call, dict]]]:
+def steered() -> Iterator[tuple[dict[Call, Settings], dict[Call, Settings]]]:
     """(today, chosen): the settings launch.py gave for each call since, and those that are to replace them."""
-    today: dict[Call, dict] = {}
-    chosen: dict[Call, dict] = {}
+    today: dict[Call, Settings] = {}
+    chosen: dict[Call, Settings] = {}
 
     def steer(name: str) -> Callable:
         original = getattr(launch, name)
@@ -135,33 +168,27 @@ def phases(fn: Callable, case: Case, device: torch.device | str) -> dict[str, Ca
     return {"forward": lambda: fn(*args, **kwargs), "step": lambda: dict(cases.run(fn, args, kwargs, gradients))}
 
 
-def tune_call(call: Call, current: dict, chosen: dict[Call, dict], fn: Callable, case: Case, small: Case,
+def tune_call(call: Call, current: Settings, chosen: dict[Call, Settings], case: Case, small: Case,
               device: torch.device | str, repeats: int) -> dict:
     """Try all settings for one call of launch.py; leaves the best in `chosen` and returns the row for it."""
-    import triton
-
-    phase, knobs = KNOBS[call.function]
-    trials = {str(settings): settings for settings in candidates(knobs, current)}
+    phase, _ = KNOBS[call.function]
+    trials = candidates(call, current)
+    fn = cases.operator(case, "triton")
     run = phases(fn, case, device)[phase]
 
-    def variant(settings: dict) -> Callable[[], object]:
+    def variant(settings: Settings) -> Callable[[], object]:
         def go() -> object:
             chosen[call] = settings
             return run()
         return go
 
-    failed, usable = {}, {}
+    variants = {label: variant(settings) for label, settings in trials.items()}
+    failed = {}
     for label, settings in trials.items():
         chosen[call] = settings
-        try:
-            wrong = cases.inaccuracy(fn, small, device)
-            wrong = wrong or (variant(settings)() and "")
-        except triton.TritonError as error:  # too much shared memory, or no way to compile it: not a candidate here
-            wrong = str(error).strip().splitlines()[0]
-        if wrong:
+        if wrong := _wrong(fn, small, variants[label], device):
             failed[label] = wrong
-        else:
-            usable[label] = variant(settings)
+    usable = {label: go for label, go in variants.items() if label not in failed}
     if not usable:
         raise RuntimeError(f"{call}: none of {len(trials)} settings works on this GPU; the first: {failed[str(current)]}")
     times = measure(usable, device=device, repeats=repeats)
@@ -171,18 +198,34 @@ def tune_call(call: Call, current: dict, chosen: dict[Call, dict], fn: Callable,
             "before": current, "times": times, "failed": failed}
 
 
+def _wrong(fn: Callable, small: Case, whole: Callable[[], object], device: torch.device | str) -> str:
+    """Why the settings in force cannot be taken, or "": inaccurate, or no way to compile or launch them here."""
+    import triton
+
+    try:
+        if not (wrong := cases.inaccuracy(fn, small, device)):
+            whole()
+        return wrong
+    except triton.TritonError as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+def compile_static(fn: Callable) -> Callable:
+    """torch.compile for one set of shapes; earlier ones are forgotten, lest it generalise over them and lose speed."""
+    torch.compiler.reset()
+    return torch.compile(fn, dynamic=False)
+
+
 def tune(chosen_cases: list[tuple[str, Case, Case]], device: torch.device | str, repeats: int,
-         compiled: Callable[[Callable], Callable] = torch.compile) -> dict:
+         compiled: Callable[[Callable], Callable] = compile_static) -> dict:
     """Rows for launch.py and times against PyTorch, for (size, case, small case of the same kind) each."""
     rows, peers = [], []
     with steered() as (today, chosen):
         for size, case, small in chosen_cases:
-            fn = cases.operator(case, "triton")
-            for run in phases(fn, case, device).values():
-                run()
+            phases(cases.operator(case, "triton"), case, device)  # runs once: `today` learns what this case asks for
             for call, current in list(today.items()):
                 if call not in chosen:
-                    rows.append(tune_call(call, current, chosen, fn, case, small, device, repeats))
+                    rows.append(tune_call(call, current, chosen, case, small, device, repeats))
                     print(_line(rows[-1]), flush=True)
             peers.append(_peers(size, case, small, device, repeats, compiled))
             print(_peer_line(peers[-1]), flush=True)

@@ -1,7 +1,10 @@
-"""GPT-2 (124M) on OpenWebText, with nanoGPT's settings: `torchrun --standalone --nproc_per_node=8 train/run.py configs/train_gpt2.py`.
+"""GPT-2 (124M) on OpenWebText, with nanoGPT's settings, on 8 GPUs:
+
+    torchrun --standalone --nproc_per_node=8 train/run.py configs/train_gpt2.py
 
 12 sequences x 1024 tokens x 40 micro-batches (5 on each of 8 GPUs) = 491,520 tokens a step.
-600,000 steps x 491,520 = 295 billion tokens. nanoGPT reports a validation loss of about 2.85; not measured here.
+600,000 steps x 491,520 = 295 billion tokens. nanoGPT reports a validation loss of about 2.85: theirs, not
+ours. GPU-hours here: not measured.
 Prepare: `python data/openwebtext/prepare.py`.
 """
 

@@ -66,7 +66,7 @@ class Split(NamedTuple):
         """Which of so many documents are for validation, bool; none are where `tokens` decides."""
         if self.last:
             return np.arange(documents or 0) == (documents or 0) - 1
-        return validation_documents(documents or 0, self.fraction)
+        return validation_documents(documents or 0, self.fraction) if self.fraction else np.zeros(0, bool)
 
 
 # -- workers -------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def _alone_in(out: Path) -> Iterator[None]:
 def _begin(out: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
     """Where to go on from; None where all is made. Removes what an earlier preparation made from something else."""
     state = read_json(out / UNFINISHED) if (out / UNFINISHED).exists() else None
-    if state and state["made_from"] == made_from:
+    if state and state.get("made_from") == made_from:
         print(f"{out}: going on after {state['documents']:,} documents")
         return state
     if state is None and already_made(out, made_from):

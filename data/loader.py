@@ -81,11 +81,21 @@ class Loader:
         if batch_size < 1 or position < 0:
             raise ValueError(f"batch_size={batch_size} must be at least 1, position={position} at least 0")
         assert 0 <= rank < world_size
-        self.position = position
         self._tokens, self._block_size, self._batch_size, self._seed = tokens, block_size, batch_size, seed
         self._device, self._rank, self._stride = torch.device(device), rank, world_size * batch_size
         if self._device.type == "cuda":
             self._ahead = _Ahead(self._device, (2, batch_size, block_size), self._read)
+        self.position = position
+
+    @property
+    def position(self) -> int:
+        """Where the next batch begins; may be set, to go on from there."""
+        return self._position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._position = position
+        if self._device.type == "cuda":
             self._ahead.send(position)
 
     @property
@@ -97,14 +107,13 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        position, self.position = self.position, self.position + self._stride
         if self._device.type == "cuda":
             batch = self._ahead.take()
-            self._ahead.send(self.position)
         else:
             batch = torch.empty(2, self._batch_size, self._block_size, dtype=torch.int64)
-            self._read(position, batch)
+            self._read(self.position, batch)
             batch = batch.to(self._device)
+        self.position += self._stride
         return batch[0], batch[1]
 
     def _read(self, position: int, batch: Tensor) -> None:

@@ -62,6 +62,8 @@ def verify(data_dir: str | Path, *, full: bool = False) -> None:
 
 def already_made(data_dir: str | Path, source: dict[str, Any]) -> bool:
     """Whether `data_dir` holds, unchanged, what was made from this `source`; says so in one line if it does."""
+    if (Path(data_dir) / UNFINISHED).exists():
+        return False
     try:
         verify(data_dir)
         manifest = read_manifest(data_dir)

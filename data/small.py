@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from data.files import whole
-from data.manifest import NAME, shard_entry, write_manifest
+from data.files import whole, write_json
+from data.manifest import UNFINISHED, shard_entry, write_manifest
 from data.tokenizer import write_meta
 from data.tokens import write_tokens
 
@@ -20,7 +20,7 @@ _TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0c
 def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, Any], kind: str, vocab_size: int,
                   chars: str = "") -> None:
     """Write SPLIT.bin for each split's ids, the meta of the tokenizer and, last, the manifest; print the counts."""
-    (out / NAME).unlink(missing_ok=True)  # it must not speak for files that are being replaced
+    write_json(out / UNFINISHED, source)  # until the manifest is there, no run takes a mixture of old and new files
     entries = {}
     for split, ids in splits.items():
         tokens = write_tokens(out / f"{split}.bin", ids)
@@ -28,6 +28,7 @@ def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, An
         entries[split] = {"tokens": tokens, "max_id": int(ids.max(initial=0)), "shards": [shard]}
     write_meta(out, kind, vocab_size, chars)
     write_manifest(out, source, kind, vocab_size, entries)
+    (out / UNFINISHED).unlink()
     print(f"vocab size: {vocab_size:,}")
     for split, entry in entries.items():
         print(f"{split} has {entry['tokens']:,} tokens")

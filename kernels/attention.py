@@ -27,15 +27,10 @@ from kernels import launch
 # -- kernels ------------------------------------------------------------------
 
 
-@triton.constexpr_function
-def _interpreted():
-    return triton.knobs.runtime.interpret
-
-
 @triton.jit
 def _dot(a, b, acc=None):
     """a @ b + acc, summed in fp32. The interpreter would multiply the bits of bf16; widened, the products are the same."""
-    if _interpreted():
+    if triton.knobs.runtime.interpret:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
@@ -81,8 +76,7 @@ def _keep(seed, i, j, head, DROPPED: tl.constexpr):
 
 @triton.jit
 def _forward(q, k, v, first, seed, y, y_low, lse, q_strides, k_strides, v_strides, y_strides, T, H,
-             DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr):
+             DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -127,8 +121,8 @@ def _forward(q, k, v, first, seed, y, y_low, lse, q_strides, k_strides, v_stride
 
 @triton.jit
 def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k_strides, v_strides, y_strides,
-                dy_strides, dq_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                dy_strides, dq_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                BLOCK_N: tl.constexpr):
     """dq, and delta for _backward_kv."""
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     blocks = tl.cdiv(T, BLOCK_M)
@@ -171,8 +165,8 @@ def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k
 
 @triton.jit
 def _backward_kv(q, k, v, end, seed, lse, delta, dy, dk, dv, q_strides, k_strides, v_strides, dy_strides, dk_strides,
-                 dv_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                 dv_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_N: tl.constexpr):
     """dk and dv. All is transposed: p and ds leave the matrix units in the registers from which they enter them again."""
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     blocks = tl.cdiv(T, BLOCK_N)
@@ -258,8 +252,7 @@ def _backward_op(dy: Tensor, qkv: list[Tensor], y: Tensor, y_low: Tensor, lse: T
     q, k, v = _views(qkv)
     B, T, H, D = q.shape
     grads = _gradients(dy, qkv, y, y_low, lse, first, end, seed, dropout)
-    dq, dk, dv = _views(grads)
-    delta = torch.empty_like(lse)
+    (dq, dk, dv), delta = _views(grads), torch.empty_like(lse)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # from y.sum() it comes with strides of 0
     strides, sizes = (q.stride(), k.stride(), v.stride()), (T, H, int(dropout * 2**32), D)
     of_q = launch.attention_backward_q(D, q.dtype, launch.capability(q.device))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import loader as loader_module
 from data.loader import Loader, eval_batches, permute, window_starts, windows_per_epoch
 from data.tokens import open_tokens, write_tokens
 
@@ -89,6 +90,34 @@ def test_ranks_are_disjoint_and_make_the_same_global_batches(tokens):
     per_epoch = windows_per_epoch(1000, BLOCK)
     first_epoch = [start for step in one[: per_epoch // 12] for start in step]
     assert len(set(first_epoch)) == len(first_epoch) == 132
+
+
+class AheadOnTheHost:
+    """What `_Ahead` does, without a GPU: it has the batch sent last."""
+
+    def __init__(self, device, shape, read):
+        self.batch, self.read = torch.empty(shape, dtype=torch.int64), read
+
+    def send(self, position):
+        self.batch = torch.empty_like(self.batch)
+        self.read(position, self.batch)
+
+    def take(self):
+        return self.batch
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_position_that_is_set_counts_at_once(tokens, device, monkeypatch):
+    """On a GPU a batch is already on its way when a checkpoint sets the position: it must not be handed out."""
+    monkeypatch.setattr(loader_module, "_Ahead", AheadOnTheHost)
+    options = {"block_size": BLOCK, "batch_size": 3, "seed": 9, "device": device}
+    fresh, resumed = Loader(tokens, position=30, **options), Loader(tokens, **options)
+    for _ in range(2):
+        resumed.position = fresh.position
+        for _ in range(3):
+            assert all(map(torch.equal, next(fresh), next(resumed))) and fresh.position == resumed.position
+        next(fresh)
+    assert fresh.position == 30 + 8 * 3
 
 
 @pytest.mark.parametrize("after", [1, 50, 200])
@@ -179,7 +208,9 @@ def test_evaluation_of_the_training_text_is_not_the_first_training_batch(tokens)
 def test_batches_on_the_gpu_equal_those_on_the_cpu(tokens):
     options = {"block_size": BLOCK, "batch_size": 3, "seed": 9}
     on_gpu, on_cpu = Loader(tokens, device="cuda", **options), Loader(tokens, **options)
-    for _ in range(50):
+    for i in range(50):
+        if i == 25:
+            on_gpu.position = on_cpu.position = 6
         kept = next(on_gpu)
         torch.cuda._sleep(100_000)  # the device lags, and the host must not overwrite what is still to be copied
         assert on_gpu.position == on_cpu.position + 3

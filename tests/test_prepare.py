@@ -216,6 +216,20 @@ def test_a_changed_source_or_output_is_made_again(little_library, tmp_path, caps
     assert contents(out) != first and manifest["source"]["files"] == 40
 
 
+def test_a_set_that_was_not_finished_is_not_taken_for_whole(little_library, tmp_path, monkeypatch):
+    """Killed between its files, a second preparation leaves some of each."""
+    out = tmp_path / "out"
+    python_stdlib.main(out)
+    (little_library / "m1.py").write_text("# other\n")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(small, "write_meta", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        python_stdlib.main(out)
+    with pytest.raises(ValueError, match="its preparation is not finished"):
+        open_split(out, "train")
+    python_stdlib.main(out)
+    assert len(open_split(out, "train")) and set(contents(out)) == {"train.bin", "val.bin", "meta.json", "manifest.json"}
+
+
 def test_a_python_without_its_source_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(python_stdlib.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(ValueError, match=r"only 0 \.py files"):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,17 @@ def test_every_optimizer_trains_and_resumes(tiny_flags, tmp_path):
             assert run.main([*flags, f"--out_dir={tmp_path / name}-parts", f"--max_iters={limit}", "--init_from=auto"]) == 0
         assert_same_run(tmp_path / name, tmp_path / f"{name}-parts")
     assert run.main([*base, f"--out_dir={tmp_path / 'sgd'}", "--init_from=resume", "--max_iters=20"]) == 2
+
+
+def test_loggers_get_nanogpts_keys_and_a_missing_one_is_a_warning(tiny_flags, tmp_path, monkeypatch, capsys):
+    logged = []
+    fake = types.SimpleNamespace(init=lambda **how: logged.append(how), log=logged.append)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run.main([*tiny_flags, "--wandb_log=True", "--wandb_run_name=me", "--tensorboard=True"]) == 0
+    assert (logged[0]["project"], logged[0]["name"], logged[0]["config"]["n_layer"]) == ("owt", "me", 2)
+    assert {"iter", "train/loss", "val/loss", "lr", "mfu"} <= logged[1].keys()
+    assert capsys.readouterr().out.count("warning: --tensorboard=True, but tensorboard is not installed") == 1
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 A config file is an ordinary module that says `config = Config(...)`. The command line overrides it: `--batch_size=32`.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -105,6 +106,12 @@ class RunConfig:
     """checkpoints kept, besides the best one"""
     keep_every: int = 0
     """also keep those at multiples of this many steps; 0: none"""
+    wandb_log: bool = False
+    """log to Weights & Biases, too"""
+    wandb_project: str = "owt"
+    wandb_run_name: str = "gpt2"
+    tensorboard: bool = False
+    """write TensorBoard's files into out_dir, too"""
     device: str = "auto"
     """cuda, cuda:1, mps, cpu; auto: the first of cuda, mps, cpu that is there"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -157,18 +164,33 @@ def flatten(config: Any) -> Iterator[tuple[str, Any]]:
             yield f.name, value
 
 
-def unflatten(leaves: dict[str, Any]) -> Config:
-    """The Config with these leaves, defaults elsewhere. Raises ValueError for a name that is none."""
-    unknown = set(leaves) - dict(flatten(Config())).keys()
-    if unknown:
-        raise ValueError(f"unknown setting {sorted(unknown)[0]!r}{_nearest(sorted(unknown)[0])}")
-    default = Config()
-    sections = {}
+def unflatten(leaves: dict[str, Any], origin: str = "") -> Config:
+    """The Config with these leaves, defaults elsewhere. Raises ValueError for a name that is none or a value of a wrong type.
+
+    An int is taken for a float, and so is a string that spells one (YAML 1.1 reads 6e-4 as a string).
+    """
+    default, sections = Config(), {}
+    defaults, where = dict(flatten(default)), f"{origin}: " if origin else ""
+    for name, value in leaves.items():
+        if name not in defaults:
+            raise ValueError(f"{where}unknown setting {name!r}{_nearest(name)}")
+        leaves = leaves | {name: _as_type_of(defaults[name], value, f"{where}{name}")}
     for f in dataclasses.fields(default):
         section = getattr(default, f.name)
         names = {g.name for g in dataclasses.fields(section)}
         sections[f.name] = dataclasses.replace(section, **{k: v for k, v in leaves.items() if k in names})
     return Config(**sections)
+
+
+def _as_type_of(default: Any, value: Any, name: str) -> Any:
+    if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{name}={value!r} is no number") from None
+    if type(value) is not type(default) and default != "auto":
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; a {type(default).__name__} is needed")
+    return value
 
 
 def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
@@ -190,11 +212,16 @@ def load_file(path: str) -> Config:
     spec = importlib.util.spec_from_file_location(f"_config_{found.stem}", found)
     if spec is None or spec.loader is None:
         raise ValueError(f"{found}: a config file is a Python module, NAME.py, with `config = Config(...)`")
+    source = found.read_text(encoding="utf-8")
+    if not any(isinstance(node, ast.Assign) and "config" in map(ast.unparse, node.targets) for node in ast.parse(source).body):
+        from train.foreign import read_nanogpt
+
+        return read_nanogpt(source, found)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
-        raise ValueError(f"{found}: a config file ends in `config = Config(...)` (train/config.py); this one does not")
+        raise ValueError(f"{found}: its `config` is not a Config (train/config.py)")
     return config
 
 
@@ -203,6 +230,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
+    if any(a.startswith(("--config-name", "--config_name")) for a in argv):
+        return _compose(argv)
     files = [a for i, a in enumerate(argv) if not a.startswith("-") and not _is_value(argv, i)]
     if len(files) > 1:
         raise ValueError(f"more than one config file: {', '.join(files)}")
@@ -224,6 +253,17 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         if stop.code != 2:  # --help
             raise
         raise ValueError(_in_one_line(complaint.getvalue())) from None
+
+
+def _compose(argv: list[str]) -> Config:
+    """--config-path=DIR --config-name=NAME and hydra's overrides, group.key=value."""
+    from train.foreign import compose_yaml
+
+    named = dict(a[2:].partition("=")[::2] for a in argv if a.startswith("--"))
+    if odd := named.keys() - {"config-path", "config_path", "config-name", "config_name"}:
+        raise ValueError(f"--{sorted(odd)[0]} beside --config-name; override as in hydra, group.key=value")
+    path, name = (named.get(f"config-{what}") or named.get(f"config_{what}") or "." for what in ("path", "name"))
+    return compose_yaml(path, name, [a for a in argv if not a.startswith("--")])
 
 
 def _in_one_line(box: str) -> str:

@@ -31,6 +31,7 @@ class Report:
         self.mfu: float | None = None
         self.pending: tuple[int, float, Callable[[], list[float]]] | None = None
         self.bar: tqdm | None = None
+        self.sinks: list[Callable[[dict[str, Any]], None]] = []
         self.first_step, self.clock = first_step, time.perf_counter()
 
     def say(self, line: str) -> None:
@@ -50,6 +51,7 @@ class Report:
             fresh.replace(log)
             self.bar = tqdm(total=self.config.optim.max_iters, initial=self.first_step, unit="step", disable=None,
                             dynamic_ncols=True, smoothing=0.05)
+            self.sinks = open_sinks(self.config, self.say)
         self.clock = time.perf_counter()
 
     def step(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
@@ -96,6 +98,8 @@ class Report:
     def _log(self, **values: Any) -> None:
         with (self.out_dir / "metrics.jsonl").open("a") as log:
             log.write(json.dumps(values) + "\n")
+        for sink in self.sinks:
+            sink(values)
 
     def finish(self) -> None:
         """Close the bar and draw loss.png."""
@@ -109,6 +113,35 @@ class Report:
 def _before(line: str, step: int) -> bool:
     entry = json.loads(line)
     return entry["iter"] < step or ("val/loss" in entry and entry["iter"] == step > 0)
+
+
+def open_sinks(config: Config, say: Callable[[str], None]) -> list[Callable[[dict[str, Any]], None]]:
+    """Where else each entry of metrics.jsonl goes: wandb and TensorBoard, if asked for. One not installed is said once."""
+    c, sinks = config.run, []
+    if c.wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            say("warning: --wandb_log=True, but wandb is not installed (pip install wandb); metrics.jsonl has all")
+        else:
+            wandb.init(project=c.wandb_project, name=c.wandb_run_name, config=json.loads(to_json(config)))
+            sinks.append(wandb.log)
+    if c.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            say("warning: --tensorboard=True, but tensorboard is not installed (pip install tensorboard); metrics.jsonl has all")
+        else:
+            writer = SummaryWriter(c.out_dir)
+            sinks.append(lambda values: _to_tensorboard(writer, values))
+    return sinks
+
+
+def _to_tensorboard(writer: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if value is not None and name != "iter":
+            writer.add_scalar(name, value, values["iter"])
+    writer.flush()
 
 
 def draw(out_dir: Path) -> None:

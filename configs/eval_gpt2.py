@@ -1,0 +1,12 @@
+"""Evaluate OpenAI's GPT-2 (124M) on OpenWebText: one evaluation of 500 batches, and nothing written.
+
+nanoGPT's README gives train loss 3.11, validation loss 3.12 for it: theirs, not ours. Needs the weights (network, or a
+cached copy) and `python data/openwebtext/prepare.py`.
+"""
+
+from train.config import Config, DataConfig, RunConfig
+
+config = Config(
+    data=DataConfig(batch_size=8),
+    run=RunConfig(init_from="gpt2", eval_only=True, eval_iters=500),
+)

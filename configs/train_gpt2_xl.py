@@ -1,0 +1,17 @@
+"""GPT-2 (1558M) on OpenWebText: train_gpt2 with another size.
+
+3 sequences x 1024 tokens x 160 micro-batches over all GPUs = 491,520 tokens a step; 600,000 steps = 295 billion tokens.
+The learning rate is GPT-3's at this size (Brown et al. 2020, table 2.1). No published loss; GPU-hours: not measured.
+"""
+
+from dataclasses import replace
+
+from configs.train_gpt2 import config as base
+
+config = replace(
+    base,
+    model=replace(base.model, n_layer=48, n_head=25, n_embd=1600),
+    data=replace(base.data, batch_size=3),
+    optim=replace(base.optim, gradient_accumulation_steps=160, learning_rate=2e-4, min_lr=2e-5),
+    run=replace(base.run, out_dir="out-train-gpt2-xl"),
+)

@@ -1,0 +1,133 @@
+"""Choosing launch settings by measurement (bench/tune.py). The measuring itself runs on a CPU here, in the interpreter."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from bench import cases, tune
+from bench.cases import Case
+from bench.timing import Timing, write_result
+from bench.tune import Call, candidates, choose, fastest
+from kernels import launch
+from tests.numerics import DEVICE
+
+BF16 = torch.bfloat16
+
+
+def todays(function, *arguments):
+    return Call(function, arguments), getattr(launch, function)(*arguments)
+
+
+CALLS = [
+    todays("attention_forward", 64, BF16, (9, 0)), todays("attention_backward_q", 64, BF16, (9, 0)),
+    todays("attention_backward_kv", 64, BF16, (9, 0)), todays("layernorm_forward", 768, 2), todays("layernorm_backward", 768),
+    todays("layernorm_programs", 768, 2, (9, 0), 132), todays("cross_entropy_forward", 50304),
+    todays("cross_entropy_backward", 50304), todays("cross_entropy_in_place", 50304), todays("cross_entropy_programs", 132),
+]
+
+
+def test_every_function_of_launch_settings_is_tried():
+    assert {call.function for call, _ in CALLS} == set(tune.KNOBS)
+
+
+@pytest.mark.parametrize(("call", "current"), CALLS, ids=[call.function for call, _ in CALLS])
+def test_candidates_begin_with_todays_and_are_all_different(call, current):
+    settings = list(candidates(call, current).values())
+    assert settings[0] == current and len(settings) > 3
+    assert all(a != b for i, a in enumerate(settings) for b in settings[:i])
+    assert all(type(s) is type(current) for s in settings)
+
+
+def test_layernorm_candidates_cover_the_row():
+    for call, current in CALLS:
+        if call.function == "layernorm_forward":
+            assert {s["CHUNKS"] * s["LANES"] for s in candidates(call, current).values()} == {1024}
+        if call.function == "layernorm_backward":
+            assert {s["BLOCK_N"] for s in candidates(call, current).values()} == {1024}
+
+
+def timings(**medians):
+    return {name: Timing((ms,)) for name, ms in medians.items()}
+
+
+@pytest.mark.parametrize(("times", "chosen"), [
+    (timings(now=1.0, a=0.9, b=0.8), "b"),
+    (timings(now=1.0, a=0.995), "now"),  # within what two runs differ by
+    (timings(now=1.0, a=1.1), "now"),
+    (timings(a=2.0, b=3.0), "a"),  # today's does not run on this GPU
+], ids=["faster", "margin", "slower", "broken"])
+def test_the_fastest_is_chosen_if_it_is_worth_a_change(times, chosen):
+    assert choose(times, "now") == chosen
+
+
+def test_medians_decide_and_not_the_best_sample():
+    assert choose({"now": Timing((1.0, 1.0, 1.0)), "lucky": Timing((0.1, 1.2, 1.2))}, "now") == "now"
+
+
+def peer(size, family, triton_ms, torch_ms):
+    return {"size": size, "family": family, "step": {"triton": Timing((triton_ms,)), "torch": Timing((torch_ms,))}}
+
+
+def test_triton_is_fastest_only_where_it_wins_at_every_size():
+    rows = [peer("124M", "attention", 1, 2), peer("350M", "attention", 3, 2), peer("124M", "layernorm", 1, 2),
+            peer("350M", "layernorm", 1, 3)]
+    assert fastest(rows) == {"attention": "torch", "layernorm": "triton"}
+
+
+def test_a_familys_operators_count_together():
+    assert fastest([peer("124M", "layernorm", 3, 2), peer("124M", "layernorm", 1, 4)]) == {"layernorm": "triton"}
+
+
+def test_results_are_kept_per_gpu_in_the_users_cache():
+    assert tune.cache_file("NVIDIA H200", {"XDG_CACHE_HOME": "/c"}) == Path("/c/ridgegpt/tune-NVIDIA-H200.json")
+    assert tune.cache_file("A (b)", {}) == Path.home() / ".cache/ridgegpt/tune-A-b.json"
+
+
+def test_steering_replaces_one_call_and_is_undone():
+    before = launch.layernorm_backward
+    with tune.steered() as (today, chosen):
+        assert launch.layernorm_backward(768) == before(768) == today[Call("layernorm_backward", (768,))]
+        chosen[Call("layernorm_backward", (768,))] = {"ROWS": 1}
+        assert launch.layernorm_backward(768) == {"ROWS": 1}
+        assert launch.layernorm_backward(1024) == before(1024)
+    assert launch.layernorm_backward is before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(tune.Options())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+SMALL = Case("layernorm", (5, 96), torch.float32)
+needs_kernels = pytest.mark.skipif(not (torch.cuda.is_available() or triton.knobs.runtime.interpret), reason="nothing runs them")
+
+
+@needs_kernels
+def test_inaccurate_operators_are_told():
+    def off(*args):
+        return cases.operator(SMALL, "reference")(*args) * 1.001
+
+    assert cases.inaccuracy(cases.operator(SMALL, "triton"), SMALL, DEVICE) == ""
+    assert "forward tensor 0: error" in cases.inaccuracy(off, SMALL, DEVICE)
+    assert "error nan" in cases.inaccuracy(lambda *args: off(*args) * float("nan"), SMALL, DEVICE)
+
+
+@needs_kernels
+def test_only_settings_with_right_results_are_timed_and_all_is_written(monkeypatch, tmp_path, capsys):
+    """A tile of half the row forgets elements; a tile whose size is no power of two does not run at all."""
+    good, forgetful, broken = [{"ROWS": r, "BLOCK_N": n, "num_warps": 4} for r, n in ((1, 128), (1, 64), (3, 96))]
+    monkeypatch.setattr(tune, "KNOBS", {"layernorm_backward": ("step", lambda call, current: [good, forgetful, broken])})
+    result = tune.tune([("tiny", SMALL, SMALL)], DEVICE, repeats=2, compiled=lambda fn: fn)
+    (row,) = result["rows"]
+    assert set(row["failed"]) == {str(forgetful), str(broken)} and "backward tensor" in row["failed"][str(forgetful)]
+    assert set(row["times"]) == {str(good), str(row["before"])}
+    assert row["settings"] in (good, row["before"])
+    write_result(tmp_path / "r.json", result)
+    assert json.loads((tmp_path / "r.json").read_text())["peers"][0]["step"]["torch"]["median_ms"] > 0
+    assert f"layernorm_backward(96): {row['settings']}" in capsys.readouterr().out
