@@ -18,7 +18,7 @@ class Sample:
     out_dir: str = "out"
     """a run's folder, or one checkpoint in it"""
     init_from: str = "resume"
-    """resume: from out_dir"""
+    """resume: from out_dir; else gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a model of GPT-2's vocabulary"""
     start: str = "\n"
     """the prompt, or FILE:path"""
     num_samples: int = 10
@@ -43,17 +43,17 @@ def sample(c: Sample) -> None:
     from data.tokenizer import load_tokenizer
     from gpt import hardware
     from gpt.generate import generate
-    from gpt.pretrained import find_checkpoint, load_model, read_tokenizer
+    from gpt.pretrained import find_checkpoint, from_pretrained, load_model, read_tokenizer
 
-    if c.init_from != "resume":
-        raise ValueError(f"--init_from={c.init_from}: choose resume")
     if c.num_samples < 1 or c.max_new_tokens < 1:
         raise ValueError(f"num_samples={c.num_samples}, max_new_tokens={c.max_new_tokens}: must be at least 1")
     device = hardware.resolve_device(c.device)
-    folder = find_checkpoint(c.out_dir)
-    tokenizer = load_tokenizer(read_tokenizer(folder))
+    if c.init_from == "resume":
+        folder = find_checkpoint(c.out_dir)
+        model, tokenizer = load_model(folder, device), load_tokenizer(read_tokenizer(folder))
+    else:
+        model, tokenizer = from_pretrained(c.init_from).to(device), load_tokenizer(None)
     prompt = Path(c.start[5:]).read_text(encoding="utf-8") if c.start.startswith("FILE:") else c.start
-    model = load_model(folder, device)
     model.to(weights_dtype(c, model, len(tokenizer.encode(prompt))))
     idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
     torch.manual_seed(c.seed)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import GPT, GPTConfig, export, nanogpt, predict
+from gpt import GPT, GPTConfig, export, nanogpt, predict, sample
 from gpt.pretrained import find_checkpoint
 from gpt.scoring import token_losses
 from train import evaluate, loop, run, start
@@ -91,6 +91,13 @@ def test_finetuning_starts_from_the_weights_and_learns(hf_tiny, gpt2_data, tmp_p
     losses = [e["train/loss"] for e in log if "train/loss" in e]
     assert losses[-1] < losses[0] - 0.05
     assert {e["lr"] for e in log} == {1e-3}
+
+
+def test_sampling_from_hugging_face_weights(hf_tiny, capsys):
+    assert sample.main([f"--init_from={hf_tiny[0]}", "--start=Hello", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("Hello")
+    assert sample.main(["--init_from=nothing-of-the-kind"]) == 2
+    assert "'nothing-of-the-kind' is no folder and no published size" in capsys.readouterr().err
 
 
 def test_export_reloads_in_transformers_with_equal_logits(hf_tiny, gpt2_data, tmp_path, capsys):

@@ -144,6 +144,20 @@ def test_evaluation_is_brute_force_over_all_windows(tiny_flags):
     assert loop.evaluate(built)["val"] == pytest.approx(sum(losses) / n, rel=1e-6)
 
 
+def test_a_changed_shard_is_named_at_start(tiny_flags, tiny_data, capsys):
+    """The manifest beside the tokens has each file's checksum (data/manifest.py)."""
+    from data.files import write_json
+    from data.manifest import shard_entry
+
+    entries = {f"{split}.bin": shard_entry(tiny_data / f"{split}.bin", n) for split, n in (("train", 4000), ("val", 800))}
+    write_json(tiny_data / "manifest.json", {"shards": entries})
+    content = bytearray((tiny_data / "val.bin").read_bytes())
+    content[100] ^= 1
+    (tiny_data / "val.bin").write_bytes(content)
+    assert run.main(tiny_flags) == 2
+    assert "val.bin" in capsys.readouterr().err
+
+
 def test_eval_only_writes_nothing(tiny_flags, capsys):
     assert run.main([*tiny_flags, "--eval_only=True"]) == 0
     assert "step 0: train loss " in capsys.readouterr().out

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from data.loader import Loader
+from data.manifest import verify
 from data.tokenizer import read_meta
 from data.tokens import Tokens, check_vocabulary, check_window, open_split
 from gpt import GPT, hardware
@@ -50,6 +51,8 @@ def build(config: Config) -> Run:
     choice = resolve(config.kernel.kernels, device, attention=config.kernel.attention,
                      layernorm=config.kernel.layernorm, cross_entropy=config.kernel.cross_entropy)
     parallel.accumulation_per_rank(config.optim.gradient_accumulation_steps, world)
+    if world.rank == 0:
+        verify(config.data_dir)
     tokens = {split: open_split(config.data_dir, split) for split in ("train", "val")}
     meta = read_meta(config.data_dir)
     origin = find_origin(config)
