@@ -6,14 +6,13 @@ Letters: i a query, j a key, m and n the first of a block of each; s scores, p p
 
 Sums are fp32; p and ds are rounded to the inputs' dtype for the matrix units, fp32 inputs are multiplied as fp32. Scale
 and log2(e) sit in the exponent, so lse is in base 2. Saved: the inputs, lse, y, and y_low, what rounding took from y.
-dq is summed by the program of its queries, dk and dv by that of their keys: no atomics, equal bits in every run, and
-seven products for five.
+Each gradient is summed by one program, without atomics: equal bits in every run, at the price of seven products for five.
 
 Rows whose maximum is repeated (arXiv 2510.04212): rounding y is biased there, and delta = rowsum(dy * y) hands the bias
 to every ds of the row. The paper shifts the maximum, so that no p is 1; here delta is taken from y + y_low, the remedy
 at the source. Emulated in bf16 on rows with two equal maxima, the rms error of delta is 0.021 with y alone, 0.087 with
-the shift (p = 1 is exact, a shifted p is not) and 0.0002 with y_low; and the shift underflows for logits beyond 87.
-y_low costs 4 bytes of traffic per element of y, about 0.6 % of a 124M step.
+the shift (p = 1 is exact, a shifted p is not; it also underflows for logits beyond 87) and 0.0002 with y_low. That
+costs 4 bytes of traffic per element of y, about 0.6 % of a 124M step.
 """
 
 import torch
@@ -37,7 +36,7 @@ def _dot(a, b, acc=None):
 
 @triton.jit
 def _tile(x, strides, head, H, start, ROWS: tl.constexpr, D: tl.constexpr):
-    """Pointers (ROWS, D) to rows `start` and on of head `head` (of B * H) of x, whose strides are (B, T, H, 1)."""
+    """Pointers (ROWS, D) to rows `start` and on of head `head` (of B * H) of x, whose strides are those of (B, T, H, D)."""
     row, col = start + tl.arange(0, ROWS)[:, None].to(tl.int64), tl.arange(0, triton.next_power_of_2(D))[None, :]
     return x + (head // H).to(tl.int64) * strides[0] + (head % H).to(tl.int64) * strides[2] + row * strides[1] + col
 
@@ -109,7 +108,6 @@ def _forward(q, k, v, first, seed, y, y_low, lse, q_strides, k_strides, v_stride
         top = higher
         k_tile += tl.cast(BLOCK_N, tl.int64) * k_strides[1]
         v_tile += tl.cast(BLOCK_N, tl.int64) * v_strides[1]
-
     acc *= (2**32 / (2**32 - DROPPED) / total)[:, None]
     ys = acc.to(y.dtype.element_ty)
     tl.store(_tile(y, y_strides, head, H, m, BLOCK_M, D), ys, mask=rows)
@@ -120,9 +118,8 @@ def _forward(q, k, v, first, seed, y, y_low, lse, q_strides, k_strides, v_stride
 
 
 @triton.jit
-def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k_strides, v_strides, y_strides,
-                dy_strides, dq_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                BLOCK_N: tl.constexpr):
+def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k_strides, v_strides, y_strides, dy_strides,
+                dq_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dq, and delta for _backward_kv."""
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     blocks = tl.cdiv(T, BLOCK_M)
@@ -142,7 +139,6 @@ def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k
     deltas = tl.sum(ys * dys.to(tl.float32), 1)
     tl.store(delta + head.to(tl.int64) * T + i, deltas, mask=i < T)
     lses = tl.load(lse + head.to(tl.int64) * T + i, mask=i < T, other=0.0)
-
     qs = tl.load(_tile(q, q_strides, head, H, m, BLOCK_M, D), mask=rows, other=0.0)
     k_tile = _tile(k, k_strides, head, H, lo, BLOCK_N, D)
     v_tile = _tile(v, v_strides, head, H, lo, BLOCK_N, D)
@@ -165,8 +161,7 @@ def _backward_q(q, k, v, first, seed, y, y_low, lse, dy, dq, delta, q_strides, k
 
 @triton.jit
 def _backward_kv(q, k, v, end, seed, lse, delta, dy, dk, dv, q_strides, k_strides, v_strides, dy_strides, dk_strides,
-                 dv_strides, T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr):
+                 T, H, DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dk and dv. All is transposed: p and ds leave the matrix units in the registers from which they enter them again."""
     scale: tl.constexpr = 1.4426950408889634 * D**-0.5
     blocks = tl.cdiv(T, BLOCK_N)
@@ -213,7 +208,7 @@ def _backward_kv(q, k, v, end, seed, lse, delta, dy, dk, dv, q_strides, k_stride
         dy_tile += tl.cast(BLOCK_M, tl.int64) * dy_strides[1]
     dks, dvs = (dks * D**-0.5).to(dk.dtype.element_ty), (dvs * (2**32 / (2**32 - DROPPED))).to(dv.dtype.element_ty)
     tl.store(_tile(dk, dk_strides, head, H, n, BLOCK_N, D), dks, mask=columns)
-    tl.store(_tile(dv, dv_strides, head, H, n, BLOCK_N, D), dvs, mask=columns)
+    tl.store(_tile(dv, dk_strides, head, H, n, BLOCK_N, D), dvs, mask=columns)
 
 
 # -- operators ----------------------------------------------------------------
@@ -262,7 +257,7 @@ def _backward_op(dy: Tensor, qkv: list[Tensor], y: Tensor, y_low: Tensor, lse: T
             q, k, v, first, seed, y, y_low if y_low.numel() else None, lse, dy, dq, delta, *strides, y.stride(),
             dy.stride(), dq.stride(), *sizes, **of_q)
         _backward_kv[(triton.cdiv(T, of_kv["BLOCK_N"]) * B * H,)](
-            q, k, v, end, seed, lse, delta, dy, dk, dv, *strides, dy.stride(), dk.stride(), dv.stride(), *sizes, **of_kv)
+            q, k, v, end, seed, lse, delta, dy, dk, dv, *strides, dy.stride(), dk.stride(), *sizes, **of_kv)
     return grads
 
 
@@ -322,16 +317,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
     return _checked([q, k, v], doc_start, window, dropout, seed)
 
 
-def attention_qkv(qkv: Tensor, *, doc_start: Tensor | None = None, window: int | None = None, dropout: float = 0.0,
-                  seed: Tensor | None = None) -> Tensor:
+def attention_qkv(qkv: Tensor, **options) -> Tensor:
     """`attention` of the packed projection qkv (B, T, 3, H, D), which is read in place: (B, T, H, D)."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention_qkv: qkv has shape {tuple(qkv.shape)}; view the projection as (B, T, 3, H, D)")
-    return _checked([qkv], doc_start, window, dropout, seed)
+    return _checked([qkv], **options)
 
 
-def _checked(packed: list[Tensor], doc_start: Tensor | None, window: int | None, dropout: float,
-             seed: Tensor | None) -> Tensor:
+def _checked(packed: list[Tensor], doc_start: Tensor | None = None, window: int | None = None, dropout: float = 0.0,
+             seed: Tensor | None = None) -> Tensor:
     """Validates, turns documents and window into `first`, and calls."""
     q = packed[0] if len(packed) == 3 else packed[0][:, :, 0]
     if q.ndim != 4 or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -349,9 +343,8 @@ def _checked(packed: list[Tensor], doc_start: Tensor | None, window: int | None,
     if doc_start is not None and (doc_start.shape, doc_start.dtype, doc_start.device) != ((B, T), torch.int32, q.device):
         raise ValueError(f"attention: doc_start is {tuple(doc_start.shape)} {doc_start.dtype} on {doc_start.device}; "
                          f"give {(B, T)} torch.int32 on {q.device}")
-    first = doc_start
+    first = None if doc_start is None else doc_start.contiguous()
     if window is not None and window < T:
-        reach = (torch.arange(T, dtype=torch.int32, device=q.device) - (window - 1)).clamp(min=0).expand(B, T)
+        reach = (torch.arange(T, dtype=torch.int32, device=q.device) - (window - 1)).clamp(min=0).repeat(B, 1)
         first = reach if first is None else torch.maximum(first, reach)
-    dense = [x if x.stride(-1) == 1 else x.contiguous() for x in packed]
-    return _forward_op(dense, None if first is None else first.contiguous(), seed, dropout)[0]
+    return _forward_op([x if x.stride(-1) == 1 else x.contiguous() for x in packed], first, seed, dropout)[0]

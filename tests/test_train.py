@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.loader import windows_per_epoch
+from data.loader import eval_batches, windows_per_epoch
+from data.manifest import shard_entry, write_manifest
 from gpt.pretrained import whole_checkpoints
 from train import loop, run, start
 from train.config import parse
@@ -136,8 +137,6 @@ def test_evaluation_is_brute_force_over_all_windows(tiny_flags):
     built = start.build(config)
     tokens = built.tokens["val"]
     n = windows_per_epoch(len(tokens), 16)
-    from data.loader import eval_batches
-
     losses = [built.model.eval()(x, y).item() for x, y in
               eval_batches(tokens, block_size=16, batch_size=1, count=1000, seed=config.run.seed)]
     assert len(losses) == n
@@ -146,11 +145,8 @@ def test_evaluation_is_brute_force_over_all_windows(tiny_flags):
 
 def test_a_changed_shard_is_named_at_start(tiny_flags, tiny_data, capsys):
     """The manifest beside the tokens has each file's checksum (data/manifest.py)."""
-    from data.files import write_json
-    from data.manifest import shard_entry
-
-    entries = {f"{split}.bin": shard_entry(tiny_data / f"{split}.bin", n) for split, n in (("train", 4000), ("val", 800))}
-    write_json(tiny_data / "manifest.json", {"shards": entries})
+    splits = {split: {"shards": [shard_entry(tiny_data / f"{split}.bin", n)]} for split, n in (("train", 4000), ("val", 800))}
+    write_manifest(tiny_data, {}, "char", 29, splits)
     content = bytearray((tiny_data / "val.bin").read_bytes())
     content[100] ^= 1
     (tiny_data / "val.bin").write_bytes(content)
