@@ -2,7 +2,8 @@
 
 64 sequences x 1024 tokens x 8 micro-batches (1 on each of 8 GPUs) = 524,288 tokens a step.
 18,865 steps x 524,288 = 9.9 billion tokens, once through the sample.
-The goal is llm.c's: a validation loss of 3.28 (OpenAI's GPT-2 has 3.29 on the same split): theirs, not ours. GPU-hours here: not measured. Prepare: `python data/fineweb/prepare.py`.
+The goal is llm.c's, a validation loss of 3.28; OpenAI's GPT-2 has 3.29 on the same split. Both are theirs, not ours.
+GPU-hours here: not measured. Prepare: `python data/fineweb/prepare.py`.
 """
 
 from gpt.config import GPTConfig

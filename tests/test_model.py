@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt import GPT, SIZES, GPTConfig
 from gpt.flops import PEAK_TFLOPS, flops_per_token, matmul_params, mfu
-from gpt.generate import generate, sample_token
+from gpt.generate import KVCache, generate, sample_token
 from kernels import load
 
 PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
@@ -99,9 +99,8 @@ def test_generate_keeps_the_prompt_and_the_mode():
 
 
 def test_the_cache_is_allocated_once(monkeypatch):
-    made = []
-    monkeypatch.setattr("gpt.generate.KVCache.__init__", lambda self, *a, init=__import__("gpt.generate").generate.KVCache.__init__:
-                        (made.append(1), init(self, *a))[1])
+    made, real = [], KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *a: (made.append(1), real(self, *a))[1])
     list(generate(tiny(), torch.randint(65, (1, 3)), 10))
     assert len(made) == 1
 
