@@ -74,11 +74,14 @@ def test_memory_bound_kernels_move_at_most_a_tenth_more_than_the_floor(report):
 
 
 def test_memory_bound_kernels_load_and_store_16_bytes_at_a_time(report):
+    """Narrower ones are for what a row has one of: its target, its target's logit, its statistics. Regression: a loop that
+    counted down hid the alignment of its start, and read the logits by twos."""
+    wide = {"LDG.128", "LDG.256", "LDGSTS.128", "UTMALDG"}, {"STG.128", "STG.256", "UTMASTG"}
     for row in report["kernels"]:
-        if row["family"] == "layernorm" and "partial" not in row["kernel"]:
+        if row["family"] in ("layernorm", "cross_entropy"):
             accesses = row["global_accesses"]
-            assert any(name in accesses for name in ("LDG.128", "LDG.256", "LDGSTS.128", "UTMALDG")), row
-            assert any(name in accesses for name in ("STG.128", "STG.256", "UTMASTG")), row
+            assert wide[0] & set(accesses) and (wide[1] & set(accesses) or row["kernel"] == "cross_entropy._losses"), row
+            assert accesses.get("LDG.16", 0) <= 1 and "STG.16" not in accesses, row
 
 
 def test_the_report_says_what_compiled_it_and_prints_both_tables(report):

@@ -1,0 +1,95 @@
+"""The suites inside the model: the same training whichever operators run, eager and compiled."""
+
+import pytest
+import torch
+
+from gpt import GPT, GPTConfig
+from kernels import load
+from tests.numerics import DEVICE
+from train import optim, run
+from train.config import OptimConfig
+
+pytest.importorskip("triton", reason="triton is not installed")
+CONFIG = GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=32, bias=True)
+
+
+def losses(suite, steps, *, config=CONFIG, backend=None, checkpointed=False, **families):
+    """Loss of each step from the same start on the same batches: count upwards, by one or two."""
+    torch.manual_seed(0)
+    model = GPT(config, load(suite, **families)).to(DEVICE)
+    if backend:
+        model.compile(backend=backend, fullgraph=True)
+    optimizer = optim.build(model, OptimConfig(learning_rate=1e-2))
+    generator, found = torch.Generator().manual_seed(1), []
+    for _ in range(steps):
+        tokens = (torch.randint(1, 3, (2, config.block_size + 1), generator=generator).cumsum(1) % 29).to(DEVICE)
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return torch.tensor(found)
+
+
+def test_reference_and_torch_have_the_same_curve_over_200_steps():
+    reference, fused = losses("reference", 200), losses("torch", 200)
+    assert reference[-1] < reference[0] / 2
+    torch.testing.assert_close(fused, reference, rtol=2e-3, atol=2e-3)
+
+
+def test_triton_has_the_same_curve():
+    """In the interpreter, so fewer steps; each family by itself, too, so that a fault names its kernel."""
+    reference = losses("reference", 12)
+    torch.testing.assert_close(losses("triton", 12), reference, rtol=1e-4, atol=1e-4)
+    for family in ("attention", "layernorm", "cross_entropy"):
+        torch.testing.assert_close(losses("torch", 3, **{family: "triton"}), reference[:3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suite", ["reference", "torch", "triton"])
+def test_no_graph_break_and_no_recompile(suite):
+    """fullgraph=True raises at a break; the second to fifth step, and an evaluation between, must find the graph compiled."""
+    torch._dynamo.reset()
+    compiled = losses(suite, 5, backend="aot_eager")
+    torch.testing.assert_close(compiled, losses(suite, 5), rtol=1e-4, atol=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 or not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_triton_inside_inductor():
+    torch._dynamo.reset()
+    torch.testing.assert_close(losses("triton", 2, backend="inductor"), losses("reference", 2), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_dropout_in_attention_is_the_same_for_reference_and_triton():
+    """The mask comes from position and seed alone, and the seed from torch's generator: the curves agree with dropout on."""
+    config = GPTConfig(block_size=16, vocab_size=29, n_layer=1, n_head=2, n_embd=32, dropout=0.2)
+    torch.testing.assert_close(losses("triton", 4, config=config), losses("reference", 4, config=config), rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_triton_trains_from_the_command_line(tiny_flags, capsys):
+    assert run.main([*tiny_flags, "--kernels=triton", "--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--n_embd=32"]) == 0
+    said = capsys.readouterr().out
+    assert "kernels: attention=triton, layernorm=triton, cross_entropy=triton (--kernels=triton)" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_124m_step_has_no_graph_break_no_recompile_and_no_host_sync():
+    config = GPTConfig(vocab_size=50304)
+    model = GPT(config, load("triton")).cuda()
+    model.compile(fullgraph=True)
+    optimizer = optim.build(model, OptimConfig())
+    idx = torch.randint(50304, (4, 1024), device="cuda")
+    for step in range(6):
+        torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(idx, idx.roll(-1, 1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert loss.item() < 11
