@@ -13,11 +13,12 @@ what they would launch is specialised and compiled exactly as on the device, for
 
 import os
 import sys
+import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from unittest.mock import patch
 
 import tyro
@@ -105,8 +106,26 @@ def _settings(kernel, args: list, kwargs: dict, metadata) -> dict:
             **{k: v for k, v in kwargs.items() if k not in parameters and k not in ("num_warps", "num_stages")}}
 
 
-def _compiler() -> None:
+def _become_compiler() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
+    _follow_parent()
+
+
+def _become_interpreter() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    _follow_parent()
+
+
+def _follow_parent() -> None:
+    """A worker whose parent is killed would wait for work for ever: it ends instead."""
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 # -- the report ----------------------------------------------------------------
@@ -122,10 +141,11 @@ def report(chosen: Iterable[Case], archs: list[int], processes: int) -> dict:
     bound = list({(c.operator, c.shape if c.operator != "linear_cross_entropy" else c.shape[::2], c.dtype, c.variant): c
                   for batch in families.values() for c in batch if c.operator in MEMORY_BOUND}.values())
     capabilities = [divmod(arch, 10) for arch in archs]
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_compiler) as pool:
+    workers = get_context("forkserver")  # its processes begin without triton, and share one import of torch
+    workers.set_forkserver_preload(["bench.traffic"])
+    with ProcessPoolExecutor(processes, mp_context=workers, initializer=_become_compiler) as pool:
         kernels = [row for rows in pool.map(compile_cases, *zip(*batches)) for row in rows]
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=traffic.interpret) as pool:
+    with ProcessPoolExecutor(processes, mp_context=workers, initializer=_become_interpreter) as pool:
         moved = [row for rows in pool.map(traffic.traffic, bound, [capabilities] * len(bound)) for row in rows]
     return {"environment": environment() | {"ptxas": _ptxas()}, "kernels": kernels, "traffic": moved}
 

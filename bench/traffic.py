@@ -12,7 +12,6 @@ moved        what reaches DRAM behind an ideal L2, in sectors of 32 bytes: a pro
 """
 
 import math
-import os
 from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -231,8 +230,3 @@ def _row(case: Case, capability: tuple[int, int], phase: str, floor: int, by_ker
         "requested_over_floor": round(requested / floor, 4), "moved_over_floor": round(moved / floor, 4),
         "moved_by": {name: moved for name, (_, moved) in by_kernel.items()},
     }
-
-
-def interpret() -> None:
-    """Make this process one that can count; before triton is imported."""
-    os.environ["TRITON_INTERPRET"] = "1"

@@ -17,17 +17,55 @@ def capability(device: torch.device) -> tuple[int, int]:
 # -- attention ----------------------------------------------------------------
 
 
-def attention_forward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict:
-    return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
+# By reasoning from the code compiled for sm_80 and sm_90 (registers, spills, shared memory, matrix instructions); no GPU has
+# timed a row yet. GPT-2's head dimension, 64, spills nowhere and has HGMMA on sm_90; D = 128 spills 60 bytes in dk, dv on
+# sm_90, D = 256 up to 124. Rows by shared memory: "sm_90" has 227 kB (also sm_100), "sm_80" 163 kB, "small" 99 kB.
+# Columns: head dimensions up to 64, 128, 256. Entries: (BLOCK_M, BLOCK_N, warps, stages).
+
+_ATTENTION = {
+    "forward": {
+        "sm_90": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
+        "sm_80": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
+        "small": ((128, 64, 8, 3), (128, 32, 8, 2), (32, 32, 4, 2)),
+        "fp32": ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 2)),
+    },
+    "backward_q": {
+        "sm_90": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+        "sm_80": ((128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+        "small": ((128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+        "fp32": ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 2)),
+    },
+    "backward_kv": {
+        "sm_90": ((64, 128, 8, 3), (64, 128, 8, 3), (32, 64, 8, 2)),
+        "sm_80": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+        "small": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
+        "fp32": ((32, 32, 8, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
+    },
+}
 
 
-def attention_backward_q(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict:
-    return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3, maxnreg=128)
+def _attention(kernel: str, D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
+    by_memory = {232_448: "sm_90", 166_912: "sm_80"}
+    row = "fp32" if dtype == torch.float32 else by_memory.get(SHARED_MEMORY_BYTES.get(capability, 0), "small")
+    sizes = _ATTENTION[kernel][row][0 if D <= 64 else 1 if D <= 128 else 2]
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
 
 
-def attention_backward_kv(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict:
-    return dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3)
+def attention_forward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
+    """Of the forward: BLOCK_M queries stay, BLOCK_N keys and values at a time pass by."""
+    return _attention("forward", D, dtype, capability)
 
+
+def attention_backward_q(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
+    """Of dq: BLOCK_M queries stay. On sm_90 at D = 64, 128 registers per thread let two programs share a multiprocessor."""
+    settings = _attention("backward_q", D, dtype, capability)
+    two = capability == (9, 0) and D <= 64 and dtype != torch.float32
+    return settings | ({"maxnreg": 128} if two else {})
+
+
+def attention_backward_kv(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
+    """Of dk and dv: BLOCK_N keys and values stay, BLOCK_M queries at a time pass by."""
+    return _attention("backward_kv", D, dtype, capability)
 
 
 # -- layer norm ---------------------------------------------------------------

@@ -27,7 +27,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # -- kernels -----------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_stride, eps,
              CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
     # One program per ROWS rows, held in registers. residual (and total with it) and b may be None. The columns are cut
@@ -59,7 +59,7 @@ def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_s
     tl.store(rstd + rows, rs, mask=rows < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_stride, dtotal_stride, total_stride,
               HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     # Program p takes the tiles p, p + programs, ... of ROWS rows. dtotal may be None, and so may d_branch, d in the dtype
@@ -129,12 +129,13 @@ def _add_layernorm_outputs(x, residual, w, b, eps):
 
 def _launch_forward(x, residual, w, b, total, y, mean, rstd, eps) -> None:
     M, N = x.shape
-    x, residual = _rows(x), x if residual is None else _rows(residual)
-    settings = launch.layernorm_forward(N, min(x.element_size(), residual.element_size()))
+    x = _rows(x)
+    stream = x if residual is None else _rows(residual)
+    settings = launch.layernorm_forward(N, min(x.element_size(), stream.element_size()))
     with torch.cuda.device_of(x):  # the autograd thread's device need not be this one; does nothing on a CPU
         _forward[(triton.cdiv(M, settings["ROWS"]),)](
-            x, None if total is None else residual, w.contiguous(), None if b is None else b.contiguous(), total, y,
-            mean, rstd, M, N, x.stride(0), residual.stride(0), eps, **settings)
+            x, None if residual is None else stream, w.contiguous(), None if b is None else b.contiguous(), total, y,
+            mean, rstd, M, N, x.stride(0), stream.stride(0), eps, **settings)
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def test_unknown_architectures_and_families_are_named(flag, value, known):
 @pytest.mark.parametrize(("arch", "warps", "registers", "shared", "expected"), [
     (90, 4, 32, 0, (16, "threads")),
     (90, 4, 128, 0, (4, "registers")),
-    (90, 4, 129, 0, (3, "registers")),  # 136 registers: 15 warps fit, 12 in whole fours
+    (90, 1, 129, 0, (12, "registers")),  # 136 registers: 15 warps' worth, but three in each of four partitions
     (90, 8, 255, 0, (1, "registers")),
     (90, 4, 32, 113 * 1024, (2, "shared memory")),  # 114 kB with the reserved one; two are 228
     (80, 4, 32, 113 * 1024, (1, "shared memory")),
@@ -171,6 +171,9 @@ def test_offline_hands_over_launches_and_counts_pytorchs_own_bytes():
         assert not bytes_by_torch, "a view moves nothing"
         x[:1].contiguous(), x[:, :1].contiguous()
         assert bytes_by_torch == {"aten::clone": 2**22}, "read and write of 2 MB; a single row is contiguous already"
+        bytes_by_torch.clear()
+        x[:1, :1].expand(2**20, 1).contiguous()
+        assert bytes_by_torch == {"aten::clone": 2**21 + 2}, "one element read, 2 MB written"
         _copy[(7,)](x[0, 3:], x[0], 5, BLOCK=8)
     (kernel, grid, args, kwargs), = launches
     assert kernel is _copy and grid == (7,) and args[2] == 5 and kwargs == {"BLOCK": 8}
