@@ -71,8 +71,9 @@ def main(o: Options) -> dict:
         layers.append(row := {"layer": i, **joined(o, i)})
         print(f"{i:5}{row['merge_a']:17.4f}{row['merge_b']:10.4f}{row['stitch_b']:20.4f}{row['stitch_b_trained']:9.4f}"
               f"{row['stitch_a_trained']:19.4f}")
-    result = {"benchmark": "stitch", "environment": environment(), "options": o, "models": bases, "a": A.name, "b": B.name,
-              "layers": layers}
+    measured = {key: getattr(o, key) for key in ("n_layer", "n_embd", "max_iters", "seam_iters")}
+    result = {"benchmark": "stitch", "environment": environment(), "options": measured, "models": bases, "a": A.name,
+              "b": B.name, "layers": layers}
     write_result(o.out, result)
     draw(result, Path(o.plot))
     print(f"written to {o.out} and {o.plot}")
