@@ -24,6 +24,12 @@ class GPTConfig:
     """bias in the linear layers and norms, as in GPT-2; without is a little better and faster"""
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     """gelu (erf) as in nanoGPT; gelu_tanh for GPT-2's published weights"""
+    tie_weights: bool = True
+    """the head is the token embedding, as in GPT-2; else it has weights of its own"""
+    direction: Literal["forward", "backward"] = "forward"
+    """backward: the model reads from the end and predicts the token before"""
+    seam: int = -1
+    """a linear layer stands before this block, and is all that is trained; -1: none. Made by --init_from=stitch"""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
@@ -33,6 +39,8 @@ class GPTConfig:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             near = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; nearest that do: {near}")
+        if not -1 <= self.seam <= self.n_layer:
+            raise ValueError(f"seam={self.seam}: must be at most n_layer={self.n_layer}, or -1 for none")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
 

@@ -54,9 +54,10 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
 @torch.no_grad()
 def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
              top_p: float | None = None, cached: bool = True, n_tokens: int | None = None) -> Iterator[Tensor]:
-    """Yield max_new_tokens ids, (B, 1) each, that continue idx (B, T).
+    """Yield max_new_tokens ids, (B, 1) each, that continue idx (B, T), given as one reads it.
 
-    The model sees the last block_size tokens. Beyond them positions shift at every step, so nothing cached stays true
+    A backward model continues it to the left: the first id yielded stands before idx, the next before that one.
+    The model sees the nearest block_size tokens. Beyond them positions shift at every step: nothing cached stays true,
     and the window is computed anew. `n_tokens`: ids from there on are padding of the vocabulary and are never sampled
     (default: 50257 where the model has GPT-2's padded vocabulary). `cached=False` is the slow definition.
     """
@@ -66,7 +67,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
         raise ValueError("the prompt is empty; give at least one token")
     size, V = model.config.block_size, model.config.vocab_size
     n_tokens = n_tokens or (50257 if 50257 < V <= 50304 else V)
-    window = idx[:, -size:]
+    window = (idx.flip(1) if model.config.direction == "backward" else idx)[:, -size:]
     cache = KVCache(model, len(idx), _compute_dtype(model), idx.device) if cached else None
     was_training = model.training
     model.eval()

@@ -113,8 +113,15 @@ class GPT(nn.Module):
         self.config, self.kernels = config, kernels or load("torch")
         self.transformer = Transformer(config, self.kernels)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        if config.seam >= 0:
+            self.seam = nn.Linear(config.n_embd, config.n_embd)
+        self.tie()
         self.init_weights()
+
+    def tie(self) -> None:
+        """Make the head the token embedding where the config says so; due again once parameters are replaced."""
+        if self.config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -126,9 +133,10 @@ class GPT(nn.Module):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02)
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Parameters, shared ones once; `non_embedding` leaves out the positions (the token embedding is the head)."""
+        """Parameters, shared ones once; `non_embedding` leaves out the positions, and the tokens if not the head."""
+        embeddings = [self.transformer.wpe] if self.config.tie_weights else [self.transformer.wpe, self.transformer.wte]
         n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        return n - sum(e.weight.numel() for e in embeddings) if non_embedding else n
 
     def features(self, idx: Tensor, doc_start: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
         """What the head reads, (B, T, C), of token ids idx (B, T)."""
@@ -138,12 +146,25 @@ class GPT(nn.Module):
         positions = self.transformer.wpe.weight[start : start + idx.shape[1]]
         x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)
         residual = None
-        for block in self.transformer.h:
-            x, residual = block(x, residual, doc_start, cache)
-        return self.transformer.ln_f(x, residual)[1]
+        for i, block in enumerate(self.transformer.h):
+            x, residual = block(*self.cross_seam(i, x, residual), doc_start, cache)
+        return self.transformer.ln_f(*self.cross_seam(len(self.transformer.h), x, residual))[1]
+
+    def cross_seam(self, i: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(branch, residual) as layer i gets them: as they are, or their sum through the seam where that stands there.
+
+        The stream keeps its precision under autocast, which rounds what the seam adds up and not what follows.
+        """
+        if i != self.config.seam:
+            return x, residual
+        x = x if residual is None else residual + x
+        return self.seam(x).to(x.dtype), None
 
     def forward(self, idx: Tensor, targets: Tensor, *, doc_start: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """The cross-entropy of predicting targets (B, T) from idx (B, T), in nats; target -1 is ignored.
+
+        Tokens come in the order the model reads them, here and in `features` and `predict`: the last one first where
+        config.direction is backward.
 
         `doc_start` (B, T) int32: the first position of the document each position is in, which attention will not
         look beyond. `reduction`: "mean" over the targets, or "sum".
@@ -158,10 +179,11 @@ class GPT(nn.Module):
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None) -> Tensor:
-        """idx (B, T) with max_new_tokens sampled ones appended; see gpt/generate.py."""
+        """idx (B, T) with max_new_tokens sampled ones after it, before it in a backward model; see gpt/generate.py."""
         from gpt.generate import generate
 
-        return torch.cat([idx, *generate(self, idx, max_new_tokens, temperature, top_k, top_p)], dim=1)
+        new = list(generate(self, idx, max_new_tokens, temperature, top_k, top_p))
+        return torch.cat([*reversed(new), idx] if self.config.direction == "backward" else [idx, *new], dim=1)
 
     @classmethod
     def from_checkpoint(cls, path: str, device: torch.device | str = "cpu", kernels: Kernels | None = None) -> "GPT":

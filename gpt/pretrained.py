@@ -133,6 +133,6 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: Ke
     with torch.device("meta"):
         model = GPT(read_config(folder), kernels)
     model.to_empty(device=device)
-    model.lm_head.weight = model.transformer.wte.weight
+    model.tie()
     fill(model, load_file(folder / "model.safetensors", device=str(device)))
     return model.eval()

@@ -1,4 +1,7 @@
-"""Write text with a trained model: `python gpt/sample.py --out_dir=out --start="def "`. --help lists the settings."""
+"""Write text with a trained model: `python gpt/sample.py --out_dir=out --start="def "`. --help lists the settings.
+
+A model trained with --direction=backward takes the prompt as the ending and writes what comes before it.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ class Sample:
     init_from: str = "resume"
     """resume: from out_dir; else gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a model of GPT-2's vocabulary"""
     start: str = "\n"
-    """the prompt, or FILE:path"""
+    """the prompt, or FILE:path; of a backward model, the ending"""
     num_samples: int = 10
     max_new_tokens: int = 500
     temperature: float = 0.8
@@ -37,7 +40,10 @@ class Sample:
 
 
 def sample(c: Sample) -> None:
-    """Print num_samples continuations of the prompt as they grow, one line of dashes after each, as nanoGPT does."""
+    """Print num_samples continuations of the prompt as they grow, one line of dashes after each, as nanoGPT does.
+
+    What a backward model writes is printed once it is whole: a terminal cannot put text in front of what it shows.
+    """
     import torch
 
     from data.tokenizer import load_tokenizer
@@ -58,12 +64,18 @@ def sample(c: Sample) -> None:
     idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
     torch.manual_seed(c.seed)
     for _ in range(c.num_samples):
-        text = tokenizer.stream()
-        print(prompt, end="", flush=True)
-        for token in generate(model, idx, c.max_new_tokens, c.temperature, c.top_k or None,
-                              None if c.top_p == 1 else c.top_p, n_tokens=tokenizer.vocab_size):
-            print(text(token.item()), end="", flush=True)
-        print(text())
+        new = (token.item() for token in generate(
+            model, idx, c.max_new_tokens, c.temperature, c.top_k or None, None if c.top_p == 1 else c.top_p,
+            n_tokens=tokenizer.vocab_size,
+        ))
+        if model.config.direction == "backward":
+            print(tokenizer.decode(list(new)[::-1]) + prompt)
+        else:
+            text = tokenizer.stream()
+            print(prompt, end="", flush=True)
+            for token in new:
+                print(text(token), end="", flush=True)
+            print(text())
         print("---------------", flush=True)
 
 

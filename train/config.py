@@ -66,6 +66,20 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class JoinConfig:
+    """Two trained models as one, for --init_from=merge and stitch (docs/stitching.md)."""
+
+    merge_dir: str = ""
+    """the model of the upper blocks; that of the lower ones is resume_dir"""
+    stitch_layer_index: int = -1
+    """the first block taken from merge_dir, 0 to n_layer"""
+    use_original_head: bool = True
+    """keep the last norm and the head of resume_dir; else take those of merge_dir"""
+    batch_size_alignment: int = 8
+    """sequences on which stitch fits its layer to the two models"""
+
+
+@dataclass(frozen=True)
 class KernelConfig:
     """Which implementations run (see kernels/)."""
 
@@ -87,9 +101,9 @@ class RunConfig:
     """the run's folder: checkpoints, metrics.jsonl, config.json, loss.png"""
     init_from: str = "scratch"
     """scratch; resume: go on from the last whole checkpoint; auto: resume where there is one, else scratch;
-    gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder: start from those weights"""
+    gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder: start from those weights; merge, stitch: from two models"""
     resume_dir: str = ""
-    """where to resume from; empty: out_dir"""
+    """where to resume from, or the lower of two models; empty: out_dir"""
     seed: int = 1337
     """of the weights, the data order and dropout"""
     eval_interval: int = 2000
@@ -129,11 +143,13 @@ class Config:
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size=0))
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    join: JoinConfig = JoinConfig()
     kernel: KernelConfig = KernelConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "keep_last")
+        positive = ("batch_size", "batch_size_alignment", "gradient_accumulation_steps", "eval_interval", "eval_iters",
+                    "log_interval", "keep_last")
         leaves = dict(flatten(self))
         for name in positive:
             if leaves[name] < 1:

@@ -1,19 +1,24 @@
-"""Where a run begins: from nothing, from its own checkpoint, or from weights that others trained."""
+"""Where a run begins: from nothing, its own checkpoint, weights that others trained, or two models joined."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gpt import GPT, SIZES, GPTConfig, nanogpt
+from data.loader import eval_batches
+from data.tokens import Tokens, check_vocabulary, open_split
+from gpt import GPT, SIZES, GPTConfig, hardware, nanogpt
 from gpt.pretrained import find_checkpoint, read_config, read_weights, verify, whole_checkpoints
-from train import checkpoint
+from gpt.stitch import Trained, merge, stitch
+from train import checkpoint, parallel
 from train.config import Config, flatten
 
-ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation")
+ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "tie_weights",
+                "direction", "seam")
 GPT2_PADDED_VOCAB = 50304
 
 # (config, model, optimizer, scaler), all filled in place -> (step, best validation loss, data position, what to say)
@@ -41,21 +46,61 @@ def find_origin(config: Config) -> Origin:
             f"{out_dir} already holds a run ({there[-1].name}); continue it with --init_from=resume, "
             "or start another with --out_dir=DIR (or remove that one)"
         )
+    if run.init_from in ("merge", "stitch"):
+        return joined(config)
+    if config.model.seam >= 0:
+        raise ValueError(f"--seam={config.model.seam}: it is made by --init_from=stitch --stitch_layer_index=LAYER")
     if run.init_from in ("scratch", "auto"):
         return Origin("scratch")
     if run.init_from not in SIZES and not Path(run.init_from).is_dir():
-        known = ", ".join(("scratch", "resume", "auto", *SIZES))
+        known = ", ".join(("scratch", "resume", "auto", "merge", "stitch", *SIZES))
         raise ValueError(f"--init_from={run.init_from}: choose {known}, or a folder with a model")
-    return pretrained(run.init_from, config.model.block_size)
+    return Origin(*pretrained(run.init_from, config.model.block_size))
 
 
-def pretrained(source: str, block_size: int) -> Origin:
-    """Someone's weights, with fewer positions where fewer are asked for; a new run."""
+def pretrained(source: str, block_size: int) -> Trained:
+    """Someone's weights, with fewer positions where fewer are asked for."""
     model, weights = read_weights(source)
     if block_size < model.block_size:
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
         model = replace(model, block_size=block_size)
-    return Origin(source, model, weights)
+    return Trained(source, model, weights)
+
+
+def joined(config: Config) -> Origin:
+    """Two models as one, resume_dir's lower blocks under merge_dir's upper ones; a new run."""
+    run, c = config.run, config.join
+    if not c.merge_dir:
+        raise ValueError(f"--init_from={run.init_from} joins two models; give the upper one, --merge_dir=DIR, "
+                         "beside --resume_dir")
+    a, b = (pretrained(source, config.model.block_size) for source in (run.resume_dir or run.out_dir, c.merge_dir))
+    cut, head = c.stitch_layer_index, (a if c.use_original_head else b).name
+    name = f"{a.name} below block {cut}, {b.name} from there on, the head of {head}"
+    if run.init_from == "merge":
+        return Origin(name, *merge(a, b, cut, c.use_original_head))
+    idx = None if c.use_original_head else alignment(config, a.config)
+    return Origin(name, *stitch(a, b, cut, c.use_original_head, idx))
+
+
+def alignment(config: Config, model: GPTConfig) -> Tensor:
+    """The training sequences a stitch is fitted on, at most (batch_size_alignment, block_size), on the run's device."""
+    tokens = directed(open_split(config.data_dir, "train"), model)
+    check_vocabulary(tokens, model.vocab_size)
+    device = hardware.resolve_device(config.run.device, parallel.world().local_rank)
+    return next(eval_batches(tokens, block_size=model.block_size, batch_size=config.join.batch_size_alignment, count=1,
+                             seed=config.run.seed, device=device))[0]
+
+
+class Reversed(Tokens):
+    """The same tokens from the last to the first: what comes next in them is what came before."""
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        return super().read(len(self) - length - np.asarray(starts), length)[:, ::-1]
+
+
+def directed(tokens: Tokens, model: GPTConfig) -> Tokens:
+    """The tokens in the order the model reads them: a backward run is a run on reversed data, and nothing else."""
+    return Reversed(tokens.paths) if model.direction == "backward" else tokens
 
 
 def continued(path: Path) -> Origin:

@@ -13,10 +13,11 @@ from data.tokens import Tokens, check_vocabulary, check_window, open_split
 from gpt import GPT, hardware
 from gpt.flops import flops_per_token
 from gpt.pretrained import fill
+from gpt.stitch import freeze
 from kernels import Choice, load, resolve
 from train import optim, parallel
 from train.config import Config, changed
-from train.origin import complete, find_origin
+from train.origin import complete, directed, find_origin
 from train.parallel import World
 
 GPT2 = {"kind": "gpt2", "vocab_size": 50257}  # the tokenizer of data without a meta file, as in nanoGPT
@@ -41,6 +42,7 @@ class Run:
     compiled: str
     step: int = 0
     best_val_loss: float = float("inf")
+    started: str = "scratch"
     resumed: str = ""
 
 
@@ -57,6 +59,7 @@ def build(config: Config) -> Run:
     meta = read_meta(config.data_dir)
     origin = find_origin(config)
     config = complete(config, origin, meta)
+    tokens = {split: directed(part, config.model) for split, part in tokens.items()}
     for part in tokens.values():
         check_window(part, config.model.block_size)
         check_vocabulary(part, config.model.vocab_size)
@@ -64,6 +67,10 @@ def build(config: Config) -> Run:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.run.seed)
     model = GPT(config.model, load(**choice.suites)).to(device)
+    if origin.weights is not None:
+        fill(model, origin.weights)
+    if config.model.seam >= 0:
+        freeze(model)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
     compiled = compile_model(model, config, device, dtype)
     torch.manual_seed(config.run.seed + world.rank)
@@ -75,10 +82,8 @@ def build(config: Config) -> Run:
             tokens["train"], block_size=config.model.block_size, batch_size=config.data.batch_size, seed=config.run.seed,
             device=device, rank=world.rank, world_size=world.size,
         ),
-        tokenizer=meta or GPT2, compiled=compiled,
+        tokenizer=meta or GPT2, compiled=compiled, started=origin.name,
     )
-    if origin.weights is not None:
-        fill(model, origin.weights)
     if origin.resume is not None:
         run.step, run.best_val_loss, run.batches.position, run.resumed = origin.resume(config, model, run.optimizer, run.scaler)
     return run
@@ -105,14 +110,14 @@ def compile_model(model: GPT, config: Config, device: torch.device, dtype: torch
 
 def describe(run: Run) -> str:
     """The first lines of a run: what was decided, and what differs from the defaults."""
-    c = run.config
+    c, trained = run.config, sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines = {
         "device": f"{hardware.device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
         "kernels": run.choice,
         "compile": run.compiled,
-        "model": f"{run.model.num_params():,} parameters",
+        "model": f"{run.model.num_params():,} parameters" + (f", {trained:,} trained" if c.model.seam >= 0 else ""),
         "data": f"{c.data_dir}, {len(run.tokens['train']):,} tokens to train on, {len(run.tokens['val']):,} to validate",
         "tokens per iteration will be": f"{c.tokens_per_iter:,}",
         "settings": ", ".join(f"{k}={v}" for k, (_, v) in changed(c).items()) or "all defaults",
-    } | ({"resumed from": run.resumed} if run.resumed else {})
+    } | ({"resumed from": run.resumed} if run.resumed else {"starts from": run.started})
     return "\n".join(f"{k}: {v}" for k, v in lines.items())
