@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+PLAIN = {"tie_weights": True, "direction": "forward", "seam": -1}  # all that GPT-2 elsewhere is
+
 
 @dataclass(frozen=True)
 class Export:
@@ -25,9 +27,14 @@ def export(c: Export) -> Path:
     """The folder written. Raises ValueError or OSError; a folder that is not whole is not left under its name."""
     import shutil
 
-    from gpt.pretrained import find_checkpoint
+    from gpt.pretrained import find_checkpoint, read_config
 
     checkpoint = find_checkpoint(c.out_dir)
+    config = read_config(checkpoint)
+    for key, value in PLAIN.items():
+        if getattr(config, key) != value:
+            raise ValueError(f"{checkpoint}: {key}={getattr(config, key)}, which --to={c.to} cannot express; "
+                             f"only a model with {key}={value} can be exported")
     folder = Path(c.folder) if c.folder else Path(c.out_dir) / c.to
     if folder.exists():
         raise ValueError(f"{folder} exists; remove it or give another --folder")

@@ -19,16 +19,25 @@ PEAK_TFLOPS = {
 
 
 def matmul_params(c: GPTConfig) -> int:
-    """All parameters but the positions, the tied embedding counted once (as the head)."""
+    """All parameters that are multiplied with: the token embedding only as the head, no positions."""
     norms = (2 * c.n_layer + 1) * c.n_embd * (2 if c.bias else 1)
     biases = c.n_layer * 9 * c.n_embd if c.bias else 0
-    return c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd + norms + biases
+    seam = c.n_embd**2 + c.n_embd if c.seam >= 0 else 0
+    return c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd + norms + biases + seam
 
 
 def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
-    """Operations of forward and backward per token, {"palm": ..., "causal": ...}."""
+    """Operations of forward and backward per token, {"palm": ..., "causal": ...}.
+
+    Where a seam alone is trained, the backward pass ends there, and no other weight has a gradient.
+    """
     T = T or c.block_size
     N, attention = matmul_params(c), 6.0 * c.n_layer * c.n_embd * T
+    if c.seam >= 0:
+        frozen_below = c.seam * 12 * c.n_embd**2
+        work = 2.0 * N + 2.0 * (N - frozen_below) + 2.0 * c.n_embd**2
+        attention *= (1 + 2 * (1 - c.seam / c.n_layer)) / 3
+        return {"palm": work + 2 * attention, "causal": work + attention}
     return {"palm": 6.0 * N + 2 * attention, "causal": 6.0 * (N + c.block_size * c.n_embd) + attention}
 
 

@@ -1,6 +1,7 @@
 """What a model expects: `python gpt/predict.py --out_dir=out --text="To be or not to"`.
 
-Prints the mean loss and the perplexity of the text, and the likeliest next tokens with their probabilities.
+Prints the mean loss and the perplexity of the text, and the likeliest next tokens with their probabilities; those of a
+model trained with --direction=backward stand before the text.
 """
 
 import math
@@ -43,6 +44,8 @@ def predict(c: Predict) -> None:
     ids = torch.tensor(tokenizer.encode(text), device=device)
     if len(ids) == 0:
         raise ValueError(f"{c.file}: the text is empty")
+    backward = model.config.direction == "backward"
+    ids = ids.flip(0) if backward else ids  # in the order the model reads
     losses = token_losses(model, ids)
     if len(losses):
         mean = losses.double().mean().item()
@@ -50,7 +53,7 @@ def predict(c: Predict) -> None:
     with torch.no_grad():
         logits = model.predict(ids[None, -model.config.block_size :], False)[0, 0, : tokenizer.vocab_size]
     likeliest = logits.float().softmax(-1).topk(min(c.top, tokenizer.vocab_size))
-    print("next token:")
+    print("token before:" if backward else "next token:")
     for p, token in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
         print(f"{100 * p:7.2f} %  {token:6d}  {tokenizer.decode([token])!r}")
 

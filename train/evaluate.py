@@ -54,6 +54,8 @@ def evaluate(c: Evaluate) -> dict[str, float]:
         model, meta = load_model(folder, device), read_tokenizer(folder)
     else:
         model = from_pretrained(c.init_from).to(device)
+    if model.config.direction == "backward" and (c.hellaswag or c.lambada):
+        raise ValueError("--hellaswag and --lambada ask what follows a context; this model has --direction=backward")
     tokenizer = load_tokenizer(meta)
     parallel.start(world, device, "auto")
     figures: dict[str, float] = {}
@@ -72,16 +74,17 @@ def evaluate(c: Evaluate) -> dict[str, float]:
 
 
 def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
-    """Every token of the split but its first, predicted once from at most block_size tokens before it."""
+    """Every token of the split but the first one read, predicted once from at most block_size tokens read before it."""
     import numpy as np
     import torch
 
     from data.tokens import check_vocabulary, open_split
     from gpt.scoring import spans
     from train.config import ROOT
+    from train.origin import directed
     from train.parallel import sum_over_ranks
 
-    tokens = open_split(c.data_dir or ROOT / "data" / c.dataset, c.split)
+    tokens = directed(open_split(c.data_dir or ROOT / "data" / c.dataset, c.split), model.config)
     if len(tokens) < 2:
         raise ValueError(f"{tokens.name}: {len(tokens)} token(s), at least 2 are needed")
     check_vocabulary(tokens, model.config.vocab_size)

@@ -1,0 +1,48 @@
+"""What the tools make of models that no GPT-2 elsewhere is: backward, stitched, with a head of their own."""
+
+import math
+
+import pytest
+import torch
+
+from gpt import GPT, GPTConfig, export, predict
+from gpt.flops import flops_per_token
+from gpt.pretrained import find_checkpoint
+from train import evaluate, run
+
+
+@pytest.mark.parametrize("flag", ["--tie_weights=False", "--direction=backward"])
+@pytest.mark.parametrize("to", ["hf", "nanogpt"])
+def test_export_refuses_what_gpt2_elsewhere_cannot_express(flag, to, tiny_flags, tmp_path, capsys):
+    assert run.main([*tiny_flags, flag, "--max_iters=4"]) == 0
+    capsys.readouterr()
+    assert export.main([f"--out_dir={tmp_path / 'out'}", f"--to={to}"]) == 2
+    err = capsys.readouterr().err
+    assert flag[2:] in err and f"--to={to} cannot express" in err and err.count("\n") == 1
+    assert not (tmp_path / "out" / to).exists()
+
+
+def test_a_backward_model_is_scored_from_the_end(tiny_flags, tiny_data, tmp_path, capsys):
+    assert run.main([*tiny_flags, "--direction=backward", "--max_iters=8"]) == 0
+    model = GPT.from_checkpoint(find_checkpoint(tmp_path / "out"))
+    ids = torch.tensor(["abcdefghijklmnopqrstuvwxyz\n =.".index(c) for c in "acdfg"]).flip(0)
+    with torch.no_grad():
+        logits = model.predict(ids[None])[0]
+    mean = torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).item()
+    capsys.readouterr()
+    assert predict.main([f"--out_dir={tmp_path / 'out'}", "--text=acdfg", "--top=1"]) == 0
+    said = capsys.readouterr().out
+    assert f"mean loss {mean:.4f}" in said and "token before:" in said and f"{logits[-1].argmax().item()}  '" in said
+    figures = evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), data_dir=str(tiny_data), device="cpu"))
+    assert figures["loss"] < math.log(29) - 0.2  # what it has learnt shows only in the order it reads
+    with pytest.raises(ValueError, match="this model has --direction=backward"):
+        evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), lambada="FILE", device="cpu"))
+
+
+def test_a_frozen_model_needs_fewer_operations():
+    """By hand: forward everywhere, gradients of activations above the seam, the seam's own weight gradient."""
+    c = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=10, seam=1)
+    block, head, norms, seam = 12 * 64, 80, 40, 72
+    work = 2 * (2 * block + head + norms + seam) + 2 * (block + head + norms + seam) + 2 * 64
+    attention = 4 * 2 * 8 * 4 + 8 * 1 * 8 * 4
+    assert flops_per_token(c) == {"palm": work + attention, "causal": work + attention / 2}
