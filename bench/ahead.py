@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, for GPUs that need not be there, and report what the compiler made of it.
 
-    python bench/ahead.py                          every case of bench/cases.py, for sm_80, sm_90 and sm_100
+    python bench/ahead.py                          every case of bench/cases.py, for sm_80, sm_86, sm_90 and sm_100
     python bench/ahead.py --quick=True --arch=90   GPT-2's four sizes, for Hopper
 
 For each kernel, launch setting and architecture: registers, spills, shared memory, resident blocks, matrix
@@ -17,7 +17,9 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from multiprocessing import get_context, parent_process
 from unittest.mock import patch
 
@@ -35,7 +37,7 @@ MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy", "linear_cross_ent
 class Options:
     """Compile every kernel for GPUs that need not be there; report registers, spills, occupancy and bytes moved."""
 
-    arch: str = "80,90,100"  # compute capabilities without the dot, with commas between
+    arch: str = "80,86,90,100"  # compute capabilities without the dot, with commas between
     quick: bool = False  # only GPT-2's four sizes, in bf16
     family: str = ""  # only this family of operators (attention, layernorm, cross_entropy)
     out: str = str(ROOT / "bench" / "results" / "ahead.json")  # where the JSON goes
@@ -64,7 +66,10 @@ class OfflineDriver:
 
 
 def compile_cases(batch: list[Case], arch: int) -> list[dict]:
-    """One row per kernel and launch setting that the cases use, with the names of the cases that use it."""
+    """One row per kernel and launch setting that the cases use, with the names of the cases that use it.
+
+    A kernel that does not compile has an "error" in place of what there would be to say about it.
+    """
     import triton
 
     assert not triton.knobs.runtime.interpret, "kernels are compiled without TRITON_INTERPRET"
@@ -73,37 +78,42 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
     case = batch[0]
 
     def launched(kernel, grid, args, kwargs):
-        compiled = compile_kernel(kernel, *args, grid=grid, warmup=True, **kwargs)
+        row = {"family": case.family, "kernel": name_of(kernel), "arch": arch, "settings": _settings(kernel, args, kwargs)}
+        try:
+            with redirect_stdout(StringIO()):  # where ptxas fails, Triton prints all of its input
+                compiled = compile_kernel(kernel, *args, grid=grid, warmup=True, **kwargs)
+        except triton.TritonError as error:
+            rows.setdefault(repr(row), row | {"error": _reason(error), "cases": []})["cases"].append(str(case))
+            return
         if compiled.hash not in rows:
             m = compiled.metadata
             found = sass.facts(compiled.asm["cubin"], arch, m.num_warps, m.shared, getattr(m, "tmem_size", None) or 0)
-            rows[compiled.hash] = {"family": case.family, "kernel": name_of(kernel), "arch": arch,
-                                   "settings": _settings(kernel, args, kwargs, m), "cases": [], **found}
+            rows[compiled.hash] = row | found | {"cases": []}
         if str(case) not in rows[compiled.hash]["cases"]:
             rows[compiled.hash]["cases"].append(str(case))
 
     with patch.object(triton.runtime.driver, "_active", OfflineDriver(arch)):
         for case in batch:
-            try:
-                with offline(divmod(arch, 10), launched):
-                    deque(cases.run(cases.operator(case, "triton"), cases.arguments(case, "meta"),
-                                    cases.options(case, "meta")), 0)
-            except (triton.TritonError, ValueError) as error:
-                error.add_note(f"while compiling {case} for sm_{arch}")
-                raise
+            with offline(divmod(arch, 10), launched):
+                deque(cases.run(cases.operator(case, "triton"), cases.arguments(case, "meta"), cases.options(case, "meta")), 0)
     return list(rows.values())
 
 
-def _settings(kernel, args: list, kwargs: dict, metadata) -> dict:
-    """What distinguishes this launch: the dtype, absent tensors, compile-time constants, warps and stages."""
+def _settings(kernel, args: list, kwargs: dict) -> dict:
+    """What distinguishes this launch: the dtype, absent tensors, compile-time constants, warps, stages, registers."""
     parameters = {p.name: p.is_constexpr for p in kernel.params}
     bound = kernel.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in parameters})
     bound.apply_defaults()
     dtype = next((str(v.dtype).removeprefix("torch.") for v in bound.arguments.values() if hasattr(v, "dtype")), "")
     constants = {k: v if isinstance(v, bool | int | float | str | None) else str(v)
                  for k, v in bound.arguments.items() if parameters[k] or v is None}
-    return {"dtype": dtype, **constants, "num_warps": metadata.num_warps, "num_stages": metadata.num_stages,
-            **{k: v for k, v in kwargs.items() if k not in parameters and k not in ("num_warps", "num_stages")}}
+    return {"dtype": dtype, **constants, **{k: v for k, v in kwargs.items() if k not in parameters}}
+
+
+def _reason(error: Exception) -> str:
+    """The line of a compiler's complaint that says what is wrong."""
+    lines = str(error).strip().splitlines()
+    return next((line for line in lines if "fatal" in line or "error:" in line.lower()), lines[0]).strip()
 
 
 def _become_compiler() -> None:
@@ -166,14 +176,17 @@ def kernel_table(kernels: list[dict]) -> str:
     def counts(found: dict) -> str:
         return " ".join(f"{name}x{n}" for name, n in found.items()) or "-"
 
+    def cells(row: dict) -> list[str]:
+        named = [row["kernel"], str(row["arch"]), " ".join(f"{k}={v}" for k, v in row["settings"].items())]
+        if "error" in row:
+            return [*named, *["-"] * 5, f"DOES NOT COMPILE: {row['error']}"]
+        return [*named, str(row["registers"]), str(row["spill_bytes"]), str(row["shared_bytes"]),
+                f"{row['blocks_per_multiprocessor']} ({row['limited_by']})", counts(row["matrix_instructions"]),
+                counts(row["global_accesses"])]
+
     header = ["kernel", "sm", "settings", "regs", "spill B", "shared B", "blocks/SM", "matrix", "global accesses"]
-    return table([header] + [
-        [row["kernel"], str(row["arch"]), " ".join(f"{k}={v}" for k, v in row["settings"].items()),
-         str(row["registers"]), str(row["spill_bytes"]), str(row["shared_bytes"]),
-         f"{row['blocks_per_multiprocessor']} ({row['limited_by']})", counts(row["matrix_instructions"]),
-         counts(row["global_accesses"])]
-        for row in sorted(kernels, key=lambda row: (row["family"], row["kernel"], row["arch"]))
-    ])
+    ordered = sorted(kernels, key=lambda row: (row["family"], row["kernel"], row["arch"]))
+    return table([header, *map(cells, ordered)])
 
 
 def traffic_table(moved: list[dict]) -> str:
@@ -187,7 +200,7 @@ def traffic_table(moved: list[dict]) -> str:
 def main(options: Options) -> None:
     try:
         archs = [int(arch) for arch in options.arch.split(",")]
-        unknown = [arch for arch in archs if arch not in sass.MULTIPROCESSOR]
+        unknown: list[int | str] = [arch for arch in archs if arch not in sass.MULTIPROCESSOR]
     except ValueError:
         unknown = [options.arch]
     if unknown:
@@ -200,8 +213,11 @@ def main(options: Options) -> None:
     print(kernel_table(result["kernels"]))
     if result["traffic"]:
         print("\n" + traffic_table(result["traffic"]))
-    spilling = sum(row["spill_bytes"] > 0 for row in result["kernels"])
-    print(f"\n{len(result['kernels'])} kernels compiled, {spilling} of them spill. Written to {options.out}")
+    broken = sum("error" in row for row in result["kernels"])
+    spilling = sum(row.get("spill_bytes", 0) > 0 for row in result["kernels"])
+    print(f"\n{len(result['kernels'])} kernels: {broken} do not compile, {spilling} spill. Written to {options.out}")
+    if broken:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,22 +46,23 @@ def main(options: Options) -> dict:
     idx = torch.randint(50257, (1, 4), device=device)
     model.to(device)
 
-    def variants(n: int, **how: object) -> dict[str, Callable[[], Tensor]]:
-        return makers(options, weights, model, idx, n, **how)
-
-    greedy = {name: generate()[0].tolist() for name, generate in variants(16, temperature=1.0, top_k=1).items()}
+    greedy = {name: generate()[0].tolist() for name, generate in makers(options, weights, model, idx, 16, top_k=1).items()}
     for name, text in greedy.items():
         if text != greedy["ours, float32"]:
             raise ValueError(f"{name} writes {text} where ours writes {greedy['ours, float32']}; not timed")
     best = GPT(config).eval()
     best.load_state_dict(weights)
     best.to(device, weights_dtype(Sample(max_new_tokens=options.new_tokens), best.to(device), idx.shape[1]))
-    callables = {"ours": lambda: best.generate(idx, options.new_tokens), **variants(options.new_tokens)}
+    callables = {
+        "ours": lambda: best.generate(idx, options.new_tokens),
+        **makers(options, weights, model, idx, options.new_tokens),
+    }
     timings = measure(callables, device=device, warmup=1, repeats=options.repeats)
-    rows = {name: {"time": t, "tokens_per_s": options.new_tokens / t.median_ms * 1e3} for name, t in timings.items()}
+    rate = {name: options.new_tokens / timing.median_ms * 1e3 for name, timing in timings.items()}
+    rows: dict[str, dict] = {name: {"time": timings[name], "tokens_per_s": rate[name]} for name in timings}
     rows["ours"]["dtype"] = str(best.lm_head.weight.dtype).removeprefix("torch.")
-    for name, row in rows.items():
-        print(f"{name:20}{row['tokens_per_s']:8.1f} tokens/s   ours is {rows['ours']['tokens_per_s'] / row['tokens_per_s']:.2f} x this")
+    for name in rows:
+        print(f"{name:20}{rate[name]:8.1f} tokens/s   ours is {rate['ours'] / rate[name]:.2f} x this")
     result = {"benchmark": "generation", "environment": environment(device), "options": options, "variants": rows}
     out = Path(options.out) if options.out else ROOT / "bench" / "results" / f"generation-{device.type}.json"
     write_result(out, result)
@@ -74,13 +76,13 @@ def makers(options: Options, weights: dict[str, Tensor], model: GPT, idx: Tensor
     found: dict[str, Callable[[], Tensor]] = {"ours, float32": lambda: model.generate(idx, n, temperature, top_k)}
     here = (model.config, weights, idx.device, torch.float32)
     if importlib.util.find_spec("transformers"):
-        theirs = peers.transformers_gpt2(*here).module.eval()
+        theirs: Any = peers.transformers_gpt2(*here).module.eval()
         theirs.generation_config.pad_token_id = theirs.generation_config.eos_token_id = None
         found["transformers"] = lambda: theirs.generate(
             idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=top_k != 1, top_k=top_k or 0, use_cache=True,
         )
     if options.nanogpt:
-        nano = peers.nanogpt(options.nanogpt, *here).module.eval()
+        nano: Any = peers.nanogpt(options.nanogpt, *here).module.eval()
         found["nanoGPT"] = torch.no_grad()(lambda: nano.generate(idx, n, temperature, top_k))
     return found
 

@@ -49,7 +49,7 @@ class Storages:
         storage = tensor.untyped_storage()
         index, _ = self._known.setdefault(storage._cdata, (len(self._known) + 1, storage))
         self.nbytes[index] = storage.nbytes()
-        return Pointer(tensor.dtype, (index << STORAGE_BITS) + tensor.storage_offset() * tensor.element_size())
+        return Pointer(tensor.dtype, (index << STORAGE_BITS) + int(tensor.storage_offset()) * tensor.element_size())
 
     def pointers(self, arg: object) -> object:
         """A launch argument with its tensors replaced: plain ones, those in tuples, the base of a tensor descriptor."""
@@ -109,8 +109,8 @@ def offline(capability: tuple[int, int], launched: Callable,
     storages = Storages()
 
     def run(kernel, *args, grid, warmup, **kwargs):
-        args, kwargs = [storages.pointers(a) for a in args], {k: storages.pointers(a) for k, a in kwargs.items()}
-        return launched(kernel, grid, args, kwargs)
+        named = {k: storages.pointers(a) for k, a in kwargs.items()}
+        return launched(kernel, grid, [storages.pointers(a) for a in args], named)
 
     with ExitStack() as stack:
         for kind in (JITFunction, InterpretedFunction):

@@ -274,7 +274,7 @@ def main(options: Options) -> None:
     except torch.OutOfMemoryError as error:
         sys.exit(f"{error}\n--batch={options.batch} does not fit on this GPU; try --batch={max(1, options.batch // 2)}")
     gpu = torch.cuda.get_device_name()
-    for path in filter(None, [cache_file(gpu, os.environ), options.out]):
+    for path in [cache_file(gpu, os.environ), *([Path(options.out)] if options.out else [])]:
         write_result(path, result)
         print(f"written to {path}")
     print(f"fastest on {gpu}: {result['fastest']}")

@@ -64,7 +64,7 @@ def sample(c: Sample) -> None:
     idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
     torch.manual_seed(c.seed)
     for _ in range(c.num_samples):
-        new = (token.item() for token in generate(
+        new = (int(token.item()) for token in generate(
             model, idx, c.max_new_tokens, c.temperature, c.top_k or None, None if c.top_p == 1 else c.top_p,
             n_tokens=tokenizer.vocab_size,
         ))

@@ -15,62 +15,76 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 # -- attention ----------------------------------------------------------------
+# BLOCK_M queries, BLOCK_N keys, num_warps, num_stages (, maxnreg), for head dimensions up to the number before it. The rows
+# of other architectures are those of 80. No GPU has timed a row: they are PyTorch's for FlexAttention where these kernels
+# compile to them without spills, else the nearest that do, from the code compiled ahead by triton 3.7.1.
+# - 90, to D = 64: 116 registers in the forward, so two blocks of 8 warps share a multiprocessor and one's softmax runs
+#   beside the other's products; so does _backward_q with 126, when it is held to 128 (139 if it is not). _backward_kv needs
+#   218: one block. Blocks of 64 by 64 would read L2 at about 20 bytes per cycle and multiprocessor, which is all it gives.
+#   Blocks of 128 by 128 by 4 warps spill, and ptxas serialises the matrix units (C7511).
+# - 90, D = 256: 255 registers, a few spills in the forward, and products serialised (C7515); it works, no more.
+# - 100: the tensor memory has 512 columns; wider blocks than these for D = 256 do not fit it.
+# - 80: no spills to D = 128, except 16 bytes of _backward_kv at D = 64.
+# - fp32 is multiplied by the ordinary units, a register for each element of a product: small blocks.
 
-
-# By reasoning from the code compiled for sm_80 and sm_90 (registers, spills, shared memory, matrix instructions); no GPU has
-# timed a row yet. GPT-2's head dimension, 64, spills nowhere and has HGMMA on sm_90; D = 128 spills 60 bytes in dk, dv on
-# sm_90, D = 256 up to 124. Rows by shared memory: "sm_90" has 227 kB (also sm_100), "sm_80" 163 kB, "small" 99 kB.
-# Columns: head dimensions up to 64, 128, 256. Entries: (BLOCK_M, BLOCK_N, warps, stages).
-
-_ATTENTION = {
-    "forward": {
-        "sm_90": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
-        "sm_80": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
-        "small": ((128, 64, 8, 3), (128, 32, 8, 2), (32, 32, 4, 2)),
-        "fp32": ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 2)),
-    },
-    "backward_q": {
-        "sm_90": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
-        "sm_80": ((128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
-        "small": ((128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
-        "fp32": ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 4, 2)),
-    },
-    "backward_kv": {
-        "sm_90": ((64, 128, 8, 3), (64, 128, 8, 3), (32, 64, 8, 2)),
-        "sm_80": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
-        "small": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
-        "fp32": ((32, 32, 8, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
-    },
+_FORWARD = {
+    32: {128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
+    80: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+    90: {128: (128, 64, 8, 3), 256: (64, 32, 4, 3)},
+    100: {128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+}
+_BACKWARD_Q = {
+    32: {128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
+    80: {128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
+    90: {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 4, 3)},
+    100: {128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+}
+_BACKWARD_KV = {
+    32: {128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
+    80: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 2)},
+    90: {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 64, 8, 2)},
+    100: {128: (64, 128, 8, 3), 256: (32, 64, 8, 2)},
 }
 
 
-def _attention(kernel: str, D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
-    by_memory = {232_448: "sm_90", 166_912: "sm_80"}
-    row = "fp32" if dtype == torch.float32 else by_memory.get(SHARED_MEMORY_BYTES.get(capability, 0), "small")
-    sizes = _ATTENTION[kernel][row][0 if D <= 64 else 1 if D <= 128 else 2]
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
-
-
 def attention_forward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
-    """Of the forward: BLOCK_M queries stay, BLOCK_N keys and values at a time pass by."""
-    return _attention("forward", D, dtype, capability)
+    """Blocks of the forward: it keeps the tile of q and streams those of k and v."""
+    row = _attention_row(_FORWARD, D, dtype, capability)
+    return _with_stages_that_fit(row, row["BLOCK_M"], row["BLOCK_N"], D, dtype, capability)
 
 
 def attention_backward_q(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
-    """Of dq: BLOCK_M queries stay. On sm_90 at D = 64, 128 registers per thread let two programs share a multiprocessor."""
-    settings = _attention("backward_q", D, dtype, capability)
-    two = capability == (9, 0) and D <= 64 and dtype != torch.float32
-    return settings | ({"maxnreg": 128} if two else {})
+    """Blocks of the kernel for dq: it keeps the tiles of q and dy and streams those of k and v."""
+    row = _attention_row(_BACKWARD_Q, D, dtype, capability)
+    return _with_stages_that_fit(row, 2 * row["BLOCK_M"], row["BLOCK_N"], D, dtype, capability)
 
 
 def attention_backward_kv(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
-    """Of dk and dv: BLOCK_N keys and values stay, BLOCK_M queries at a time pass by."""
-    return _attention("backward_kv", D, dtype, capability)
+    """Blocks of the kernel for dk and dv: it keeps the tiles of k and v and streams those of q and dy."""
+    row = _attention_row(_BACKWARD_KV, D, dtype, capability)
+    return _with_stages_that_fit(row, 2 * row["BLOCK_N"], row["BLOCK_M"], D, dtype, capability)
+
+
+def _attention_row(rows: dict[int, dict[int, tuple]], D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict:
+    arch = 32 if dtype == torch.float32 else {9: 90, 10: 100}.get(capability[0], 80)
+    row = next(row for widest, row in rows[arch].items() if D <= widest)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg"), row, strict=False))
+
+
+def _with_stages_that_fit(row: dict, kept: int, streamed: int, D: int, dtype: torch.dtype,
+                          capability: tuple[int, int]) -> dict[str, int]:
+    """`row` with fewer stages where `kept` rows and two tiles of `streamed` rows per stage, of D padded to a power of two,
+    would not fit the shared memory of a block (of an unknown device: that of the smallest)."""
+    limit = SHARED_MEMORY_BYTES.get(capability, min(SHARED_MEMORY_BYTES.values()))
+    row_bytes = (1 << (D - 1).bit_length()) * dtype.itemsize
+    room = (limit - 2048) // row_bytes - kept  # 2 kB for what else the kernels keep there
+    return row | {"num_stages": max(1, min(row["num_stages"], room // (2 * streamed)))}
 
 
 # -- layer norm ---------------------------------------------------------------
 # By reasoning from the code compiled for sm_80, sm_90 and sm_100, which differ in nothing that matters here: no spill up to
-# N = 8192 in bf16, 16-byte loads and stores, registers for the residency named. No GPU has timed a row yet.
+# N = 8192, 16-byte loads and stores (where N is a multiple of 16), registers for the residency named. No GPU has timed a
+# row yet.
 
 LAYERNORM_WIDEST = 16_384
 
@@ -96,12 +110,11 @@ def layernorm_backward(N: int) -> dict[str, int]:
     return {"ROWS": max(1, 4096 // block), "BLOCK_N": block, "num_warps": max(4, block // 1024)}
 
 
-def layernorm_programs(N: int, itemsize: int, capability: tuple[int, int], multiprocessors: int) -> int:
+def layernorm_programs(N: int, itemsize: int, multiprocessors: int) -> int:
     """How many backward programs: as many as are resident at once, since one more would run alone at the end. Registers
     decide: at most 168 for each of 128 threads (three per multiprocessor) where `itemsize`, that of the residual, is 2,
     and 255 (two) elsewhere. Each program costs 8 N bytes of partial sums, 2.4 MB in all at N = 768 on an H200."""
-    three = itemsize == 2 and N <= (2048 if capability >= (9, 0) else 1024)
-    return multiprocessors * (3 if three else 2 if N <= 4096 else 1)
+    return multiprocessors * (3 if N <= 2048 and itemsize == 2 else 2 if N <= 4096 else 1)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -151,8 +151,7 @@ def _layernorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Ten
     d, d_branch, _ = _layernorm_backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch)
     dy, total, dtotal = _rows(dy), _rows(total), None if dtotal is None else _rows(dtotal)
     settings = launch.layernorm_backward(N)
-    resident = launch.layernorm_programs(N, total.element_size(), launch.capability(total.device),
-                                         launch.multiprocessors(total.device))
+    resident = launch.layernorm_programs(N, total.element_size(), launch.multiprocessors(total.device))
     programs = min(triton.cdiv(M, settings["ROWS"]), resident)
     partial = total.new_empty((1 + has_bias, programs, N), dtype=torch.float32)
     with torch.cuda.device_of(total):

@@ -35,7 +35,7 @@ def python(*arguments, **environment):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("ahead") / "ahead.json"
-    printed = python("bench/ahead.py", "--quick=True", f"--out={out}")
+    printed = python("bench/ahead.py", "--quick=True", "--arch=80,90,100", f"--out={out}")
     return json.loads(out.read_text()) | {"printed": printed}
 
 
@@ -43,6 +43,7 @@ def report(tmp_path_factory):
 
 
 def test_every_kernel_compiles_at_gpt2s_shapes_on_every_architecture(report):
+    assert not [row for row in report["kernels"] if "error" in row]
     compiled = {(case, row["arch"]) for row in report["kernels"] for case in row["cases"]}
     assert compiled == {(str(case), arch) for case in cases.quick() for arch in ARCHS}
 
@@ -159,6 +160,21 @@ def test_cases_are_calls_the_definitions_accept(case):
     phases = dict(cases.run(getattr(reference, case.operator), args, cases.options(case)))
     assert list(phases) == ["forward", "gradients", "backward"]
     assert [g.shape for g in phases["backward"]] == [a.shape for a in cases.leaves(args)]
+
+
+def test_some_case_is_given_each_setting_that_launch_has():
+    attention, reported = [c for c in cases.full() if c.operator == "attention_qkv"], ((8, 0), (8, 6), (9, 0), (10, 0))
+    for settings in (launch.attention_forward, launch.attention_backward_q, launch.attention_backward_kv):
+        given = [settings(c.shape[-1], c.dtype, capability) for c in attention for capability in reported]
+        for D in range(8, 264, 8):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                assert all(settings(D, dtype, capability) in given for capability in launch.SHARED_MEMORY_BYTES), (D, dtype)
+    norms = [c for c in cases.full() if c.operator == "layernorm" and not c.variant]
+    forward = [launch.layernorm_forward(c.shape[1], c.dtype.itemsize) for c in norms]
+    backward = [launch.layernorm_backward(c.shape[1]) for c in norms]
+    for N in range(64, launch.LAYERNORM_WIDEST + 1):
+        assert launch.layernorm_backward(N) in backward, N
+        assert all(launch.layernorm_forward(N, itemsize) in forward for itemsize in (2, 4)), N
 
 
 def test_offline_hands_over_launches_and_counts_pytorchs_own_bytes():

@@ -263,7 +263,7 @@ def test_settings_fit_the_shared_memory_of_the_device(dtype, capability):
     limit = launch.SHARED_MEMORY_BYTES.get(capability, 101_376)
     for D in range(16, 257, 8):
         width = (1 << (D - 1).bit_length()) * dtype.itemsize
-        for settings_of, kept, moving in ((launch.attention_forward, "MM", "N"), (launch.attention_backward_q, "MM", "N"),
+        for settings_of, kept, moving in ((launch.attention_forward, "M", "N"), (launch.attention_backward_q, "MM", "N"),
                                           (launch.attention_backward_kv, "NN", "M")):
             row = settings_of(D, dtype, capability)
             tiles = (len(kept) * row[f"BLOCK_{kept[0]}"] + 2 * row["num_stages"] * row[f"BLOCK_{moving}"])
