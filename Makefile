@@ -12,7 +12,7 @@ quickstart: $(VENV)/ready
 	$(RUN) gpt/sample.py --out_dir=out-quickstart --start="def " --num_samples=1 --max_new_tokens=400
 
 test: $(VENV)/ready-for-tests
-	$(RUN) -m pytest -m "not gpu and not slow"
+	$(RUN) -m pytest --numprocesses=2 -m "not gpu and not slow"
 
 lint: $(VENV)/ready-for-tests
 	$(RUN) -m ruff check .
