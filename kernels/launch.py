@@ -27,19 +27,21 @@ def capability(device: torch.device) -> tuple[int, int]:
 # - 80: no spills to D = 128, except 16 bytes of _backward_kv at D = 64.
 # - fp32 is multiplied by the ordinary units, a register for each element of a product: small blocks.
 
-_FORWARD = {
+_Rows = dict[int, dict[int, tuple[int, ...]]]
+
+_FORWARD: _Rows = {
     32: {128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
     80: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
     90: {128: (128, 64, 8, 3), 256: (64, 32, 4, 3)},
     100: {128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
 }
-_BACKWARD_Q = {
+_BACKWARD_Q: _Rows = {
     32: {128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
     80: {128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
     90: {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 4, 3)},
     100: {128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
 }
-_BACKWARD_KV = {
+_BACKWARD_KV: _Rows = {
     32: {128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
     80: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 2)},
     90: {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 64, 8, 2)},
@@ -65,7 +67,7 @@ def attention_backward_kv(D: int, dtype: torch.dtype, capability: tuple[int, int
     return _with_stages_that_fit(row, 2 * row["BLOCK_N"], row["BLOCK_M"], D, dtype, capability)
 
 
-def _attention_row(rows: dict[int, dict[int, tuple]], D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict:
+def _attention_row(rows: _Rows, D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict:
     arch = 32 if dtype == torch.float32 else {9: 90, 10: 100}.get(capability[0], 80)
     row = next(row for widest, row in rows[arch].items() if D <= widest)
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg"), row, strict=False))
@@ -120,7 +122,6 @@ def layernorm_programs(N: int, itemsize: int, multiprocessors: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device; on any other (the interpreter) 1, so that in small tests too a program has several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
 
 
 # -- cross-entropy ------------------------------------------------------------
