@@ -216,7 +216,7 @@ class _Parquet(_Rows):
 
     def _read_group(self, file: Any, group: int, row: int, skipped: int) -> Iterator[Iterator[str]]:
         try:
-            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[self._column]):
+            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[self._column], use_threads=False):
                 yield from self._texts(batch.column(0)[skipped:], row + min(skipped, len(batch)))
                 row, skipped = row + len(batch), max(0, skipped - len(batch))
         except (_pyarrow().ArrowInvalid, OSError) as error:
