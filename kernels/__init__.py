@@ -6,6 +6,7 @@ operators comes from. The definitions, and the signatures, are in kernels/refere
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -92,6 +93,8 @@ def _check(family: str, suite: str, device: torch.device) -> None:
         raise ValueError(f"--{family}={suite}: no such implementation; choose from {known}")
     if suite == "flash_attn" and device.type != "cuda":
         raise ValueError(f"--{family}=flash_attn needs a CUDA device, this run is on {device.type}; use --{family}=torch")
+    if suite == "flash_attn" and find_spec("flash_attn") is None:
+        raise ValueError(f"--{family}=flash_attn: flash-attn is not installed; `pip install flash-attn`, or use --{family}=torch")
     if suite == "triton" and device.type != "cuda" and not _interpreting():
         raise ValueError(
             f"--{family}=triton needs a CUDA device, this run is on {device.type}; use --kernels=torch, or set "
