@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FLUSH_BYTES = 256 * 2**20  # written between samples: twice the largest L2 (B200, 126 MB)
+NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers in indented JSON: samples and curves go on one line
 HEAD_START_CYCLES = 1_000_000  # about 0.5 ms at 2 GHz: longer than the host needs to enqueue an operator
 
 
@@ -265,8 +267,8 @@ def write_result(path: str | Path, result: dict) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(partial, "w") as file:
-            json.dump(result, file, indent=1, default=_encode, allow_nan=False)
-            file.write("\n")
+            text = json.dumps(result, indent=1, default=_encode, allow_nan=False)
+            file.write(NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
