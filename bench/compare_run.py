@@ -57,6 +57,8 @@ class Options:
     """PNG file to draw the curves and the band to"""
     write: str = ""
     """make a reference of the runs, into this JSON file, instead of comparing"""
+    commit: str = ""
+    """with --write: the commit that the runs were trained at, if it is not the one of this checkout"""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def differences(run: Run, other: Run) -> str:
     return "; ".join(found)
 
 
-def reference_of(runs: list[Run], names: list[str]) -> dict[str, Any]:
+def reference_of(runs: list[Run], names: list[str], commit: str = "") -> dict[str, Any]:
     """The content of a reference file. Raises ValueError for runs of different recipes, of one seed, or of other steps."""
     first = runs[0]
     for path, run in zip(names, runs, strict=True):
@@ -234,12 +236,13 @@ def reference_of(runs: list[Run], names: list[str]) -> dict[str, Any]:
     seeds = [str(run.config["seed"]) for run in runs]
     if len(runs) < 2 or len(set(seeds)) < len(seeds):
         raise ValueError(f"--write needs two runs or more, each with a seed of its own; these are {', '.join(seeds)}")
+    where = environment("cpu") | ({"commit": commit, "dirty": None} if commit else {})
     config = {k: v for k, v in first.config.items() if k not in PLACES}
     flags = [f"--{k}={v}" for k, (_, v) in changed(unflatten(first.config)).items() if k not in PLACES]
     steps = {name: np.array(sorted(first.curves[name])) for name in CURVES}
     bands = {name: band(name, at, runs) for name, at in steps.items()}
     return {
-        "benchmark": "reference curves", "environment": environment("cpu"), "training": " ".join(["train/run.py", *flags]),
+        "benchmark": "reference curves", "environment": where, "training": " ".join(["train/run.py", *flags]),
         "config": config, "data": first.data,
         "rule": {"smooth_steps": SMOOTH_STEPS, "widening": WIDENING, "told_in": "bench/compare_run.py"},
         "steps": {name: at.tolist() for name, at in steps.items()},
@@ -273,7 +276,7 @@ def draw(path: Path, run: Run, verdicts: list[Verdict]) -> None:
 def main(options: Options) -> int:
     """Compare and print, or write a reference: 0 in band (or written), 1 out."""
     if options.write:
-        write_result(options.write, reference_of([read_run(Path(p)) for p in options.runs], list(options.runs)))
+        write_result(options.write, reference_of([read_run(Path(p)) for p in options.runs], list(options.runs), options.commit))
         print(f"written to {options.write}")
         return 0
     against = list(options.runs[1:])
