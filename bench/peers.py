@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt import GPT, GPTConfig, hardware
-from kernels import load
+from kernels import Kernels, load
 from train import optim
 from train.config import OptimConfig
 
@@ -35,6 +36,23 @@ class Peer:
     optimizer: torch.optim.Optimizer
     device: torch.device
     dtype: torch.dtype
+    compiled: bool = False
+    suite: str = ""
+
+    def rehearse(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """A step that leaves the weights as they are: AdamW's learning rate and decay are 0 in it."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        loss = self.step(idx, targets)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return loss
+
+    def bytes_held(self) -> int:
+        """Of weights and optimizer state, which stay between steps; another peer may hold the same ones."""
+        states = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+        return sum(t.nbytes for t in [*self.module.parameters(), *states])
 
     def step(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Forward, backward, clipping and the optimizer: one step of training; the loss, on the device."""
@@ -57,19 +75,63 @@ class Peer:
 
 
 def ours(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype, *, name: str = "ours",
-         kernels: str = "torch", compiled: bool = False, **families: str) -> Peer:
-    """Our model on a kernel suite; `families` replace single ones, as in kernels.load."""
-    model = GPT(config, load(kernels, **families))
-    model.load_state_dict(weights)
-    model.to(device)
+         kernels: str | Kernels = "torch", compiled: bool = False, like: Peer | None = None, **families: str) -> Peer:
+    """Our model on a kernel suite; `families` replace single ones, as in kernels.load. Or on any Kernels.
+
+    It shares the parameters and the optimizer of the peer `like`, so that many variants of a large model fit a GPU.
+    """
+    operators = load(kernels, **families) if isinstance(kernels, str) else kernels
+    model = shared(GPT, like, config, operators)
+    if like is None:
+        model.load_state_dict(weights)
+        model.to(device)
     if compiled:
         model.compile()
-    return Peer(name, model, model, optim.build(model, OPTIM), device, dtype)
+    return Peer(name, model, model, like.optimizer if like else optim.build(model, OPTIM), device, dtype)
+
+
+def shared(make: Callable[..., nn.Module], like: Peer | None, *arguments: Any) -> Any:
+    """make(*arguments), with the very parameters of `like` where there is one."""
+    if like is None:
+        return make(*arguments)
+    with torch.device("meta"):
+        module = make(*arguments)
+    module.load_state_dict(like.module.state_dict(keep_vars=True), assign=True)
+    return module
+
+
+def liger_kernels() -> Kernels:
+    """Liger's layer norm and fused linear cross-entropy among PyTorch's operators; written for liger-kernel 0.8.
+
+    It has no residual add beside a layer norm (only beside RMSNorm) and no attention. Its norm wants a bias: zeros.
+    """
+    from liger_kernel.transformers.functional import liger_cross_entropy, liger_fused_linear_cross_entropy, liger_layer_norm
+
+    def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+        return liger_layer_norm(x, w, torch.zeros_like(w) if b is None else b, eps)
+
+    def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = None,
+                      eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+        total = (residual + x).to(residual.dtype)
+        return total, layernorm(total, w, b, eps).to(x.dtype)
+
+    def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -1) -> Tensor:
+        return liger_cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)
+
+    def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
+                             ignore_index: int = -1) -> Tensor:
+        return liger_fused_linear_cross_entropy(x, weight, targets, reduction=reduction, ignore_index=ignore_index)
+
+    return load("torch")._replace(layernorm=layernorm, add_layernorm=add_layernorm, cross_entropy=cross_entropy,
+                                  linear_cross_entropy=linear_cross_entropy)
 
 
 def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype, *,
-            name: str = "nanoGPT", compiled: bool = False) -> Peer:
-    """A nanoGPT checkout's own model.py and optimizer. Raises ValueError if `folder` is none, or for a tanh GELU."""
+            name: str = "nanoGPT", compiled: bool = False, like: Peer | None = None) -> Peer:
+    """A nanoGPT checkout's own model.py and optimizer. Raises ValueError if `folder` is none, or for a tanh GELU.
+
+    `like`: as in `ours`.
+    """
     file = Path(folder) / "model.py"
     if not file.is_file():
         raise ValueError(f"--nanogpt={folder}: no model.py there; clone nanoGPT and give its folder")
@@ -82,38 +144,43 @@ def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor], d
     spec.loader.exec_module(module)
     arguments = {k: getattr(config, k) for k in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
     with contextlib.redirect_stdout(io.StringIO()):
-        model = module.GPT(module.GPTConfig(**arguments))
-        model.load_state_dict(weights)
-        model.to(device)
-        optimizer = model.configure_optimizers(OPTIM.weight_decay, OPTIM.learning_rate, (OPTIM.beta1, OPTIM.beta2), device.type)
+        model = shared(module.GPT, like, module.GPTConfig(**arguments))
+        if like is None:
+            model.load_state_dict(weights)
+            model.to(device)
+            betas = OPTIM.beta1, OPTIM.beta2
+            optimizer = model.configure_optimizers(OPTIM.weight_decay, OPTIM.learning_rate, betas, device.type)
+        else:
+            optimizer = like.optimizer
     if compiled:
         model.compile()
     return Peer(name, model, lambda idx, targets: model(idx, targets)[1], optimizer, device, dtype)
 
 
 def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype, *,
-                      name: str = "transformers", compiled: bool = False) -> Peer:
-    """Hugging Face's GPT2LMHeadModel with PyTorch's fused attention, and PyTorch's fused AdamW."""
+                      name: str = "transformers", compiled: bool = False, like: Peer | None = None) -> Peer:
+    """Hugging Face's GPT2LMHeadModel with PyTorch's fused attention, and PyTorch's fused AdamW. `like`: as in `ours`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(
+    model = shared(GPT2LMHeadModel, like, GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
         n_head=config.n_head, activation_function="gelu_new" if config.activation == "gelu_tanh" else "gelu",
         resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout, use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
     ))
-    turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out) there
-    state = {k: v.T if k.endswith(turned) else v for k, v in weights.items()}
-    theirs = {k: state.get(k, torch.zeros_like(v)) for k, v in model.state_dict().items()}  # biases that config has not: 0
-    model.load_state_dict(theirs)
-    model.to(device)
+    if like is None:
+        turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out) there
+        state = {k: v.T if k.endswith(turned) else v for k, v in weights.items()}
+        theirs = {k: state.get(k, torch.zeros_like(v)) for k, v in model.state_dict().items()}  # biases config has not: 0
+        model.load_state_dict(theirs)
+        model.to(device)
     if compiled:
         model.compile()
 
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(idx).logits.float().flatten(0, 1), targets.flatten())
 
-    return Peer(name, model, loss, optim.build(model, OPTIM), device, dtype)
+    return Peer(name, model, loss, like.optimizer if like else optim.build(model, OPTIM), device, dtype)
 
 
 def agree(peers: list[Peer], idx: Tensor, targets: Tensor) -> dict[str, float]:
