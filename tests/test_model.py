@@ -3,11 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from gpt import GPT, SIZES, GPTConfig
-from gpt.flops import PEAK_TFLOPS, flops_per_token, matmul_params, mfu
+from gpt.flops import matmul_params
 from gpt.generate import KVCache, generate, sample_token
 from kernels import load
 
@@ -146,27 +144,3 @@ def test_cropping_leaves_short_inputs_alone():
     torch.testing.assert_close(model.predict(idx), before, rtol=0, atol=0)
     with pytest.raises(ValueError, match="block_size=9: the model has 8"):
         model.crop_block_size(9)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_flop_formulas_match_torch(size):
-    """causal within 0.5 % of FlopCounterMode, which counts whole attention matrices: half of them is taken off."""
-    config = replace(SIZES[size], vocab_size=50304)
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        model, idx = GPT(config, load("reference")), torch.zeros(1, 1024, dtype=torch.long)
-        model(idx, idx).backward()
-    counted = counter.get_total_flops() / 1024
-    L, d, T = config.n_layer, config.n_embd, 1024
-    assert abs(flops_per_token(config)["palm"] / counted - 1) < 0.005
-    assert abs(flops_per_token(config)["causal"] / (counted - 6 * L * d * T) - 1) < 0.01
-
-
-def test_mfu_by_hand_and_its_limits():
-    config = replace(SIZES["gpt2"], vocab_size=50304)
-    assert flops_per_token(config)["palm"] / 1e6 == pytest.approx(855.4, abs=0.05)
-    assert flops_per_token(config)["causal"] / 1e6 == pytest.approx(803.5, abs=0.05)
-    assert mfu(config, 650_000, "NVIDIA H200")["mfu_palm"] == pytest.approx(0.562, abs=0.001)
-    assert mfu(config, 650_000, "some other GPU") == {"mfu_palm": None, "mfu_causal": None}
-    with pytest.raises(ValueError, match="above 100 %"):
-        mfu(config, 2_000_000, "NVIDIA H200")
-    assert set(PEAK_TFLOPS.values()) == {989.5, 312.0}

@@ -1,0 +1,54 @@
+"""The formulas of gpt/flops.py against what PyTorch counts, and the MFU made from them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt import GPT, SIZES
+from gpt.flops import PEAK_TFLOPS, flops_per_token, mfu
+from kernels import load
+
+T = 1024
+
+
+def counted_per_token(config, suite):
+    """Of a forward and backward, by FlopCounterMode on tensors without data."""
+    kernels = load(suite)  # before the counter, which copies the formulas registered by then
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model, idx = GPT(config, kernels), torch.zeros(1, T, dtype=torch.long)
+        model(idx, idx).backward()
+    return counter.get_total_flops() / T
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_both_formulas_are_within_half_a_percent_of_what_torch_counts(size):
+    """The definitions multiply whole attention matrices, which PaLM's formula counts, too; the causal one counts half of
+    them. The causal formula, which is llm.c's, also has 6 operations for each position embedding, T d of them, though
+    nothing is multiplied with those (0.6 % at 124M): they are set apart."""
+    config = replace(SIZES[size], vocab_size=50304, bias=False)
+    counted, formula = counted_per_token(config, "reference"), flops_per_token(config)
+    L, d = config.n_layer, config.n_embd
+    assert abs(formula["palm"] / counted - 1) < 0.005
+    masked_half, positions = 6 * L * d * T, 6 * T * d
+    assert abs((formula["causal"] - positions) / (counted - masked_half) - 1) < 0.005
+
+
+def test_the_kernels_tell_torch_what_they_multiply():
+    """P matmul parameters, 6 operations each; attention 2 L d T forward and, with the scores made again, 5 backward."""
+    config = replace(SIZES["gpt2"], vocab_size=50304, bias=False, n_layer=2)
+    d = config.n_embd
+    assert counted_per_token(config, "triton") == 6 * (12 * 2 * d**2 + 50304 * d) + 7 * 2 * d * T
+
+
+def test_mfu_by_hand_and_its_limits():
+    config = replace(SIZES["gpt2"], vocab_size=50304)
+    assert flops_per_token(config)["palm"] / 1e6 == pytest.approx(855.4, abs=0.05)
+    assert flops_per_token(config)["causal"] / 1e6 == pytest.approx(803.5, abs=0.05)
+    assert mfu(config, 650_000, "NVIDIA H200")["mfu_palm"] == pytest.approx(0.562, abs=0.001)
+    assert mfu(config, 650_000, "some other GPU") == {"mfu_palm": None, "mfu_causal": None}
+    with pytest.raises(ValueError, match="above 100 %"):
+        mfu(config, 2_000_000, "NVIDIA H200")
+    assert set(PEAK_TFLOPS.values()) == {989.5, 312.0}
