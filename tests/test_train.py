@@ -59,6 +59,8 @@ def test_a_run_leaves_what_scripts_rely_on(tiny_flags, capsys):
     assert {"iter", "train/loss", "val/loss", "lr", "mfu"} <= evaluations[0].keys()
     assert [e["iter"] for e in entries(folder) if "loss" in e] == list(range(12))
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "tokens"} <= entries(folder)[1].keys()
+    times = [e["time_ms"] for e in entries(folder) if "loss" in e]  # the step before an evaluation once had the time of nothing
+    assert min(times) > sorted(times)[6] / 5
     assert evaluations[-1]["val/loss"] < evaluations[0]["val/loss"] - 0.2
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 29

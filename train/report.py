@@ -27,7 +27,7 @@ class Report:
     def __init__(self, config: Config, world: World, device: torch.device, first_step: int = 0):
         self.config, self.speaks = config, world.rank == 0
         self.device_name, self.world_size = hardware.device_name(device), world.size
-        self.out_dir = Path(config.run.out_dir)
+        self.out_dir, self.defers = Path(config.run.out_dir), device.type == "cuda"
         self.mfu: float | None = None
         self.pending: tuple[int, float, Callable[[], list[float]]] | None = None
         self.bar: tqdm | None = None
@@ -55,9 +55,14 @@ class Report:
         self.clock = time.perf_counter()
 
     def step(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
-        """Take note of a step just launched; write down the one before it."""
+        """Take note of a step just launched; write down the one before it, which is done where this one has begun.
+
+        A CPU has done this one, too, and its time ends here.
+        """
         self._write_pending()
         self.pending = (step, lr, hardware.read_later(torch.stack([loss.float(), grad_norm.float()])))
+        if not self.defers:
+            self._write_pending()
 
     def _write_pending(self) -> None:
         if self.pending is None:
