@@ -46,6 +46,8 @@ def test_flatten_and_unflatten_are_inverse():
 def test_shipped_configs():
     assert train_gpt2.config.tokens_per_iter == 491_520
     assert shakespeare_char.config.tokens_per_iter == 16_384
+    for forward, name in ((shakespeare_char.config, "shakespeare_char_backward"), (train_gpt2.config, "train_gpt2_backward")):
+        assert changed(load_file(name), forward).keys() == {"direction", "out_dir"}
     assert load_file("configs/quickstart.py") == load_file("quickstart") == quickstart.config
 
 
