@@ -24,8 +24,8 @@ from train.start import Run, build
 class Options:
     """Train, join, draw."""
 
-    text: str = str(ROOT.parent / "shared" / "data" / "tinyshakespeare.txt")
-    """any UTF-8 text; its last tenth is for validation"""
+    text: str = ""
+    """any UTF-8 text; its last tenth is for validation. Empty: tiny Shakespeare, downloaded"""
     out_dir: str = str(ROOT / "out-stitch")
     """where data and trained models are kept"""
     n_layer: int = 4
@@ -61,7 +61,7 @@ def main(o: Options) -> dict:
     """Everything; the result that was written."""
     data = Path(o.out_dir) / "data"
     if not (data / "train.bin").exists():
-        prepare(Path(o.text), data)
+        prepare(Path(o.text) if o.text else None, data)
     bases = {base.name: {**base._asdict(), **trained(o, base)} for base in (A, B, *OTHERS)}
     for name, row in bases.items():
         print(f"{name:20} validation loss {row['loss']:.4f}")
