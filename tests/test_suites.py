@@ -1,5 +1,7 @@
 """The suites inside the model: the same training whichever operators run, eager and compiled."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 CONFIG = GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=32, bias=True)
 
 
-def losses(suite, steps, *, config=CONFIG, backend=None, checkpointed=False, **families):
+def losses(suite, steps, *, config=CONFIG, backend=None, **families):
     """Loss of each step from the same start on the same batches: count upwards, by one or two."""
     torch.manual_seed(0)
     model = GPT(config, load(suite, **families)).to(DEVICE)
@@ -59,6 +61,15 @@ def test_no_graph_break_and_no_recompile(suite):
 def test_triton_inside_inductor():
     torch._dynamo.reset()
     torch.testing.assert_close(losses("triton", 2, backend="inductor"), losses("reference", 2), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("suite", ["torch", "triton"])
+def test_a_seam_and_a_head_of_its_own_change_nothing_in_a_suite(suite):
+    config = replace(CONFIG, seam=1, tie_weights=False)
+    torch._dynamo.reset()
+    stitched = losses(suite, 3, config=config, backend="aot_eager")
+    torch.testing.assert_close(stitched, losses("reference", 3, config=config), rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
 
