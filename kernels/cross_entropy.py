@@ -292,7 +292,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reductio
             f"on {x.device}; weight must be (V, {x.shape[1]}) on the same device, in fp16, bf16 or fp32"
         )
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # torch 2.11 cannot trace is_autocast_available
         x = x.to(torch.get_autocast_dtype(device))
     training = torch.is_grad_enabled()
     loss, _, _ = _linear_cross_entropy(x, weight, targets, ignore_index, training and x.requires_grad,
