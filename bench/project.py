@@ -1,0 +1,166 @@
+"""A projection, not a measurement: the time of an optimizer step on 1 to 1024 GPUs, from floors, fractions and bandwidths.
+
+    python bench/project.py --case=124M --node_gbs=300 --network_gbs=40 --matmul_fraction=0.86 --attention_fraction=0.7
+
+Compute is bench/floors.py's parts of a step, each divided by the fraction of its floor that was measured for its kind (1: the
+floor itself). Communication goes over nodes of `gpus_per_node` GPUs, in rings: of G bytes, (g - 1) / g G over the link inside a
+node of g GPUs, then (m - 1) / m G / g over the network between m nodes, for a reduce-scatter or an all-gather; twice that for an
+all-reduce. Bandwidths are one GPU's, in one direction.
+
+ddp: gradients are all-reduced in the last micro-step of a step, behind its backward pass. fsdp: in each micro-step weights are
+gathered in bf16 for the forward and the backward pass, and gradients reduce-scattered, behind both passes; the optimizer
+is shared out. `overlap` is the fraction of those passes that can hide communication; the backward pass is two thirds of both.
+Not in the model: latencies, stragglers, the data loader, slower matrix products on small batches, contention for memory.
+
+The row of one GPU stands beside the measurement where bench/results/mfu-cuda.json has one.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.floors import Rates, parameters, step_parts
+from bench.timing import ROOT
+from gpt.config import SIZES, GPTConfig
+
+CASES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Project a training step onto many GPUs."""
+
+    node_gbs: float
+    """GB/s of one GPU to the others of its node, in one direction"""
+    network_gbs: float
+    """GB/s of one GPU to other nodes, in one direction"""
+    case: Literal["124M", "350M", "774M", "1558M"] = "124M"
+    matmul_tflops: float = 790.0
+    """of bf16 matrix products, as measured on the GPU; the default is arithmetic for an H200, measured nowhere"""
+    copy_gbs: float = 4300.0
+    """of a copy, both directions counted; the same"""
+    matmul_fraction: float = 1.0
+    """of the matrix rate that matrix products reach"""
+    attention_fraction: float = 1.0
+    """of the matrix rate that attention reaches"""
+    memory_fraction: float = 1.0
+    """of the copy rate that everything else reaches"""
+    overlap: float = 1.0
+    """of the passes that can hide communication"""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    gpus_per_node: int = 8
+    tokens_per_step: int = 2**19
+    """over all GPUs together, whatever their number"""
+    batch_size: int = 16
+    """most sequences in a micro-batch"""
+    grad_bytes: int = 4
+    """of one gradient while it is reduced"""
+    results: str = ""
+    """JSON file of bench/mfu.py; empty: bench/results/mfu-cuda.json"""
+
+    def __post_init__(self) -> None:
+        for name in ("matmul_fraction", "attention_fraction", "memory_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a fraction of a floor is more than 0 and at most 1")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"overlap={self.overlap}: must be from 0 to 1")
+        for name in ("node_gbs", "network_gbs", "gpus_per_node", "tokens_per_step", "batch_size", "grad_bytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be more than 0")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A projected optimizer step of one GPU, in milliseconds."""
+
+    passes_ms: float
+    optimizer_ms: float
+    communication_ms: float
+    exposed_ms: float
+
+    @property
+    def total_ms(self) -> float:
+        return self.passes_ms + self.optimizer_ms + self.exposed_ms
+
+
+def model(case: str) -> GPTConfig:
+    c = SIZES[CASES[case]]
+    return GPTConfig(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
+
+
+def ring_ms(gigabytes: float, gpus: int, o: Options) -> float:
+    """Of one reduce-scatter or all-gather: inside the nodes, then between them. An all-reduce is two."""
+    g = min(gpus, o.gpus_per_node)
+    nodes = gpus / g
+    return 1e3 * gigabytes * ((g - 1) / g / o.node_gbs + (nodes - 1) / nodes / g / o.network_gbs)
+
+
+def project(c: GPTConfig, gpus: int, o: Options) -> Step | None:
+    """The step on `gpus` GPUs; None where its sequences cannot be shared out equally."""
+    sequences, rest = divmod(o.tokens_per_step, c.block_size * gpus)
+    if rest or sequences == 0 or (gpus > o.gpus_per_node and gpus % o.gpus_per_node):
+        return None
+    rates = Rates(o.matmul_tflops, o.copy_gbs)
+    reached = {"matmul": o.matmul_fraction, "attention": o.attention_fraction}
+    tokens = sequences * c.block_size
+    ms = {part.name: part.ns(rates) * tokens * 1e-6 / reached.get(part.category, o.memory_fraction)
+          for part in step_parts(c, tokens)}
+    optimizer = ms.pop("optimizer")
+    passes, micro_steps = sum(ms.values()), -(-sequences // o.batch_size)
+    gradients = ring_ms(parameters(c) * o.grad_bytes * 1e-9, gpus, o)
+    if o.parallel == "ddp":
+        communication, hidden = 2 * gradients, o.overlap * passes / micro_steps * 2 / 3
+    else:
+        optimizer /= gpus
+        communication = micro_steps * (2 * ring_ms(parameters(c) * 2e-9, gpus, o) + gradients)
+        hidden = o.overlap * passes
+    return Step(passes, optimizer, communication, max(0.0, communication - hidden))
+
+
+def measured(case: str, results: Path) -> tuple[str, float] | None:
+    """Our fastest variant's name and tokens/s on one GPU, from a result of bench/mfu.py; None without one."""
+    if not results.is_file():
+        return None
+    rows: dict[str, Any] = json.loads(results.read_text())["cases"].get(case, {}).get("variants", {})
+    ours = {name: row["tokens_per_s"] for name, row in rows.items() if name.startswith("ours")}
+    return max(ours.items(), key=lambda item: item[1]) if ours else None
+
+
+def table(o: Options) -> str:
+    """The projection as Markdown; each column says what it is."""
+    c, rows = model(o.case), []
+    single = project(c, 1, o)
+    found = measured(o.case, Path(o.results) if o.results else ROOT / "bench" / "results" / "mfu-cuda.json")
+    for gpus in GPUS:
+        step = project(c, gpus, o)
+        if step is None:
+            rows.append(f"| {gpus} | n/a: {o.tokens_per_step} tokens are not shared out equally | | | | |")
+            continue
+        rate = o.tokens_per_step / step.total_ms * 1e3
+        scaling = f"{single.total_ms / step.total_ms / gpus:.0%}" if single else "n/a"
+        told = "not measured"
+        if gpus == 1 and found:
+            told = f"{found[1]:,.0f} ({found[0]}), {found[1] / rate:.0%} of the projection"
+        rows.append(f"| {gpus} | {step.total_ms:.1f} | {rate:,.0f} | {scaling} | {step.communication_ms:.1f}, "
+                    f"{step.exposed_ms:.1f} exposed | {told} |")
+    return "\n".join([
+        f"PROJECTION, not a measurement: {o.case}, {o.parallel}, {o.tokens_per_step:,} tokens a step, T = {c.block_size}; given "
+        f"{o.matmul_tflops:g} TFLOP/s and {o.copy_gbs:g} GB/s per GPU, of which matrix products reach {o.matmul_fraction:g}, "
+        f"attention {o.attention_fraction:g}, the rest {o.memory_fraction:g}; {o.node_gbs:g} GB/s in nodes of {o.gpus_per_node}, "
+        f"{o.network_gbs:g} GB/s between; overlap {o.overlap:g}.", "",
+        "| GPUs | projected ms/step | projected tokens/s | projected scaling | projected communication, ms | measured tokens/s |",
+        "|---|---|---|---|---|---|", *rows,
+    ])
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        print(table(tyro.cli(Options, prog="bench/project.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
