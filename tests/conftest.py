@@ -14,6 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=1, help="how often tests/test_faults.py kills one run")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fill every fresh tensor with NaN, so that a kernel which forgets an element fails."""

@@ -17,27 +17,46 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt.model import GPT
+from gpt import GPT, GPTConfig
 from gpt.pretrained import config_json, fill, sha256, whole_checkpoints
+from train import parallel
+from train.parallel import World
 
+Tensors = dict[str, dict[str, Tensor]]  # file -> name -> tensor
 TEMPORARY = ".unfinished-"
 
 
-def save(out_dir: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict[str, Any],
-         tokenizer: dict[str, Any]) -> Path:
+def snapshot(model: GPT, optimizer: torch.optim.Optimizer, w: World) -> Tensors:
+    """What a checkpoint holds, by file and name, whole and on the host; on ranks other than 0 nothing. All must call it.
+
+    Random number generators are each rank's own: `RANK:cpu`, `RANK:cuda`.
+    """
+    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    parts = {"model": dict(model.named_parameters()), "optimizer": _moments(model, optimizer)}
+    found: Tensors = {
+        part: {name: t for name, value in tensors.items() if (t := _on_host(value, w)) is not None}
+        for part, tensors in parts.items()
+    }
+    ranks = parallel.gather(rng, w)
+    return found | {"rng": {f"{rank}:{kind}": t for rank, states in enumerate(ranks) for kind, t in states.items()}}
+
+
+def _on_host(value: Tensor, w: World) -> Tensor | None:
+    whole = parallel.whole(value.detach())
+    return whole.cpu() if w.rank == 0 else None
+
+
+def save(out_dir: Path, step: int, tensors: Tensors, model: GPTConfig, state: dict[str, Any], tokenizer: dict[str, Any]) -> Path:
     """Write the checkpoint of `step` whole, or raise OSError and leave all others as they were."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for leftover in out_dir.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
     folder, place = out_dir / f"{TEMPORARY}{step}", out_dir / f"step-{step:08d}"
-    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
     try:
         folder.mkdir()
-        _write(folder / "model.safetensors", lambda file: save_file(weights, file))
-        _write(folder / "optimizer.safetensors", lambda file: save_file(_moments(model, optimizer), file))
-        _write(folder / "rng.safetensors", lambda file: save_file(rng, file))
-        _write(folder / "model.json", lambda file: file.write_text(config_json(model.config)))
+        for part, named in tensors.items():
+            _write(folder / f"{part}.safetensors", lambda file, named=named: save_file(named, file))
+        _write(folder / "model.json", lambda file: file.write_text(config_json(model)))
         _write(folder / "state.json", lambda file: file.write_text(json.dumps(state | {"step": step}, indent=1)))
         _write(folder / "tokenizer.json", lambda file: file.write_text(json.dumps(tokenizer)))
         written = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
@@ -84,19 +103,27 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Put back weights, optimizer state and random number generators, exactly."""
-    fill(model, load_file(folder / "model.safetensors"))
+def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World) -> bool:
+    """Put back weights, optimizer state and this rank's random number generators, exactly.
+
+    False: the checkpoint is of another number of ranks, and the generators are left for the caller to seed.
+    """
+    parameters = dict(model.named_parameters())
+    fill(model, {name: parallel.shard_like(t, parameters[name]) if name in parameters else t
+                 for name, t in load_file(folder / "model.safetensors").items()})
     saved: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         name, _, moment = key.rpartition(":")
-        saved.setdefault(name, {})[moment] = tensor
+        saved.setdefault(name, {})[moment] = parallel.shard_like(tensor, parameters[name])
     positions = {i: name for i, name in enumerate(_names(model, optimizer)) if name in saved}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: saved[name] for i, name in positions.items()}})
     rng = load_file(folder / "rng.safetensors")
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+    if len({key.partition(":")[0] for key in rng}) != w.size:
+        return False
+    torch.set_rng_state(rng[f"{w.rank}:cpu"])
+    if f"{w.rank}:cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng[f"{w.rank}:cuda"])
+    return True
 
 
 def _names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -108,6 +135,6 @@ def _names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
 def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names, state = _names(model, optimizer), optimizer.state_dict()["state"]
     return {
-        f"{names[i]}:{key}": value.detach().cpu()
+        f"{names[i]}:{key}": value
         for i, moments in state.items() for key, value in moments.items() if isinstance(value, Tensor)
     }

@@ -132,8 +132,23 @@ class RunConfig:
     """of the matrix multiplications; auto: bfloat16 where the device has units for it"""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile; auto: where it pays within the run"""
+    max_skipped: int = 20
+    """steps in a row whose loss or gradient is not finite; each is skipped, and after so many the run ends"""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How several processes share the work."""
+
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """ddp: each holds the model; fsdp: sharded over all; hsdp: sharded within a node, replicated over nodes;
+    auto: ddp, or fsdp where the model's state would fill half of a GPU"""
+    activation_checkpointing: bool = False
+    """recompute the blocks in backward: about a third more time, far less memory"""
     backend: str = "auto"
     """of torch.distributed; auto: nccl for cuda, else gloo"""
+    hang_timeout: int = 600
+    """seconds without progress after which the rank that hangs is named and the run ends"""
 
 
 @dataclass(frozen=True)
@@ -146,10 +161,11 @@ class Config:
     join: JoinConfig = JoinConfig()
     kernel: KernelConfig = KernelConfig()
     run: RunConfig = RunConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "batch_size_alignment", "gradient_accumulation_steps", "eval_interval", "eval_iters",
-                    "log_interval", "keep_last")
+                    "log_interval", "keep_last", "max_skipped", "hang_timeout")
         leaves = dict(flatten(self))
         for name in positive:
             if leaves[name] < 1:

@@ -43,6 +43,7 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     from gpt import hardware
     from gpt.pretrained import find_checkpoint, from_pretrained, load_model, read_tokenizer
     from train import parallel
+    from train.config import ParallelConfig
 
     if not (c.dataset or c.data_dir or c.hellaswag or c.lambada):
         raise ValueError("nothing to evaluate on; give --dataset=, --data_dir=, --hellaswag=FILE or --lambada=FILE")
@@ -57,7 +58,7 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     if model.config.direction == "backward" and (c.hellaswag or c.lambada):
         raise ValueError("--hellaswag and --lambada ask what follows a context; this model has --direction=backward")
     tokenizer = load_tokenizer(meta)
-    parallel.start(world, device, "auto")
+    parallel.start(world, device, ParallelConfig())
     figures: dict[str, float] = {}
     with hardware.autocast(device, hardware.resolve_dtype(c.dtype, device)):
         if c.dataset or c.data_dir:
@@ -69,7 +70,7 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     if world.rank == 0:
         for name, value in figures.items():
             print(f"{name}: {value:.6g}")
-    parallel.stop(world)
+    parallel.stop()
     return figures
 
 

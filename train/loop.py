@@ -3,30 +3,46 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.loader import eval_batches
 from gpt import hardware
-from train import checkpoint, optim, parallel
+from train import checkpoint, faults, optim, parallel
 from train.config import Config, flatten
 from train.report import Report
 from train.start import Run, build, describe
 
 
 def train(config: Config) -> None:
-    """The run that `config` describes: start or resume, then evaluate, save and step until max_iters."""
-    run = build(config)
-    config, report = run.config, Report(run.config, run.world, run.device, run.step)
-    report.say(describe(run))
-    if config.run.eval_only:
-        report.evaluation(run.step, 0.0, evaluate(run))
-        return parallel.stop(run.world)
+    """The run that `config` describes: start or resume, then evaluate, save and step until max_iters or a signal."""
+    try:
+        run = build(config)
+        report = Report(run.config, run.world, run.device, run.step)
+        report.say(describe(run))
+        if run.config.run.eval_only:
+            report.evaluation(run.step, 0.0, evaluate(run))
+        else:
+            with (faults.only_run(Path(run.config.run.out_dir), run.world), faults.listen(run.asked),
+                  faults.watchdog(run.progress, run.store, run.world, run.config.parallel.hang_timeout)):
+                train_until_done(run, report)
+    except (ValueError, OSError, FloatingPointError):  # these are raised on all ranks together
+        parallel.stop()
+        raise
+    parallel.stop()
+
+
+def train_until_done(run: Run, report: Report) -> None:
+    """Evaluate and save when due, else step; once any rank was asked to stop, save at the next step and end."""
+    c = run.config
     report.begin()
-    resumed_at = run.step if run.step > 0 else None
     while True:
-        lr = optim.learning_rate(run.step, config.optim)
-        last = run.step >= config.optim.max_iters
-        if (last or run.step % config.run.eval_interval == 0) and run.step != resumed_at:
+        lr = optim.learning_rate(run.step, c.optim)
+        last = run.step >= c.optim.max_iters
+        if report.asked_to_stop and not last:
+            report.say(f"asked to stop ({run.asked.by or 'another rank was'}), at step {run.step}")
+            save(run, None, report)
+            break
+        if (last or run.step % c.run.eval_interval == 0) and not run.evaluated:
             report.pause()
             losses = evaluate(run)
             report.evaluation(run.step, lr, losses)
@@ -34,25 +50,28 @@ def train(config: Config) -> None:
             report.resume_clock()
         if last:
             break
-        loss, grad_norm = train_step(run, lr)
-        report.step(run.step, lr, loss, grad_norm)
-        run.step += 1
+        report.step(run.step, lr, train_step(run, lr), run.batches)
+        run.step, run.evaluated = run.step + 1, False
     report.finish()
-    parallel.stop(run.world)
 
 
-def train_step(run: Run, lr: float) -> tuple[Tensor, Tensor]:
-    """One optimizer step; the mean loss over all ranks' tokens and the gradient's norm, both still on the device."""
+def train_step(run: Run, lr: float) -> Tensor:
+    """One optimizer step. What Report reads of it, (4,) fp32, the same on all ranks and still on the device: the mean loss
+    over all ranks' tokens, the gradient's norm, 1 if either is not finite (then nothing was changed), and how many ranks
+    were asked to stop."""
+    run.progress.begins(f"step {run.step}")
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     loss = accumulate(run)
     run.scaler.unscale_(run.optimizer)
-    limit = run.config.optim.grad_clip or float("inf")
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    run.scaler.step(run.optimizer)
+    grad_norm = parallel.clip(run.model, run.config.optim.grad_clip)
+    asked = torch.full((), float(bool(run.asked.by)), device=run.device)
+    loss, asked = parallel.sum_over_ranks(torch.stack([loss, asked])).unbind()
+    skip = ~(loss.isfinite() & grad_norm.isfinite())
+    optim.step(run.optimizer, skip)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return parallel.sum_over_ranks(loss), grad_norm
+    return torch.stack([loss, grad_norm.float(), skip.float(), asked])
 
 
 def accumulate(run: Run) -> Tensor:
@@ -67,8 +86,10 @@ def accumulate(run: Run) -> Tensor:
     for i in range(steps):
         parallel.sync_gradients(run.wrapped, on=i == steps - 1)
         tokens, targets = next(run.batches)
+        run.progress.begins(f"step {run.step}, forward and backward {i + 1} of {steps}")
         with hardware.autocast(run.device, run.dtype):
             loss = run.wrapped(tokens, targets, reduction="sum") * share
+        run.progress.begins(f"step {run.step}, backward {i + 1} of {steps}")
         run.scaler.scale(loss * run.world.size).backward()
         total += loss.detach()
     return total
@@ -88,27 +109,35 @@ def evaluate(run: Run) -> dict[str, float]:
             tokens, block_size=c.model.block_size, batch_size=c.data.batch_size, count=c.run.eval_iters, seed=c.run.seed,
             device=run.device, rank=w.rank, world_size=w.size,
         ):
+            run.progress.begins(f"evaluation after step {run.step}")
             with hardware.autocast(run.device, run.dtype):
                 total[0] += run.model(inputs, targets, reduction="sum")
             total[1] += (targets >= 0).sum()
         loss_sum, count = parallel.sum_over_ranks(total).tolist()
         losses[split] = loss_sum / count
     run.model.train()
+    parallel.reshard(run.model)
     return losses
 
 
-def save(run: Run, val_loss: float, report: Report) -> None:
-    """Write a checkpoint if one is due after this evaluation, and remove those no longer kept."""
+def save(run: Run, val_loss: float | None, report: Report) -> None:
+    """Write a checkpoint if one is due after this evaluation (without one: it is), and remove those no longer kept."""
     c = run.config.run
-    due = run.step > 0 and (c.always_save_checkpoint or val_loss < run.best_val_loss)
-    run.best_val_loss = min(run.best_val_loss, val_loss)
-    if not due or run.world.rank > 0:
+    due = run.step > 0 and (c.always_save_checkpoint or val_loss is None or val_loss < run.best_val_loss)
+    run.best_val_loss = min(run.best_val_loss, float("inf") if val_loss is None else val_loss)
+    if not due:
         return
+    run.progress.begins(f"save of step {run.step}")
     report.say(f"saving checkpoint to {c.out_dir}")
     state = {
         "val_loss": val_loss, "best_val_loss": run.best_val_loss, "position": run.batches.position,
         "config": dict(flatten(run.config)), "kernels": run.choice._asdict(), "world_size": run.world.size,
         "scaler": run.scaler.state_dict(), "torch": torch.__version__,
     }
-    checkpoint.save(Path(c.out_dir), run.step, run.model, run.optimizer, state, run.tokenizer)
-    checkpoint.prune(Path(c.out_dir), c.keep_last, c.keep_every)
+    tensors = checkpoint.snapshot(run.model, run.optimizer, run.world)
+
+    def write() -> None:
+        checkpoint.save(Path(c.out_dir), run.step, tensors, run.config.model, state, run.tokenizer)
+        checkpoint.prune(Path(c.out_dir), c.keep_last, c.keep_every)
+
+    parallel.first_rank_decides(write, run.world)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.config import OptimConfig
 
@@ -17,7 +17,10 @@ def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
     ]
     groups = [g for g in groups if g["params"]]
     if c.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=c.learning_rate, momentum=c.momentum, fused=True)
+        sgd = torch.optim.SGD(groups, lr=c.learning_rate, momentum=c.momentum, fused=True)
+        for p in trained if c.momentum else ():  # else the first step allocates it, unfilled, even when it is skipped
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     if c.optimizer == "adam":
         groups = [g | {"weight_decay": 0.0} for g in groups]
         return torch.optim.Adam(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
@@ -32,3 +35,12 @@ def learning_rate(step: int, c: OptimConfig) -> float:
         return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
     done = min(1.0, (step - c.warmup_iters) / (c.lr_decay_iters - c.warmup_iters))
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (c.learning_rate - c.min_lr)
+
+
+def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """One step, or none where `skip` () is true: decided on the device; weights and moments stay as they are.
+
+    The fused optimizers take this as `found_inf`, which is how GradScaler skips.
+    """
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.step()

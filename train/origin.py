@@ -16,13 +16,15 @@ from gpt.pretrained import find_checkpoint, read_config, read_weights, verify, w
 from gpt.stitch import Trained, merge, stitch
 from train import checkpoint, parallel
 from train.config import Config, flatten
+from train.parallel import World
 
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "tie_weights",
                 "direction", "seam")
 GPT2_PADDED_VOCAB = 50304
 
-# (config, model, optimizer, scaler), all filled in place -> (step, best validation loss, data position, what to say)
-Resume = Callable[[Config, GPT, torch.optim.Optimizer, torch.amp.GradScaler], tuple[int, float, int, str]]
+# step, best validation loss, data position, whether the step was evaluated, what to say
+Begun = tuple[int, float, int, bool, str]
+Resume = Callable[[Config, GPT, torch.optim.Optimizer, torch.amp.GradScaler, World], Begun]  # all filled in place
 
 
 @dataclass
@@ -35,27 +37,67 @@ class Origin:
     resume: Resume | None = None
 
 
-def find_origin(config: Config) -> Origin:
-    """What --init_from means here. Raises ValueError for what is not there, or for a start that would lose a run."""
+def find_origin(config: Config, w: World) -> Origin:
+    """What --init_from means here, and after a restart by torchrun. Rank 0 looks, so that all begin at the same place.
+
+    Raises ValueError, on all ranks, for what is not there, or for a start that would lose a run.
+    """
+    kind, source, said = parallel.first_rank_decides(lambda: choose(config, restarted=w.restarts > 0), w)
+    if kind == "resume":
+        return continued(Path(source), said)
+    if kind == "join":
+        return joined(config)
+    return Origin("scratch") if kind == "scratch" else Origin(*pretrained(source, config.model.block_size))
+
+
+def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
+    """(scratch, resume, join or pretrained; from which folder or whose weights; what to say)."""
     run, out_dir = config.run, Path(config.run.out_dir)
     there = whole_checkpoints(out_dir)
-    if run.init_from == "resume" or (run.init_from == "auto" and there):
-        return continued(Path(run.resume_dir or out_dir))
+    if there and (restarted or run.init_from == "auto"):
+        return "resume", *newest_undamaged(out_dir, set_aside=not run.eval_only)
+    if run.init_from == "resume":
+        path = Path(run.resume_dir or out_dir)
+        if (path / nanogpt.FILE).is_file() and not whole_checkpoints(path):
+            return "resume", str(path), ""
+        return "resume", *newest_undamaged(path, set_aside=path == out_dir and not run.eval_only)
     if there and not run.eval_only:
         raise ValueError(
             f"{out_dir} already holds a run ({there[-1].name}); continue it with --init_from=resume, "
             "or start another with --out_dir=DIR (or remove that one)"
         )
     if run.init_from in ("merge", "stitch"):
-        return joined(config)
+        return "join", "", ""
     if config.model.seam >= 0:
         raise ValueError(f"--seam={config.model.seam}: it is made by --init_from=stitch --stitch_layer_index=LAYER")
     if run.init_from in ("scratch", "auto"):
-        return Origin("scratch")
+        return "scratch", "", ""
     if run.init_from not in SIZES and not Path(run.init_from).is_dir():
         known = ", ".join(("scratch", "resume", "auto", "merge", "stitch", *SIZES))
         raise ValueError(f"--init_from={run.init_from}: choose {known}, or a folder with a model")
-    return Origin(*pretrained(run.init_from, config.model.block_size))
+    return "pretrained", run.init_from, ""
+
+
+def newest_undamaged(path: Path, set_aside: bool) -> tuple[str, str]:
+    """The newest checkpoint at `path` whose checksums are right, and what was wrong with newer ones.
+
+    These are renamed, where asked, so that pruning never counts them as the newest. Raises ValueError if none is right.
+    """
+    newest, said, damaged = find_checkpoint(path), "", []
+    candidates = [newest] if newest == path else whole_checkpoints(path)[::-1]
+    for folder in candidates:
+        try:
+            verify(folder)
+        except ValueError as error:
+            said += f"; not from {error}"
+            if folder == candidates[-1]:
+                raise
+            damaged.append(folder)
+        else:
+            for bad in damaged if set_aside else ():
+                bad.rename(bad.with_name(f"damaged-{bad.name}"))
+            return str(folder), said
+    raise AssertionError
 
 
 def pretrained(source: str, block_size: int) -> Trained:
@@ -103,14 +145,12 @@ def directed(tokens: Tokens, model: GPTConfig) -> Tokens:
     return Reversed(tokens.paths) if model.direction == "backward" else tokens
 
 
-def continued(path: Path) -> Origin:
-    """A run of ours, or of nanoGPT's, put back to where its last checkpoint was written."""
-    if (path / nanogpt.FILE).is_file() and not whole_checkpoints(path):
+def continued(path: Path, said: str) -> Origin:
+    """A run of ours, or of nanoGPT's, put back to where this checkpoint was written."""
+    if not (path / "DONE").is_file():
         theirs = nanogpt.read(path)
         return Origin(str(path), theirs.config, theirs.weights, lambda *run: _resume_nanogpt(path, theirs, *run))
-    folder = find_checkpoint(path)
-    verify(folder)
-    return Origin(str(folder), read_config(folder), None, lambda *run: _resume(folder, *run))
+    return Origin(str(path), read_config(path), None, lambda *run: _resume(path, said, *run))
 
 
 def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Config:
@@ -132,28 +172,36 @@ def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Con
     return replace(config, model=replace(origin.model, dropout=config.model.dropout))
 
 
-def _resume(folder: Path, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
-            scaler: torch.amp.GradScaler) -> tuple[int, float, int, str]:
+def _resume(folder: Path, damaged: str, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
+            scaler: torch.amp.GradScaler, w: World) -> Begun:
     state = checkpoint.read_state(folder)
     before, now = state["config"], dict(flatten(config))
     if before["optimizer"] != now["optimizer"]:
         raise ValueError(f"{folder} was trained with --optimizer={before['optimizer']}, "
                          f"whose state {now['optimizer']} cannot take over")
-    checkpoint.restore(folder, model, optimizer)
+    same_ranks = checkpoint.restore(folder, model, optimizer, w)
+    if not same_ranks:
+        torch.manual_seed(config.run.seed + 7919 * state["step"] + w.rank)  # not the numbers that the run began with
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     same_data = (before["dataset"], before["data_dir"]) == (now["dataset"], now["data_dir"])
     said = f"{folder}, step {state['step']}" + "".join(
         f"; {k} was {before[k]}, is {v}" for k, v in now.items() if k in before and before[k] != v and k != "init_from"
     )
-    return state["step"], state["best_val_loss"], state["position"] if same_data else 0, said
+    if not same_ranks:
+        said += f"; saved by {state['world_size']} rank(s), so dropout draws new random numbers"
+    position = state["position"] if same_data else 0
+    return state["step"], state["best_val_loss"], position, state["val_loss"] is not None, said + damaged
 
 
 def _resume_nanogpt(path: Path, theirs: nanogpt.NanoGPT, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
-                    _scaler: torch.amp.GradScaler) -> tuple[int, float, int, str]:
+                    _scaler: torch.amp.GradScaler, _world: World) -> Begun:
     if config.optim.optimizer != "adamw":
         raise ValueError(f"{path} was trained with AdamW, whose state {config.optim.optimizer} cannot take over")
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": theirs.optimizer.get("state", {})})
+    moments = theirs.optimizer.get("state", {})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    placed = {i: {k: parallel.shard_like(v, parameters[i]) for k, v in state.items()} for i, state in moments.items()}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": placed})
     windows = theirs.step * config.optim.gradient_accumulation_steps * config.data.batch_size
     said = f"{path / nanogpt.FILE}, nanoGPT's, step {theirs.step}; its data order is not in it"
-    return theirs.step, theirs.best_val_loss, windows, said
+    return theirs.step, theirs.best_val_loss, windows, True, said

@@ -1,11 +1,14 @@
 """What a run says: nanoGPT's lines and a progress bar on the terminal, metrics.jsonl and loss.png in its folder.
 
 Only rank 0 speaks. metrics.jsonl has one JSON object a line: after a step `iter`, `loss`, `lr`, `grad_norm`,
-`tokens_per_s`, `time_ms`, `mfu`, `mfu_causal`, `tokens`; after an evaluation `iter`, `train/loss`, `val/loss`, `lr`,
-`mfu` (nanoGPT's wandb keys, mfu in percent by PaLM's formula, null where the device's peak is not known).
+`tokens_per_s`, `time_ms`, `mfu`, `mfu_causal`, `tokens`, `skipped` (steps so far whose loss or gradient was not finite:
+theirs is null), `position` (windows read), `epoch`, `memory_bytes` (a GPU's peak); after an evaluation `iter`,
+`train/loss`, `val/loss`, `lr`, `mfu` (nanoGPT's wandb keys, mfu in percent by PaLM's formula, null where the device's peak is
+not known).
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.loader import Loader
 from gpt import hardware
 from gpt.flops import mfu
 from train.config import Config, to_json
@@ -29,7 +33,10 @@ class Report:
         self.device_name, self.world_size = hardware.device_name(device), world.size
         self.out_dir, self.defers = Path(config.run.out_dir), device.type == "cuda"
         self.mfu: float | None = None
-        self.pending: tuple[int, float, Callable[[], list[float]]] | None = None
+        self.pending: tuple[int, float, dict[str, float], Callable[[], list[float]]] | None = None
+        self.asked_to_stop, self.skipped = False, 0
+        self.in_a_row: list[dict[str, float]] = []  # the steps skipped since the last one that was not
+        self.device = device
         self.bar: tqdm | None = None
         self.sinks: list[Callable[[dict[str, Any]], None]] = []
         self.first_step, self.clock = first_step, time.perf_counter()
@@ -54,22 +61,24 @@ class Report:
             self.sinks = open_sinks(self.config, self.say)
         self.clock = time.perf_counter()
 
-    def step(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
-        """Take note of a step just launched; write down the one before it, which is done where this one has begun.
-
-        A CPU has done this one, too, and its time ends here.
+    def step(self, step: int, lr: float, numbers: Tensor, batches: Loader) -> None:
+        """Take note of a step just launched (`train_step`'s numbers); write down the one before it, which is done where this
+        one has begun. A CPU has done this one, too, and its time ends here.
         """
         self._write_pending()
-        self.pending = (step, lr, hardware.read_later(torch.stack([loss.float(), grad_norm.float()])))
+        data = {"position": batches.position, "epoch": batches.epoch}
+        self.pending = (step, lr, data, hardware.read_later(numbers))
         if not self.defers:
             self._write_pending()
 
     def _write_pending(self) -> None:
         if self.pending is None:
             return
-        step, lr, read = self.pending
+        step, lr, data, read = self.pending
         self.pending = None
-        loss, grad_norm = read()
+        loss, grad_norm, skipped, asked = read()
+        self.asked_to_stop |= asked > 0
+        self._count_skipped(skipped > 0, {"iter": step, "loss": loss, "grad_norm": grad_norm, "lr": lr} | data)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         tokens = self.config.tokens_per_iter
@@ -85,7 +94,26 @@ class Report:
             self.say(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {percent}")
             causal = used["mfu_causal"] and 100 * used["mfu_causal"]
             self._log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens / seconds, time_ms=1000 * seconds,
-                      mfu=self.mfu, mfu_causal=causal, tokens=(step + 1) * tokens)
+                      mfu=self.mfu, mfu_causal=causal, tokens=(step + 1) * tokens, skipped=self.skipped, **data,
+                      memory_bytes=hardware.peak_memory_bytes(self.device))
+
+    def _count_skipped(self, skipped: bool, numbers: dict[str, float]) -> None:
+        """Raises FloatingPointError, on all ranks at the same step, after max_skipped of them in a row."""
+        if not skipped:
+            self.in_a_row.clear()
+            return
+        self.skipped += 1
+        self.in_a_row.append(numbers)
+        self.say(f"iter {numbers['iter']}: skipped, loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
+        if len(self.in_a_row) < self.config.run.max_skipped:
+            return
+        dump = self.out_dir / "not-finite.json"
+        if self.speaks:
+            dump.write_text(json.dumps(self.in_a_row, indent=1))
+        raise FloatingPointError(
+            f"{len(self.in_a_row)} steps in a row without a finite loss and gradient, up to step {numbers['iter']}; they are in "
+            f"{dump}. Go back to the last checkpoint with --init_from=resume and a lower --learning_rate, or --dtype=float32"
+        )
 
     def evaluation(self, step: int, lr: float, losses: dict[str, float]) -> None:
         """nanoGPT's line after an evaluation; its time does not count as the next step's."""
@@ -101,10 +129,11 @@ class Report:
         self.clock = time.perf_counter()
 
     def _log(self, **values: Any) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with (self.out_dir / "metrics.jsonl").open("a") as log:
-            log.write(json.dumps(values) + "\n")
+            log.write(json.dumps(finite) + "\n")
         for sink in self.sinks:
-            sink(values)
+            sink(finite)
 
     def finish(self) -> None:
         """Close the bar and draw loss.png."""

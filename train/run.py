@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
         from train.loop import train  # after parsing, which needs no torch
 
         train(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

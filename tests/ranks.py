@@ -1,0 +1,67 @@
+"""Several ranks on this machine, at the price of one import: each is forked from a server that has torch loaded."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+ranks = multiprocessing.get_context("forkserver")
+ranks.set_forkserver_preload(["torch", "torch.distributed.fsdp", "train.run", "train.loop", "matplotlib.pyplot"])
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(function, args: tuple, size: int, logs: Path, **environment) -> list:
+    """`function(*args)` on `size` ranks, as torchrun would start them; stdout and stderr go to logs/RANK.log."""
+    logs.mkdir(parents=True, exist_ok=True)
+    port, processes = free_port(), []
+    for rank in range(size):
+        env = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": port, "TRITON_INTERPRET": 1, "GLOO_SOCKET_IFNAME": "lo"} | environment
+        env = {k: str(v) for k, v in env.items()} if size > 1 or environment else {}
+        processes.append(ranks.Process(target=_rank, args=(function, args, env, logs / f"{rank}.log")))
+        processes[-1].start()
+    return processes
+
+
+def wait(processes, seconds: float = 120) -> list[int | None]:
+    """Their exit codes; a rank that does not end in time is aborted (-6), and its log then says where it stood."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGABRT)
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def run(function, args: tuple, size: int, logs: Path, **environment) -> list[int | None]:
+    return wait(start(function, args, size, logs, **environment))
+
+
+def train(flags: list[str]) -> None:
+    """A rank that runs train/run.py."""
+    from train import run
+
+    sys.exit(run.main(flags))
+
+
+def _rank(function, args: tuple, env: dict[str, str], log: Path) -> None:
+    import torch
+
+    os.environ.update(env)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    function(*args)

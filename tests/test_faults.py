@@ -1,0 +1,193 @@
+"""Kills, signals, NaN, hanging ranks, damaged files, a second run: what is left is always a run that goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt.pretrained import find_checkpoint, whole_checkpoints
+from tests import ranks
+from train import faults, loop, run, start
+from train.config import parse
+
+ROOT = Path(__file__).parents[1]
+
+
+def without(flags, *names):
+    return [f for f in flags if not f.startswith(tuple(f"--{name}=" for name in names))]
+
+
+@pytest.fixture
+def flags(tiny_flags):
+    """150 steps, a checkpoint every 10, on any number of ranks."""
+    return [*without(tiny_flags, "max_iters", "lr_decay_iters", "eval_interval"), "--max_iters=150", "--lr_decay_iters=150",
+            "--eval_interval=10", "--eval_iters=1", "--init_from=auto"]
+
+
+def weights(folder):
+    newest = whole_checkpoints(folder)[-1]
+    parts = [load_file(newest / f"{part}.safetensors") for part in ("model", "optimizer", "rng")]
+    return newest.name, {f"{i}:{k}": v for i, part in enumerate(parts) for k, v in part.items()}
+
+
+def assert_same_run(a, b):
+    (name_a, a), (name_b, b) = weights(a), weights(b)
+    assert name_a == name_b and a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def until(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all_and_nothing_is_lost(flags, tmp_path):
+    """SIGTERM to rank 1 and, in the next part, SIGUSR1 to rank 0: all exit with 0; the same command ends as if never asked."""
+    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 2, tmp_path / "logs") == [0, 0]
+    asked = tmp_path / "asked"
+    for rank, number in ((1, signal.SIGTERM), (0, signal.SIGUSR1)):
+        saves = len(whole_checkpoints(asked)) and int(find_checkpoint(asked).name[5:])
+        processes = ranks.start(ranks.train, ([*flags, f"--out_dir={asked}"],), 2, tmp_path / "logs")
+        until(lambda saves=saves: whole_checkpoints(asked) and int(find_checkpoint(asked).name[5:]) > saves)
+        os.kill(processes[rank].pid, number)
+        assert ranks.wait(processes) == [0, 0]
+        assert int(find_checkpoint(asked).name[5:]) < 150
+    assert ranks.run(ranks.train, ([*flags, f"--out_dir={asked}"],), 2, tmp_path / "logs") == [0, 0]
+    assert_same_run(tmp_path / "whole", asked)
+    evaluations = [json.loads(line) for line in (asked / "metrics.jsonl").read_text().splitlines() if "val/loss" in line]
+    assert [e["iter"] for e in evaluations] == list(range(0, 151, 10))
+    assert "asked to stop (another rank was), at step" in (tmp_path / "logs" / "0.log").read_text()
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tiny_flags, tmp_path, capsys):
+    folder = tmp_path / "out"
+    with faults.only_run(folder, start.World()):
+        assert run.main(tiny_flags) == 2
+    said = capsys.readouterr().err
+    assert f"another run is at work in {folder} (process {os.getpid()} on " in said and said.count("\n") == 1
+    assert run.main(tiny_flags) == 0
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(tiny_flags, tmp_path, capsys):
+    flags = [*tiny_flags, "--keep_last=3"]
+    assert run.main(flags) == 0
+    before = {k: v.clone() for k, v in weights(tmp_path / "out")[1].items()}
+    file = whole_checkpoints(tmp_path / "out")[-1] / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run.main([*flags, "--init_from=resume"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed from"))
+    assert "step-00000008, step 8" in line and "not from" in line and "step-00000012/optimizer.safetensors" in line
+    assert (tmp_path / "out" / "damaged-step-00000012").is_dir()
+    after = weights(tmp_path / "out")[1]
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_a_step_without_a_finite_gradient_changes_nothing(optimizer, tiny_flags):
+    """The very first step, too, whose moments do not exist before it."""
+    built = start.build(parse([*tiny_flags, f"--optimizer={optimizer}"]))
+    before = [p.detach().clone() for p in built.model.parameters()]
+    hook = built.model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("nan"))
+    assert loop.train_step(built, lr=0.1)[2] == 1
+    hook.remove()
+    assert all(torch.equal(p, b) for p, b in zip(built.model.parameters(), before, strict=True))
+    moments = [v for state in built.optimizer.state.values() for v in state.values() if v is not None]
+    assert moments and all((v == 0).all() for v in moments)
+    numbers = loop.train_step(built, lr=0.1)
+    assert numbers[2] == 0 and numbers.isfinite().all()
+    assert all(p.isfinite().all() for p in built.model.parameters())
+
+
+def poisoned(flags, rank, at):
+    """Train with a loss that is NaN on one rank in the steps `at`."""
+    accumulate = loop.accumulate
+
+    def poison(run):
+        loss = accumulate(run)
+        if run.world.rank == rank and run.step in at:
+            run.model.transformer.ln_f.weight.grad.fill_(float("nan"))
+            return loss * float("nan")
+        return loss
+
+    loop.accumulate = poison
+    ranks.train(flags)
+
+
+def test_nan_on_one_rank_skips_the_step_on_all_and_too_many_end_the_run(tiny_flags, tmp_path):
+    """The poison comes after the gradients met, so rank 0's are finite: the loss, which is summed, tells it."""
+    flags = [*tiny_flags, "--max_skipped=3"]
+    assert ranks.run(poisoned, (flags, 1, {2, 5}), 2, tmp_path / "logs") == [0, 0]
+    entries = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    steps = {e["iter"]: e for e in entries if "tokens" in e}
+    assert [i for i, e in steps.items() if e["loss"] is None] == [2, 5] and steps[11]["skipped"] == 2
+    assert (tmp_path / "logs" / "0.log").read_text().count("skipped, loss nan") == 2
+    gone = [*without(flags, "out_dir"), f"--out_dir={tmp_path / 'gone'}"]
+    assert ranks.run(poisoned, (gone, 1, set(range(4, 12))), 2, tmp_path / "gone-logs") == [2, 2]
+    assert "3 steps in a row without a finite loss" in (tmp_path / "gone-logs" / "0.log").read_text()
+    assert [e["iter"] for e in json.loads((tmp_path / "gone" / "not-finite.json").read_text())] == [4, 5, 6]
+
+
+def asleep(flags, rank, at):
+    """Train, but one rank sleeps for good before step `at`."""
+    accumulate = loop.accumulate
+
+    def sleep(run):
+        if run.world.rank == rank and run.step == at:
+            time.sleep(1000)
+        return accumulate(run)
+
+    loop.accumulate = sleep
+    ranks.train(flags)
+
+
+def test_a_rank_that_hangs_is_named_in_bounded_time(tiny_flags, tmp_path):
+    began = time.monotonic()
+    flags = [*tiny_flags, "--hang_timeout=2"]
+    assert ranks.run(asleep, (flags, 1, 6), 2, tmp_path / "logs") == [faults.HUNG, faults.HUNG]
+    assert time.monotonic() - began < 60
+    said = (tmp_path / "logs" / "0.log").read_text()
+    assert "rank 0 waited 2 s" in said and "rank 1 hangs, behind the others, in step 6" in said
+    assert "in sleep" in (tmp_path / "logs" / "1.log").read_text()
+
+
+def torchrun(flags, *options):
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train" / "run.py"), *flags]
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_run_killed_again_and_again_ends_as_if_never_killed(flags, tmp_path, request):
+    """kill -9 to one rank of two at random moments (`--kills=N` times), saves included; torchrun restarts them.
+
+    --init_from stays scratch: after a restart the run knows that the folder is its own.
+    """
+    kills = request.config.getoption("--kills")
+    flags = [f for f in flags if f != "--init_from=auto"]
+    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 2, tmp_path / "logs") == [0, 0]
+    killed = tmp_path / "killed"
+    options = ("--standalone", "--nproc_per_node=2", f"--max-restarts={kills}", "--monitor-interval=0.1")
+    with (tmp_path / "log").open("w") as log:
+        agent = subprocess.Popen(torchrun([*flags, f"--out_dir={killed}"], *options), stdout=log, stderr=log, cwd="/",
+                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+        until(lambda: whole_checkpoints(killed) or agent.poll() is not None)
+        for kill in range(kills):
+            time.sleep(random.uniform(0.0, 0.5) if kill == 0 else random.uniform(0.0, 15.0))
+            if agent.poll() is None and (alive := children(agent.pid)):
+                os.kill(random.choice(alive), signal.SIGKILL)
+        assert agent.wait(300) == 0, (tmp_path / "log").read_text()[-2000:]
+    assert "resumed from: " in (tmp_path / "log").read_text()
+    assert_same_run(tmp_path / "whole", killed)
+    entries = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [e["iter"] for e in entries if "tokens" in e] == list(range(150))

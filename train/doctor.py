@@ -1,0 +1,104 @@
+"""What this machine can do: `python train/doctor.py`; with --dist=True, under torchrun, how fast the ranks exchange gradients.
+
+    torchrun --standalone --nproc_per_node=8 train/doctor.py --dist=True
+"""
+
+import importlib.metadata
+import platform
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "flash-attn", "wandb", "tensorboard", "transformers", "tiktoken")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what is here, and what a run would use of it."""
+
+    dist: bool = False
+    """under torchrun: measure all-reduce, from 1 MB to 256 MB"""
+
+
+def examine() -> dict[str, str]:
+    """What is here, and what a run would use of it: what -> in words."""
+    import torch
+
+    from gpt import hardware
+    from kernels import resolve
+
+    device = hardware.resolve_device("auto")
+    found = {"python": f"{platform.python_version()} ({sys.executable})", "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    found["C++ compiler"] = compiler or "none: --compile=True cannot work on a CPU, and Triton cannot build its launcher"
+    found["GPUs"] = ", ".join(_gpu(i) for i in range(torch.cuda.device_count())) or "none"
+    found["device"] = f"{device}: {hardware.device_name(device)}"
+    found["dtype"] = f"{str(hardware.resolve_dtype('auto', device)).removeprefix('torch.')} (--dtype=auto)"
+    found["kernels"] = str(resolve("auto", device))
+    if device.type == "cuda":
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def _gpu(index: int) -> str:
+    import torch
+
+    p = torch.cuda.get_device_properties(index)
+    return f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} multiprocessors)"
+
+
+def all_reduce() -> list[tuple[int, float, float]]:
+    """(bytes, ms, GB/s) of an all-reduce over all ranks, the median of ten. GB/s is bus bandwidth as NCCL's tests count
+    it: bytes / time * 2 (n - 1) / n, what each link carries. Raises ValueError outside torchrun."""
+    import torch
+    import torch.distributed as dist
+
+    from gpt import hardware
+    from train import parallel
+    from train.config import ParallelConfig
+
+    w = parallel.world()
+    if w.size == 1:
+        raise ValueError("--dist=True needs ranks: `torchrun --standalone --nproc_per_node=N train/doctor.py --dist=True`")
+    device = hardware.resolve_device("auto", w.local_rank)
+    parallel.start(w, device, ParallelConfig())
+    rows = []
+    for megabytes in (1, 4, 16, 64, 256) if device.type == "cuda" else (1, 4, 16):
+        values, seconds = torch.ones(megabytes * 2**18, device=device), []
+        for _ in range(12):
+            start = time.perf_counter()
+            dist.all_reduce(values)
+            values[:1].tolist()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds[2:])
+        rows.append((values.nbytes, 1e3 * median, values.nbytes / median * 2 * (w.size - 1) / w.size / 1e9))
+    parallel.stop()
+    return rows if w.rank == 0 else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 2 after one line on stderr for what the user can mend."""
+    import tyro
+
+    config = tyro.cli(Doctor, args=argv, prog="train/doctor.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    try:
+        if config.dist:
+            for size, ms, rate in all_reduce():
+                print(f"all-reduce of {size / 2**20:4.0f} MB: {ms:8.2f} ms, {rate:7.2f} GB/s")
+        else:
+            print("\n".join(f"{what:14}{words}" for what, words in examine().items()))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What goes wrong with machines, and what a run then does: signals, a second run on the same folder, ranks that hang."""
+
+import contextlib
+import faulthandler
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from train import parallel
+from train.parallel import World
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of torchrun and schedulers; of Slurm's --signal before the time is up
+HUNG = 86  # the exit code of a rank that ends because another one, or it, hangs
+
+
+@dataclass
+class Asked:
+    """Whether this process was asked to stop, and by which signal. Ranks tell each other with the loss of each step."""
+
+    by: str = ""
+
+
+@contextlib.contextmanager
+def listen(asked: Asked) -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 ask instead of kill. Only the main thread can hear signals; elsewhere nothing is asked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hear(number, _frame):
+        asked.by = signal.Signals(number).name
+
+    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def only_run(out_dir: Path, w: World) -> Iterator[None]:
+    """Hold out_dir against other runs. Raises ValueError, on all ranks, where one is at work in it.
+
+    The lock is the kernel's (flock): it goes with the process, however that ends.
+    """
+    held = contextlib.ExitStack()
+    with held:
+        parallel.first_rank_decides(lambda: _lock(out_dir, held), w)
+        yield
+
+
+def _lock(out_dir: Path, held: contextlib.ExitStack) -> None:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context((out_dir / ".lock").open("a+"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(
+            f"another run is at work in {out_dir} ({file.read().strip()}); wait for it, or give this one another --out_dir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+class Progress:
+    """How far this process is: a count of things begun, and the last of them."""
+
+    def __init__(self) -> None:
+        self.count, self.doing = 0, "starting"
+
+    def begins(self, doing: str) -> None:
+        self.count, self.doing = self.count + 1, doing
+
+
+@contextlib.contextmanager
+def watchdog(progress: Progress, store: dist.Store | None, w: World, timeout_s: float) -> Iterator[None]:
+    """Beside the run, a thread that tells the other ranks how far this one is. Where nothing moves for timeout_s seconds
+    (three times that until the first step is done, which compiles) it names the rank that is behind and ends the process.
+    """
+    if store is None or w.size == 1:
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(progress, store, w, timeout_s, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)
+
+
+def _watch(progress: Progress, store: dist.Store, w: World, timeout_s: float, done: threading.Event) -> None:
+    pause_s = min(timeout_s / 4, 10.0)
+    seen, since = -1, time.monotonic()
+    while not done.wait(pause_s):
+        try:
+            store.set(f"progress/{w.rank}", json.dumps([progress.count, progress.doing, time.time()]))
+        except RuntimeError:  # the store went with the process that held it; what follows still ends this one
+            pass
+        if progress.count != seen:
+            seen, since = progress.count, time.monotonic()
+        elif time.monotonic() - since > timeout_s * (1 if progress.count > 10 else 3):
+            behind = _behind(store, w, 4 * pause_s)
+            print(f"error: rank {w.rank} waited {timeout_s:.0f} s in {progress.doing}: {behind}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback()  # where this rank stands, which is the answer if it is the one
+            os._exit(HUNG)
+
+
+def _behind(store: dist.Store, w: World, stale_s: float) -> str:
+    """Which ranks are furthest behind, or no longer say anything."""
+    try:
+        there = {rank: json.loads(store.get(f"progress/{rank}")) for rank in range(w.size) if store.check([f"progress/{rank}"])}
+    except RuntimeError as error:
+        return f"the ranks' store does not answer ({str(error).splitlines()[0]})"
+    now, least = time.time(), min((count for count, _, _ in there.values()), default=0)
+    silent = {rank for rank in range(w.size) if rank not in there or now - there[rank][2] > stale_s}
+    late = silent or {rank for rank, (count, _, _) in there.items() if count == least}
+    what = "stopped or dead" if silent else "behind the others"
+    if len(late) == w.size:
+        return "all ranks are equally far"
+    return "; ".join(f"rank {rank} hangs, {what}, in {there[rank][1] if rank in there else 'start'}" for rank in sorted(late))
