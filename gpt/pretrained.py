@@ -1,16 +1,19 @@
 """Reading trained models: our checkpoint folders.
 
-A checkpoint is a folder `step-NNNNNNNN` in a run's out_dir: model.safetensors, model.json (the GPTConfig),
-tokenizer.json, what the trainer needs to go on, and DONE, written last: {file: {"bytes", "sha256"}}. A folder without
-DONE was cut short and does not count.
+A checkpoint is a folder `step-NNNNNNNN` in a run's out_dir: model.safetensors, or the folder model/ with the shards of a run
+under FSDP; model.json (the GPTConfig), tokenizer.json, what the trainer needs to go on, and DONE, written last: {file:
+{"bytes", "sha256"}}. A folder without DONE was cut short and does not count.
 """
 
 import hashlib
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,6 +56,36 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{file}: damaged, its sha256 is not the one it was written with")
 
 
+def read_part(folder: Path, part: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a part of a checkpoint, "model" or "optimizer", whole."""
+    if (folder / f"{part}.safetensors").is_file():
+        return load_file(folder / f"{part}.safetensors", device=str(device))
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    saved: Any = HuggingFaceStorageReader(str(folder / part)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype, device=device) for name, t in saved.items()}
+    read_into(folder, part, tensors)
+    return tensors
+
+
+def tensor_names(folder: Path, part: str) -> list[str]:
+    """The names of a part's tensors, in order."""
+    names: set[str] = set()
+    for file in [*folder.glob(f"{part}.safetensors"), *folder.glob(f"{part}/*.safetensors")]:
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    return sorted(names)
+
+
+def read_into(folder: Path, part: str, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, all or some of a part's, in place. Of a DTensor only this rank's shard is read."""
+    from torch.distributed import checkpoint as dcp  # a second to import
+
+    reader = dcp.HuggingFaceStorageReader(str(folder / part if (folder / part).is_dir() else folder))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no_dist is one process: it is each by itself
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+
+
 def read_config(folder: Path) -> GPTConfig:
     return GPTConfig(**json.loads((folder / "model.json").read_text()))
 
@@ -82,7 +115,7 @@ def fill(model: GPT, tensors: dict[str, Tensor]) -> None:
 def read_optimizer(folder: Path, model: GPT) -> dict:
     """The AdamW state of a checkpoint as a state_dict that numbers the parameters as the trainer does: those that decay,
     then the rest."""
-    saved = load_file(folder / "optimizer.safetensors")
+    saved = read_part(folder, "optimizer")
     matrices = [name for name, p in model.named_parameters() if p.dim() >= 2]
     vectors = [name for name, p in model.named_parameters() if p.dim() < 2]
     state: dict[int, dict[str, Tensor]] = {}
@@ -115,7 +148,7 @@ def read_weights(source: str) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise ValueError(f"{source!r} is no folder and no published size ({', '.join(SIZES)})")
     folder = find_checkpoint(path)
     verify(folder)
-    return read_config(folder), load_file(folder / "model.safetensors")
+    return read_config(folder), read_part(folder, "model")
 
 
 def from_pretrained(source: str, kernels: Kernels | None = None) -> GPT:
@@ -134,5 +167,5 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: Ke
         model = GPT(read_config(folder), kernels)
     model.to_empty(device=device)
     model.tie()
-    fill(model, load_file(folder / "model.safetensors", device=str(device)))
+    fill(model, read_part(folder, "model", device))
     return model.eval()

@@ -28,12 +28,13 @@ def start(function, args: tuple, size: int, logs: Path, **environment) -> list:
                "MASTER_PORT": port, "TRITON_INTERPRET": 1, "GLOO_SOCKET_IFNAME": "lo"} | environment
         env = {k: str(v) for k, v in env.items()} if size > 1 or environment else {}
         processes.append(ranks.Process(target=_rank, args=(function, args, env, logs / f"{rank}.log")))
+        processes[-1].log = logs / f"{rank}.log"
         processes[-1].start()
     return processes
 
 
 def wait(processes, seconds: float = 120) -> list[int | None]:
-    """Their exit codes; a rank that does not end in time is aborted (-6), and its log then says where it stood."""
+    """Their exit codes. A rank that does not end in time is aborted (-6), which makes it say where it stood."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -41,6 +42,7 @@ def wait(processes, seconds: float = 120) -> list[int | None]:
         if process.is_alive():
             os.kill(process.pid, signal.SIGABRT)
             process.join()
+            print(process.log.read_text()[-6000:])
     return [process.exitcode for process in processes]
 
 

@@ -1,81 +1,181 @@
 """Checkpoints that survive what happens to machines.
 
-A checkpoint is written into a temporary folder, flushed to disk, marked DONE with the checksum of each file, and only
-then renamed to its place; older ones are removed after that. So whatever dies, and whenever, the last whole one stays.
-No pickle: tensors are safetensors named after the parameters, the rest is JSON.
+A checkpoint is written beside the training, by a thread on each rank, into a temporary folder; flushed to disk, marked DONE
+with the checksum of each file, and only then renamed to its place; older ones are removed after that. So whatever dies, and
+whenever, the last whole one stays. No pickle: tensors are safetensors named after the parameters, the rest is JSON. Where a
+rank holds all of the model, rank 0 writes model.safetensors and optimizer.safetensors; where the ranks hold shards, each
+writes its own into the folders model/ and optimizer/ (torch.distributed.checkpoint's layout). Either is read on any number of
+ranks.
 """
 
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gpt import GPT, GPTConfig
-from gpt.pretrained import config_json, fill, sha256, whole_checkpoints
+from gpt.pretrained import config_json, read_into, sha256, tensor_names, whole_checkpoints
 from train import parallel
 from train.parallel import World
 
-Tensors = dict[str, dict[str, Tensor]]  # file -> name -> tensor
 TEMPORARY = ".unfinished-"
+MARGIN_BYTES = 2**20  # for what is not tensors
 
 
-def snapshot(model: GPT, optimizer: torch.optim.Optimizer, w: World) -> Tensors:
-    """What a checkpoint holds, by file and name, whole and on the host; on ranks other than 0 nothing. All must call it.
+class Snapshot(NamedTuple):
+    """What a checkpoint holds, as it was at one step: a copy on the host."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """part (model, optimizer, rng) -> name -> all of a tensor, or this rank's shard of it"""
+    sharded: bool
+    model: GPTConfig
+    state: dict[str, Any]
+    tokenizer: dict[str, Any]
+
+
+def copied(model: GPT, optimizer: torch.optim.Optimizer, w: World) -> tuple[dict[str, dict[str, Tensor]], bool]:
+    """A Snapshot's tensors, and whether they are shards; if not, ranks other than 0 have none. All ranks must call it.
 
     Random number generators are each rank's own: `RANK:cpu`, `RANK:cuda`.
     """
-    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
     parts = {"model": dict(model.named_parameters()), "optimizer": _moments(model, optimizer)}
-    found: Tensors = {
-        part: {name: t for name, value in tensors.items() if (t := _on_host(value, w)) is not None}
-        for part, tensors in parts.items()
-    }
-    ranks = parallel.gather(rng, w)
-    return found | {"rng": {f"{rank}:{kind}": t for rank, states in enumerate(ranks) for kind, t in states.items()}}
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if not sharded and w.rank > 0:
+        parts = {"model": {}, "optimizer": {}}
+    found = {part: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()} for part, tensors in parts.items()}
+    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    ranks = parallel.together(lambda: rng, w)
+    return found | {"rng": {f"{rank}:{kind}": t for rank, states in enumerate(ranks) for kind, t in states.items()}}, sharded
 
 
-def _on_host(value: Tensor, w: World) -> Tensor | None:
-    whole = parallel.whole(value.detach())
-    return whole.cpu() if w.rank == 0 else None
+class Writer:
+    """Writes checkpoints of a run in a thread beside it, one after the other, together with the other ranks' threads."""
+
+    def __init__(self, out_dir: Path, w: World, keep_last: int, keep_every: int, failed: Callable[[], None]):
+        """`failed` is called, from the thread, when one could not be written; `wait` then raises why."""
+        self.out_dir, self.world, self.keep, self.failed = out_dir, w, (keep_last, keep_every), failed
+        self.group = dist.new_group(backend="gloo") if w.size > 1 else None  # its own: the training uses the other meanwhile
+        self.thread: threading.Thread | None = None
+        self.error: OSError | RuntimeError | None = None
+
+    def begin(self, snapshot: Snapshot) -> None:
+        """Start to write, when the one before is done."""
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on disk. Raises OSError, on all ranks, if it could not be written."""
+        if self.thread is not None:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error is not None:
+            raise error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            save(self.out_dir, snapshot, self.world, self.group)
+            if self.world.rank == 0:
+                prune(self.out_dir, *self.keep)
+        except (OSError, RuntimeError) as error:  # RuntimeError: another rank is gone
+            self.error = error
+            self.failed()
 
 
-def save(out_dir: Path, step: int, tensors: Tensors, model: GPTConfig, state: dict[str, Any], tokenizer: dict[str, Any]) -> Path:
-    """Write the checkpoint of `step` whole, or raise OSError and leave all others as they were."""
+def save(out_dir: Path, snapshot: Snapshot, w: World, group: dist.ProcessGroup | None = None) -> None:
+    """Write a checkpoint whole, all ranks together, or raise OSError on all of them and leave the others as they were."""
+    folder = out_dir / f"{TEMPORARY}{snapshot.step}"
+    try:
+        needed = sum(parallel.together(lambda: _bytes_here(snapshot), w, group))
+        parallel.together(lambda: _prepare(out_dir, folder, needed) if w.rank == 0 else None, w, group)
+        parallel.together(lambda: _write_tensors(folder, snapshot, w, group), w, group)
+        sums = parallel.together(lambda: _checksums(folder, snapshot.sharded, w), w, group)
+        entries = {name: entry for some in sums for name, entry in some.items()}
+        parallel.together(lambda: _finish(out_dir, folder, snapshot, entries) if w.rank == 0 else None, w, group)
+    except OSError as error:
+        if w.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        kept = whole_checkpoints(out_dir)
+        rest = f"the last whole one is {kept[-1]}" if kept else "there is none before it"
+        raise OSError(f"checkpoint of step {snapshot.step} in {out_dir} not written: {error}; {rest}") from error
+
+
+def _bytes_here(snapshot: Snapshot) -> int:
+    return sum(
+        (t.to_local() if isinstance(t, DTensor) else t).nbytes
+        for part in ("model", "optimizer") for t in snapshot.tensors[part].values()
+    )
+
+
+def _prepare(out_dir: Path, folder: Path, needed: int) -> None:
+    """An empty folder, where there is room for so many bytes."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for leftover in out_dir.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover)
-    folder, place = out_dir / f"{TEMPORARY}{step}", out_dir / f"step-{step:08d}"
+    free = shutil.disk_usage(out_dir).free
+    if free < needed + MARGIN_BYTES:
+        raise OSError(f"{needed / 1e6:,.1f} MB and some are needed, {free / 1e6:,.1f} MB are free")
+    folder.mkdir()
+
+
+def _write_tensors(folder: Path, snapshot: Snapshot, w: World, group: dist.ProcessGroup | None) -> None:
+    for part, tensors in snapshot.tensors.items():
+        if snapshot.sharded and part != "rng":
+            _write_shards(folder / part, tensors, group)
+        elif w.rank == 0:
+            save_file(tensors, folder / f"{part}.safetensors")
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    import torch.distributed.checkpoint as dcp  # a second to import
+
+    folder.mkdir(exist_ok=True)
     try:
-        folder.mkdir()
-        for part, named in tensors.items():
-            _write(folder / f"{part}.safetensors", lambda file, named=named: save_file(named, file))
-        _write(folder / "model.json", lambda file: file.write_text(config_json(model)))
-        _write(folder / "state.json", lambda file: file.write_text(json.dumps(state | {"step": step}, indent=1)))
-        _write(folder / "tokenizer.json", lambda file: file.write_text(json.dumps(tokenizer)))
-        written = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
-        _write(folder / "DONE", lambda file: file.write_text(json.dumps(written, indent=1)))
-        if place.exists():
-            shutil.rmtree(place)
-        folder.rename(place)
-        _flush(out_dir)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        kept = whole_checkpoints(out_dir)
-        rest = f"the last whole one is {kept[-1]}" if kept else "there is none before it"
-        raise OSError(f"checkpoint of step {step} in {out_dir} not written: {error}; {rest}") from error
-    return place
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
+    except dcp.api.CheckpointException as error:  # raised on all ranks; no subclass of Exception
+        raise OSError(next(iter(error.failures.values()))[0]) from error
 
 
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
-    write(file)
-    _flush(file)
+def _checksums(folder: Path, sharded: bool, w: World) -> dict[str, dict[str, Any]]:
+    """Of this rank's share of the files, once they are on disk: name -> bytes, sha256."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    mine = files[w.rank :: w.size] if sharded else files if w.rank == 0 else []
+    for file in mine:
+        _flush(file)
+    return {f.relative_to(folder).as_posix(): _entry(f) for f in mine}
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, dict[str, Any]]) -> None:
+    """The rest of the folder, DONE, and its name."""
+    texts = {"model": config_json(snapshot.model), "state": json.dumps(snapshot.state | {"step": snapshot.step}, indent=1),
+             "tokenizer": json.dumps(snapshot.tokenizer)}
+    for name, text in texts.items():
+        file = folder / f"{name}.json"
+        file.write_text(text)
+        _flush(file)
+        entries[file.name] = _entry(file)
+    done, place = folder / "DONE", out_dir / f"step-{snapshot.step:08d}"
+    done.write_text(json.dumps(entries, indent=1))
+    for path in (done, *(f for f in folder.iterdir() if f.is_dir()), folder):
+        _flush(path)
+    if place.exists():
+        shutil.rmtree(place)
+    folder.rename(place)
+    _flush(out_dir)
 
 
 def _flush(path: Path) -> None:
@@ -109,12 +209,16 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World
     False: the checkpoint is of another number of ranks, and the generators are left for the caller to seed.
     """
     parameters = dict(model.named_parameters())
-    fill(model, {name: parallel.shard_like(t, parameters[name]) if name in parameters else t
-                 for name, t in load_file(folder / "model.safetensors").items()})
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    read_into(folder, "model", {name: p.detach() for name, p in parameters.items()})
+    moments: dict[str, Tensor] = {}
+    for key in tensor_names(folder, "optimizer"):
         name, _, moment = key.rpartition(":")
-        saved.setdefault(name, {})[moment] = parallel.shard_like(tensor, parameters[name])
+        moments[key] = torch.zeros(()) if moment == "step" else torch.zeros_like(parameters[name])
+    read_into(folder, "optimizer", moments)
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in moments.items():
+        name, _, moment = key.rpartition(":")
+        saved.setdefault(name, {})[moment] = tensor
     positions = {i: name for i, name in enumerate(_names(model, optimizer)) if name in saved}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: saved[name] for i, name in positions.items()}})
     rng = load_file(folder / "rng.safetensors")

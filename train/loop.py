@@ -24,14 +24,24 @@ def train(config: Config) -> None:
         else:
             with (faults.only_run(Path(run.config.run.out_dir), run.world), faults.listen(run.asked),
                   faults.watchdog(run.progress, run.store, run.world, run.config.parallel.hang_timeout)):
-                train_until_done(run, report)
+                train_until_done(run, report, writer(run))
     except (ValueError, OSError, FloatingPointError):  # these are raised on all ranks together
         parallel.stop()
         raise
     parallel.stop()
 
 
-def train_until_done(run: Run, report: Report) -> None:
+def writer(run: Run) -> checkpoint.Writer:
+    """What writes the run's checkpoints. One that fails ends the run, on all ranks after the same step."""
+    c = run.config.run
+
+    def failed() -> None:
+        run.asked.by = "a checkpoint that was not written"
+
+    return checkpoint.Writer(Path(c.out_dir), run.world, c.keep_last, c.keep_every, failed)
+
+
+def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -> None:
     """Evaluate and save when due, else step; once any rank was asked to stop, save at the next step and end."""
     c = run.config
     report.begin()
@@ -40,18 +50,20 @@ def train_until_done(run: Run, report: Report) -> None:
         last = run.step >= c.optim.max_iters
         if report.asked_to_stop and not last:
             report.say(f"asked to stop ({run.asked.by or 'another rank was'}), at step {run.step}")
-            save(run, None, report)
+            save(run, None, report, checkpoints)
             break
         if (last or run.step % c.run.eval_interval == 0) and not run.evaluated:
             report.pause()
             losses = evaluate(run)
             report.evaluation(run.step, lr, losses)
-            save(run, losses["val"], report)
+            save(run, losses["val"], report, checkpoints)
             report.resume_clock()
         if last:
             break
         report.step(run.step, lr, train_step(run, lr), run.batches)
         run.step, run.evaluated = run.step + 1, False
+    run.progress.begins("save, the last")
+    checkpoints.wait()
     report.finish()
 
 
@@ -120,24 +132,23 @@ def evaluate(run: Run) -> dict[str, float]:
     return losses
 
 
-def save(run: Run, val_loss: float | None, report: Report) -> None:
-    """Write a checkpoint if one is due after this evaluation (without one: it is), and remove those no longer kept."""
+def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoint.Writer) -> None:
+    """Begin to write a checkpoint if one is due after this evaluation (without one: it is); older ones may go then.
+
+    Raises OSError, on all ranks, if the one before could not be written.
+    """
     c = run.config.run
     due = run.step > 0 and (c.always_save_checkpoint or val_loss is None or val_loss < run.best_val_loss)
     run.best_val_loss = min(run.best_val_loss, float("inf") if val_loss is None else val_loss)
     if not due:
         return
     run.progress.begins(f"save of step {run.step}")
+    checkpoints.wait()
     report.say(f"saving checkpoint to {c.out_dir}")
     state = {
         "val_loss": val_loss, "best_val_loss": run.best_val_loss, "position": run.batches.position,
         "config": dict(flatten(run.config)), "kernels": run.choice._asdict(), "world_size": run.world.size,
         "scaler": run.scaler.state_dict(), "torch": torch.__version__,
     }
-    tensors = checkpoint.snapshot(run.model, run.optimizer, run.world)
-
-    def write() -> None:
-        checkpoint.save(Path(c.out_dir), run.step, tensors, run.config.model, state, run.tokenizer)
-        checkpoint.prune(Path(c.out_dir), c.keep_last, c.keep_every)
-
-    parallel.first_rank_decides(write, run.world)
+    tensors, sharded = checkpoint.copied(run.model, run.optimizer, run.world)
+    checkpoints.begin(checkpoint.Snapshot(run.step, tensors, sharded, run.config.model, state, run.tokenizer))

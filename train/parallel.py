@@ -4,10 +4,11 @@ import datetime
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -53,7 +54,7 @@ def start(w: World, device: torch.device, c: ParallelConfig) -> dist.Store | Non
     backend = c.backend
     if backend == "auto":
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: small objects, without the GPU
-    store = dist.HashStore() if w.size == 1 else next(rendezvous("env://"))[0]
+    store: Any = dist.HashStore() if w.size == 1 else next(rendezvous("env://"))[0]
     if w.size == w.local_size:
         # torchrun's store lives on through restarts: the addresses of dead ranks are in it. Agents on several nodes count
         # restarts apart, so there the prefix would not agree: docs/several-nodes.md gives them a new store each time.
@@ -95,12 +96,12 @@ def place(model: GPT, c: ParallelConfig, w: World, device: torch.device, dtype: 
     how = strategy(c, w, model, device)
     if c.activation_checkpointing:
         for block in model.transformer.h:
-            block.forward = recomputed(block.forward, model.config.dropout)  # type: ignore[method-assign]
+            block.forward = recomputed(block.forward, model.config.dropout)
     if compiled and how == "none":
         model.compile()
     elif compiled:
         for block in model.transformer.h:
-            block.forward = compiled_in_training(block.forward)  # type: ignore[method-assign]
+            block.forward = compiled_in_training(block.forward)
         model.kernels = model.kernels._replace(linear_cross_entropy=torch.compile(model.kernels.linear_cross_entropy))
     if how in ("fsdp", "hsdp"):
         return shard(model, how, w, device, dtype)
@@ -217,27 +218,23 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def first_rank_decides(decide: Callable[[], T], w: World) -> T:
     """What `decide` gives on rank 0, on every rank; the ValueError or OSError it raises there, raised on every rank."""
-    if w.size == 1:
-        return decide()
-    answer: list[Any] = [None, None]
-    if w.rank == 0:
-        try:
-            answer[0] = decide()
-        except (ValueError, OSError) as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, device=torch.device("cpu") if "gloo" in dist.get_backend_config() else None)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+    return together(lambda: decide() if w.rank == 0 else cast(T, None), w)[0]
 
 
-def gather(value: T, w: World) -> list[T]:
-    """Each rank's value, in the order of ranks."""
-    values: list[Any] = [value]
+def together(do: Callable[[], T], w: World, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What `do` gives on each rank, in their order; the first ValueError or OSError that it raises on any, on all of them."""
+    mine: tuple[Any, Exception | None]
+    try:
+        mine = do(), None
+    except (ValueError, OSError, SafetensorError) as error:
+        mine = None, error if isinstance(error, ValueError | OSError) else OSError(str(error))
+    answers: list[Any] = [mine] * w.size
     if w.size > 1:
-        values = [None] * w.size
-        dist.all_gather_object(values, value)
-    return values
+        dist.all_gather_object(answers, mine, group)
+    for _, raised in answers:
+        if raised is not None:
+            raise raised
+    return [value for value, _ in answers]
 
 
 def accumulation_per_rank(total: int, w: World) -> int:
