@@ -94,3 +94,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 512) -> float
 def peak_memory_bytes(device: torch.device) -> int | None:
     """The most that was allocated on a GPU so far; None elsewhere."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let peak_memory_bytes count from now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What this process can have of a GPU: what it already holds, and what nobody does."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -28,8 +28,11 @@ def poisoned_memory():
 
 @pytest.fixture
 def tiny_data(tmp_path):
-    """A folder with 4,000 training and 800 validation tokens out of 29, easy to learn: each is the last one plus 1 or 2."""
-    folder = tmp_path / "tiny"
+    return write_tiny_data(tmp_path / "tiny")
+
+
+def write_tiny_data(folder):
+    """4,000 training and 800 validation tokens out of 29, easy to learn: each is the last one plus 1 or 2."""
     folder.mkdir()
     steps = np.random.default_rng(0).integers(1, 3, 4800).cumsum() % 29
     steps[:4000].astype(np.uint16).tofile(folder / "train.bin")
@@ -42,9 +45,12 @@ def tiny_data(tmp_path):
 @pytest.fixture
 def tiny_flags(tiny_data, tmp_path):
     """The command line of a run that takes a second: 2 layers, dropout and accumulation on."""
-    return [
-        f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--compile=False", "--block_size=16",
-        "--batch_size=4", "--n_layer=2", "--n_head=2", "--n_embd=16", "--dropout=0.1", "--gradient_accumulation_steps=2",
-        "--max_iters=12", "--lr_decay_iters=12", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=4",
-        "--eval_iters=3",
-    ]
+    return [f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'out'}", *TINY]
+
+
+TINY = [
+    "--device=cpu", "--compile=False", "--block_size=16",
+    "--batch_size=4", "--n_layer=2", "--n_head=2", "--n_embd=16", "--dropout=0.1", "--gradient_accumulation_steps=2",
+    "--max_iters=12", "--lr_decay_iters=12", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=4",
+    "--eval_iters=3",
+]

@@ -46,8 +46,8 @@ def wait(processes, seconds: float = 120) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def run(function, args: tuple, size: int, logs: Path, **environment) -> list[int | None]:
-    return wait(start(function, args, size, logs, **environment))
+def run(function, args: tuple, size: int, logs: Path, seconds: float = 120, **environment) -> list[int | None]:
+    return wait(start(function, args, size, logs, **environment), seconds)
 
 
 def train(flags: list[str]) -> None:
@@ -55,6 +55,25 @@ def train(flags: list[str]) -> None:
     from train import run
 
     sys.exit(run.main(flags))
+
+
+def train_each(runs: list[tuple[list[str], dict[str, int]]]) -> None:
+    """A rank that runs train/run.py with each of the flags and environments in turn: one start for all.
+
+    torch.compile traces, and leaves the code as it is: what is compiled well is tested elsewhere.
+    """
+    import functools
+
+    import torch
+
+    from train import run
+
+    torch.compile = functools.partial(torch.compile, backend="eager")
+    for flags, environment in runs:
+        os.environ.update({k: str(v) for k, v in environment.items()})
+        print(f"== {' '.join(flags)}", flush=True)
+        if code := run.main(flags):
+            sys.exit(code)
 
 
 def _rank(function, args: tuple, env: dict[str, str], log: Path) -> None:

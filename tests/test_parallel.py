@@ -1,53 +1,117 @@
-"""Any number of ranks is one process: the same losses, weights, evaluation, checkpoints."""
+"""Any number of ranks is one process: the same losses, weights, evaluation, checkpoints, whatever is trained and how."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from gpt import GPT, GPTConfig
-from gpt.pretrained import whole_checkpoints
+from gpt.pretrained import load_model, read_part, tensor_names, whole_checkpoints
 from tests import ranks
-from train import parallel
+from tests.conftest import TINY, write_tiny_data
+from train import parallel, run
 from train.config import ParallelConfig
 from train.parallel import World
 
 STEPS = 20
 
 
-@pytest.fixture
-def flags(tiny_flags):
-    """20 steps of 12 micro-batches over all ranks, clipped, without dropout, on a vocabulary of 29 (2 and 3 do not divide it)."""
-    gone = ("--out_dir", "--dropout", "--gradient_accumulation_steps", "--max_iters", "--lr_decay_iters", "--eval_interval",
-            "--batch_size")
-    kept = [f for f in tiny_flags if not f.startswith(gone)]
-    return [*kept, "--dropout=0.0", "--gradient_accumulation_steps=12", f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}",
-            "--eval_interval=10", "--batch_size=2", "--grad_clip=0.5", "--init_from=auto"]
+def without(flags, *names):
+    return [f for f in flags if not f.startswith(tuple(f"--{name}=" for name in names))]
 
 
-def trained(flags, folder, size, *more, **environment):
-    """Losses by step, evaluations by step, and the last checkpoint's tensors of a run on `size` ranks."""
-    codes = ranks.run(ranks.train, ([*flags, f"--out_dir={folder}", *more],), size, folder / "logs", **environment)
-    assert codes == [0] * size, (folder / "logs" / "0.log").read_text()[-3000:]
-    return outcome(folder)
+# 20 steps of 6 micro-batches over all ranks, clipped, without dropout, on a vocabulary of 29, which 2 and 3 do not divide
+CURVE = [*without(TINY, "dropout", "gradient_accumulation_steps", "max_iters", "lr_decay_iters", "eval_interval", "batch_size"),
+         "--dropout=0.0", "--gradient_accumulation_steps=6", f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}",
+         "--eval_interval=10", "--batch_size=2", "--grad_clip=0.5", "--init_from=auto"]
+SHORT = [*without(CURVE, "max_iters", "eval_interval"), "--max_iters=3", "--eval_interval=3"]
+SPREADS = ("ddp", "fsdp")
+KINDS = {  # what else is trained, compared with one process after three steps
+    "reference": ["--kernels=reference"],
+    "triton": ["--kernels=triton", "--n_embd=32", "--n_layer=1", "--gradient_accumulation_steps=2", "--max_iters=1", "--eval_interval=9", "--eval_iters=1"],
+    "backward": ["--direction=backward"],
+    "untied": ["--tie_weights=False"],
+    "merge": ["--init_from=merge", "--stitch_layer_index=1"],
+    "stitch": ["--init_from=stitch", "--stitch_layer_index=1", "--use_original_head=False", "--batch_size_alignment=8"],
+}
+KEYS = {"recomputed": ["--activation_checkpointing=True"], "both": ["--compile=True", "--activation_checkpointing=True"]}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of all the runs of this file, each in a folder of its name; each number of ranks is started once."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_tiny_data(folder / "tiny")
+    command = partial(flags_of, folder, data)
+    torch.use_deterministic_algorithms(False)
+    alone = [command(CURVE, "one"), command(CURVE, "mixed", "--max_iters=5"), command(SHORT, "a", "--seed=5"), command(SHORT, "b", "--seed=6")]
+    alone += [command(SHORT, f"{kind}1", *joined(folder, flags)) for kind, flags in KINDS.items()]
+    alone += [command(CURVE, "evaluated1", *EVALUATION), command(SHORT, "eager1")]
+    for flags in alone:
+        assert run.main(flags) == 0
+    start(folder, 2, two_ranks(folder, command))
+    start(folder, 3, [command(CURVE, f"{how}3", f"--parallel={how}") for how in SPREADS])
+    start(folder, 4, [command(CURVE, f"evaluated{how}4", f"--parallel={how}", *EVALUATION) for how in SPREADS])
+    longer = ["--init_from=resume", "--max_iters=22"]
+    for flags in (command(CURVE, "mixed"), *(command(CURVE, f"{name}longer", *longer, f"--resume_dir={folder / name}")
+                                             for name in ("one", "fsdp2"))):
+        assert run.main(flags) == 0
+    return folder
+
+
+# of the initial weights, on 7 batches, which 2 and 4 do not divide
+EVALUATION = ["--max_iters=0", "--gradient_accumulation_steps=4", "--eval_iters=7"]
+
+
+def flags_of(folder, data, base, name, *more):
+    replaced = [flag[2:].partition("=")[0] for flag in more]
+    return [*without(base, *replaced), f"--data_dir={data}", f"--out_dir={folder / name}", *more]
+
+
+def joined(folder, flags):
+    return [*flags, f"--resume_dir={folder / 'a'}", f"--merge_dir={folder / 'b'}"] if "--stitch_layer_index=1" in flags else flags
+
+
+def two_ranks(folder, command):
+    runs = [command(CURVE, f"{how}2", f"--parallel={how}") for how in SPREADS]
+    runs += [command(CURVE, f"evaluated{how}2", f"--parallel={how}", *EVALUATION) for how in SPREADS]
+    runs += [command(CURVE, "mixed", "--max_iters=13"), (command(CURVE, "hsdp2", "--parallel=hsdp"), {"LOCAL_WORLD_SIZE": 1})]
+    for how in SPREADS:
+        runs.append(command(SHORT, f"{how}bf16", f"--parallel={how}", "--dtype=bfloat16"))
+        dropping = ["--dropout=0.1", f"--parallel={how}", "--max_iters=6"]
+        runs += [command(SHORT, f"{how}whole", *dropping), command(SHORT, f"{how}parts", *dropping[:-1]),
+                 command(SHORT, f"{how}parts", *dropping)]
+        runs += [command(SHORT, f"{kind}{how}", *joined(folder, flags), f"--parallel={how}") for kind, flags in KINDS.items()]
+        runs += [command(SHORT, f"{kind}{how}", f"--parallel={how}", *flags) for kind, flags in KEYS.items()]
+    return runs
+
+
+def start(folder, size, runs):
+    """Train them one after the other on as many ranks; each meets at a port of its own."""
+    runs = [r if isinstance(r, tuple) else (r, {}) for r in runs]
+    settled = [(flags, {"MASTER_PORT": ranks.free_port(), "LOCAL_WORLD_SIZE": size} | more) for flags, more in runs]
+    codes = ranks.run(ranks.train_each, (settled,), size, folder / f"logs{size}", seconds=300)
+    assert codes == [0] * size, (folder / f"logs{size}" / "0.log").read_text()[-3000:]
 
 
 def outcome(folder):
+    """Losses by step, evaluations by step, and the last checkpoint's tensors."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {e["iter"]: (e["train/loss"], e["val/loss"]) for e in entries if "val/loss" in e}
+    if not whole_checkpoints(folder):
+        return {}, evaluations, {}
     newest = whole_checkpoints(folder)[-1]
-    tensors = {f"{part}:{k}": v for part in ("model", "optimizer") for k, v in load_file(newest / f"{part}.safetensors").items()}
-    losses = {e["iter"]: e["loss"] for e in entries if "loss" in e}
-    return losses, {e["iter"]: (e["train/loss"], e["val/loss"]) for e in entries if "val/loss" in e}, tensors
+    tensors = {f"{part}:{k}": v for part in ("model", "optimizer") for k, v in read_part(newest, part).items()}
+    return {e["iter"]: e["loss"] for e in entries if "loss" in e}, evaluations, tensors
 
 
 def assert_same(a, b, rel=1e-5):
     """Losses, evaluations and weights within `rel`; the weights as a whole, since single ones are near zero."""
-    assert a[0].keys() == b[0].keys() and len(a[0]) == STEPS
+    assert a[0].keys() == b[0].keys()
     assert list(a[0].values()) == pytest.approx(list(b[0].values()), rel=rel)
-    assert a[1].keys() == b[1].keys()
-    for step, losses in a[1].items():
-        assert losses == pytest.approx(b[1][step], rel=rel)
+    for step in a[1].keys() & b[1].keys():
+        assert a[1][step] == pytest.approx(b[1][step], rel=rel)
     assert a[2].keys() == b[2].keys()
     for name in a[2]:
         difference = torch.linalg.norm(a[2][name] - b[2][name])
@@ -60,54 +124,69 @@ def assert_equal(a, b):
     assert all(torch.equal(a[2][name], b[2][name]) for name in a[2])
 
 
-def test_two_three_ranks_are_one_process(flags, tmp_path):
-    one = trained(flags, tmp_path / "one", 1)
-    assert one[0][0] > one[0][STEPS - 1] + 0.3
-    for size, how in ((2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")):
-        assert_same(trained(flags, tmp_path / f"{how}{size}", size, f"--parallel={how}"), one)
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2", "ddp3", "fsdp3", "hsdp2"])
+def test_ranks_are_one_process(done, name):
+    """HSDP as two nodes of one rank each."""
+    one = outcome(done / "one")
+    assert len(one[0]) == STEPS and one[0][0] > one[0][STEPS - 1] + 0.3
+    assert_same(outcome(done / name), one)
 
 
-def test_one_two_one_ranks_is_the_uninterrupted_run(flags, tmp_path):
-    """Through checkpoints, DDP and FSDP2 in turn; on the same number of ranks bit for bit."""
-    one = trained(flags, tmp_path / "one", 1)
-    for size, limit in ((1, 5), (2, 13), (1, STEPS)):
-        mixed = trained(flags, tmp_path / "mixed", size, f"--max_iters={limit}")
+def test_one_two_one_ranks_is_the_uninterrupted_run(done):
+    mixed, one = outcome(done / "mixed"), outcome(done / "one")
     assert_same((mixed[0], {}, mixed[2]), (one[0], {}, one[2]))  # it was evaluated at other steps
-    for how in ("ddp", "fsdp"):
-        dropping = [*flags, "--dropout=0.1", f"--parallel={how}"]
-        whole = trained(dropping, tmp_path / f"{how}whole", 2)
-        for limit in (10, STEPS):
-            parts = trained(dropping, tmp_path / f"{how}parts", 2, f"--max_iters={limit}")
-        assert_equal(parts, whole)
-    log = (tmp_path / "mixed" / "logs" / "0.log").read_text()
-    assert "saved by 1 rank(s), so dropout draws new random numbers" in log
+    assert "saved by 1 rank(s), so dropout draws new random numbers" in (done / "logs2" / "0.log").read_text()
 
 
-def test_evaluation_is_the_same_on_1_2_and_4_ranks(flags, tmp_path):
-    """7 batches, which 2 and 4 do not divide, of the initial weights."""
-    said = set()
-    for size, how in ((1, "auto"), (2, "ddp"), (4, "ddp"), (4, "fsdp")):
-        folder = tmp_path / f"{size}{how}"
-        more = ["--eval_only=True", "--eval_iters=7", f"--parallel={how}", f"--out_dir={folder}"]
-        assert ranks.run(ranks.train, ([*flags, *more],), size, folder) == [0] * size
-        said |= {line for line in (folder / "0.log").read_text().splitlines() if line.startswith("step 0: train loss")}
-    assert len(said) == 1
+def test_shards_of_two_ranks_go_on_in_one_process(done):
+    longer = outcome(done / "fsdp2longer")
+    assert list(longer[0]) == [STEPS, STEPS + 1]
+    assert_same(longer, outcome(done / "onelonger"))
 
 
-def test_bf16_fsdp_tracks_ddp_and_hsdp_is_fsdp(flags, tmp_path):
-    """HSDP as two nodes of one rank each; FSDP2 in bf16 keeps fp32 weights and reduces in fp32."""
-    ddp = trained(flags, tmp_path / "ddp", 2, "--dtype=bfloat16", "--parallel=ddp")
-    fsdp = trained(flags, tmp_path / "fsdp", 2, "--dtype=bfloat16", "--parallel=fsdp")
+@pytest.mark.parametrize("how", SPREADS)
+def test_resume_on_the_same_ranks_is_bit_equal_with_dropout(done, how):
+    assert_equal(outcome(done / f"{how}parts"), outcome(done / f"{how}whole"))
+
+
+def test_evaluation_is_the_same_on_1_2_and_4_ranks(done):
+    one = outcome(done / "evaluated1")[1][0]
+    for name in ("ddp2", "fsdp2", "ddp4", "fsdp4"):
+        assert outcome(done / f"evaluated{name}")[1][0] == pytest.approx(one, rel=1e-6)
+
+
+def test_bf16_fsdp_tracks_ddp(done):
+    """It keeps fp32 weights and reduces in fp32."""
+    ddp, fsdp = outcome(done / "ddpbf16"), outcome(done / "fsdpbf16")
     assert list(fsdp[0].values()) == pytest.approx(list(ddp[0].values()), rel=0.02)
     assert {t.dtype for t in fsdp[2].values()} == {torch.float32}
-    hsdp = trained(flags, tmp_path / "hsdp", 2, "--parallel=hsdp", LOCAL_WORLD_SIZE=1)
-    assert_same(hsdp, trained(flags, tmp_path / "fp32", 2, "--parallel=fsdp"))
+
+
+@pytest.mark.parametrize("how", SPREADS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_suite_and_every_kind_of_model_is_spread_the_same_way(done, kind, how):
+    assert_same(outcome(done / f"{kind}{how}"), outcome(done / f"{kind}1"))
+
+
+@pytest.mark.parametrize("how", SPREADS)
+@pytest.mark.parametrize("kind", KEYS)
+def test_compiling_and_recomputing_change_no_key_and_no_number(done, kind, how):
+    assert_same(outcome(done / f"{kind}{how}"), outcome(done / "eager1"))
+
+
+def test_shards_are_read_as_the_model_that_was_trained(done):
+    """fsdpwhole was saved by two ranks; what each part holds is listed without reading it."""
+    folder = whole_checkpoints(done / "fsdpwhole")[-1]
+    assert len(list((folder / "model").iterdir())) == 2 and not (folder / "model.safetensors").exists()
+    model = load_model(folder)
+    shards = read_part(folder, "model")
+    assert sorted(shards) == tensor_names(folder, "model") == sorted(name for name, _ in model.named_parameters())
+    assert all(torch.equal(p, shards[name]) for name, p in model.named_parameters())
 
 
 def tiny(dropout=0.0):
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=16, dropout=dropout))
-
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_no_gradient_and_no_name(dropout):

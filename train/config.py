@@ -32,7 +32,10 @@ class DataConfig:
     data_dir: str = ""
     """any other folder with train.bin and val.bin; replaces dataset"""
     batch_size: int = 12
-    """sequences in a micro-batch, on each rank"""
+    """sequences in a micro-batch, on each rank; auto: as fit_batch"""
+    fit_batch: bool = False
+    """micro-batches as large as the GPU's memory allows, with the tokens per step of batch_size times
+    gradient_accumulation_steps; what --batch_size=auto sets"""
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(a.startswith(("--config-name", "--config_name")) for a in argv):
         return _compose(argv)
+    argv = ["--fit_batch=True" if a in ("--batch_size=auto", "--batch-size=auto") else a for a in argv]
     files = [a for i, a in enumerate(argv) if not a.startswith("-") and not _is_value(argv, i)]
     if len(files) > 1:
         raise ValueError(f"more than one config file: {', '.join(files)}")

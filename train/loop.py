@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.loader import eval_batches
 from gpt import hardware
-from train import checkpoint, faults, optim, parallel
+from train import checkpoint, faults, memory, optim, parallel
 from train.config import Config, flatten
 from train.report import Report
 from train.start import Run, build, describe
@@ -28,6 +28,8 @@ def train(config: Config) -> None:
     except (ValueError, OSError, FloatingPointError):  # these are raised on all ranks together
         parallel.stop()
         raise
+    except torch.OutOfMemoryError as error:
+        raise ValueError(memory.advice(config, parallel.world(), error)) from error
     parallel.stop()
 
 

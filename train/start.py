@@ -12,14 +12,13 @@ from data.manifest import verify
 from data.tokenizer import read_meta
 from data.tokens import Tokens, check_vocabulary, check_window, open_split
 from gpt import GPT, hardware
-from gpt.flops import flops_per_token
 from gpt.pretrained import fill
 from gpt.stitch import freeze
 from kernels import Choice, load, resolve
-from train import optim, parallel
+from train import compiling, memory, optim, parallel
 from train.config import Config, changed
 from train.faults import Asked, Progress
-from train.origin import complete, directed, find_origin
+from train.origin import Origin, complete, directed, find_origin
 from train.parallel import World
 
 GPT2 = {"kind": "gpt2", "vocab_size": 50257}  # the tokenizer of data without a meta file, as in nanoGPT
@@ -58,7 +57,10 @@ def build(config: Config) -> Run:
     device = hardware.resolve_device(config.run.device, world.local_rank)
     choice = resolve(config.kernel.kernels, device, attention=config.kernel.attention,
                      layernorm=config.kernel.layernorm, cross_entropy=config.kernel.cross_entropy)
-    parallel.accumulation_per_rank(config.optim.gradient_accumulation_steps, world)
+    if config.data.fit_batch and device.type != "cuda":
+        raise ValueError(f"--batch_size=auto measures a GPU's memory, and the device is {device.type}; give a number")
+    if not config.data.fit_batch:
+        parallel.accumulation_per_rank(config.optim.gradient_accumulation_steps, world)
     store = parallel.start(world, device, config.parallel)
     parallel.first_rank_decides(lambda: verify(config.data_dir), world)
     tokens = {split: open_split(config.data_dir, split) for split in ("train", "val")}
@@ -70,18 +72,15 @@ def build(config: Config) -> Run:
         check_window(part, config.model.block_size)
         check_vocabulary(part, config.model.vocab_size)
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(config.run.seed)
-    model = GPT(config.model, load(**choice.suites)).to(device)
-    if origin.weights is not None:
-        fill(model, origin.weights)
-    if config.model.seam >= 0:
-        freeze(model)
+    model = new_model(config, origin, choice, device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
-    compiled, why = decide_compile(config, device, dtype)
+    compiled, why = compiling.decide(config, device, dtype)
+    wrapped = parallel.place(model, config.parallel, world, device, dtype, compiled)
+    if config.data.fit_batch:
+        config = memory.fit(config, wrapped, world, device, dtype)
     torch.manual_seed(config.run.seed + world.rank)
     run = Run(
-        config=config, world=world, device=device, dtype=dtype, choice=choice, model=model,
-        wrapped=parallel.place(model, config.parallel, world, device, dtype, compiled),
+        config=config, world=world, device=device, dtype=dtype, choice=choice, model=model, wrapped=wrapped,
         optimizer=optim.build(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), tokens=tokens,
         batches=Loader(
@@ -96,21 +95,15 @@ def build(config: Config) -> Run:
     return run
 
 
-def decide_compile(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether to compile the model: where it is asked for or pays; and why, in a line.
-
-    auto on a CPU: measured on two AVX2 cores, a step gets 14 % faster without dropout and no faster with it, and
-    compiling takes about 40 s. So a run that would take under ten minutes, or has dropout, stays as it is.
-    """
-    wanted, why = config.run.compile, f"--compile={config.run.compile}"
-    if wanted == "auto":
-        flops = flops_per_token(config.model)["palm"] * config.tokens_per_iter * config.optim.max_iters
-        minutes = flops / hardware.matmul_rate(device, dtype) / 60 if device.type == "cpu" else float("inf")
-        wanted = device.type == "cuda" or (device.type == "cpu" and minutes > 10 and config.model.dropout == 0)
-        why = f"auto: {'' if wanted else 'not '}worth its time on {device.type}"
-        if device.type == "cpu":
-            why += f", about {minutes:,.0f} min of matrix multiplications, dropout {config.model.dropout}"
-    return bool(wanted), f"{'yes' if wanted else 'no'} ({why})"
+def new_model(config: Config, origin: Origin, choice: Choice, device: torch.device) -> GPT:
+    """The model on its device, with the weights it starts from, the same on all ranks."""
+    torch.manual_seed(config.run.seed)
+    model = GPT(config.model, load(**choice.suites)).to(device)
+    if origin.weights is not None:
+        fill(model, origin.weights)
+    if config.model.seam >= 0:
+        freeze(model)
+    return model
 
 
 def describe(run: Run) -> str:
