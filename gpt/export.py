@@ -1,7 +1,8 @@
-"""Hand a trained model on: `python gpt/export.py --out_dir=out --to=hf --folder=DIR`, or --to=nanogpt.
+"""Hand a trained model on: `python gpt/export.py --out_dir=out --to=hf --folder=DIR`, or --to=nanogpt, --to=safetensors.
 
 hf: config, safetensors and tokenizer for transformers' AutoModelForCausalLM, without the padding rows of the vocabulary,
-reloaded and compared. nanogpt: a ckpt.pt that its train.py resumes and its sample.py reads.
+reloaded and compared. nanogpt: a ckpt.pt that its train.py resumes and its sample.py reads. safetensors: the model alone, in one
+file, also where the ranks of a run under FSDP saved a shard each; our commands read it with --init_from=FOLDER or --out_dir.
 """
 
 import sys
@@ -18,9 +19,9 @@ class Export:
 
     out_dir: str = "out"
     """a run's folder, or one checkpoint in it"""
-    to: Literal["hf", "nanogpt"] = "hf"
+    to: Literal["hf", "nanogpt", "safetensors"] = "hf"
     folder: str = ""
-    """where to; empty: OUT_DIR/hf or OUT_DIR/nanogpt"""
+    """where to; empty: OUT_DIR/hf, OUT_DIR/nanogpt, OUT_DIR/safetensors"""
 
 
 def export(c: Export) -> Path:
@@ -32,7 +33,7 @@ def export(c: Export) -> Path:
     checkpoint = find_checkpoint(c.out_dir)
     config = read_config(checkpoint)
     for key, value in PLAIN.items():
-        if getattr(config, key) != value:
+        if c.to != "safetensors" and getattr(config, key) != value:
             raise ValueError(f"{checkpoint}: {key}={getattr(config, key)}, which --to={c.to} cannot express; "
                              f"only a model with {key}={value} can be exported")
     folder = Path(c.folder) if c.folder else Path(c.out_dir) / c.to
@@ -42,7 +43,7 @@ def export(c: Export) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        (to_huggingface if c.to == "hf" else to_nanogpt)(checkpoint, partial)
+        {"hf": to_huggingface, "nanogpt": to_nanogpt, "safetensors": to_safetensors}[c.to](checkpoint, partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -77,6 +78,22 @@ def to_nanogpt(checkpoint: Path, folder: Path) -> None:
     weights = {name: p.detach() for name, p in model.named_parameters()}
     nanogpt.write(folder / nanogpt.FILE, model.config, weights, read_optimizer(checkpoint, model), state["step"],
                   state["best_val_loss"], state["config"])
+
+
+def to_safetensors(checkpoint: Path, folder: Path) -> None:
+    import json
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from gpt.pretrained import read_part, sha256, verify
+
+    verify(checkpoint)
+    save_file(read_part(checkpoint, "model"), folder / "model.safetensors")
+    for name in ("model.json", "tokenizer.json"):
+        shutil.copy(checkpoint / name, folder)
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
+    (folder / "DONE").write_text(json.dumps(files, indent=1))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,8 +2,10 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from gpt import GPT
 from gpt.pretrained import find_checkpoint, verify, whole_checkpoints
-from train import checkpoint, run
+from train import checkpoint, loop, run
 from train.checkpoint import TEMPORARY
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +85,34 @@ def test_a_full_disk_is_said_and_loses_nothing(trained, capsys):
     assert "checkpoint of step 16" in err and "not written" in err and "step-00000012" in err
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "step-" in str(p)} == before
     assert not list(folder.glob(f"{TEMPORARY}*"))
+
+
+def test_too_little_room_is_said_before_anything_is_written(trained, capsys, monkeypatch):
+    flags, folder = trained
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_100_000))
+    monkeypatch.setattr(checkpoint, "_write_tensors", None)
+    assert run.main([*flags, "--init_from=resume", "--max_iters=16"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "MB and some are needed, 1.1 MB are free" in err and "step-00000012" in err
+    assert not list(folder.glob(f"{TEMPORARY}*"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_ends_soon_after_one_that_fails(trained, capsys, monkeypatch):
+    """The save of step 14 waits until two more steps are done, and fails; the run ends there and not at step 400."""
+    flags, folder = trained
+    steps, train_step = [], loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda run, lr: (steps.append(run.step), train_step(run, lr))[1])
+
+    def wait_and_fail(*_):
+        while steps[-1] < 16:
+            time.sleep(0.001)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", wait_and_fail)
+    assert run.main([*flags, "--init_from=resume", "--max_iters=400", "--lr_decay_iters=400", "--eval_interval=14"]) == 2
+    assert "checkpoint of step 14" in capsys.readouterr().err and steps[-1] < 28
+    assert find_checkpoint(folder).name == "step-00000012"
 
 
 def test_a_flipped_byte_is_found(trained, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.pretrained import find_checkpoint, read_part, whole_checkpoints
+from gpt.pretrained import find_checkpoint, read_part, verify, whole_checkpoints
 from tests import ranks
-from train import faults, loop, run, start
+from train import doctor, faults, loop, run, start
 from train.config import parse
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +108,26 @@ def test_a_step_without_a_finite_gradient_changes_nothing(optimizer, tiny_flags)
     assert all(p.isfinite().all() for p in built.model.parameters())
 
 
+def crowded(flags, rank):
+    """Train, but no file on one rank can grow beyond 20,000 bytes, which stands in for its full disk."""
+    from train.run import main
+
+    if int(os.environ["RANK"]) == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    sys.exit(main(flags))
+
+
+def test_a_full_disk_of_one_rank_ends_all_and_loses_nothing(tiny_flags, tmp_path):
+    flags = [*without(tiny_flags, "n_embd"), "--n_embd=32", "--parallel=fsdp", "--init_from=auto"]
+    assert ranks.run(ranks.train, ([*flags, "--max_iters=4"],), 2, tmp_path / "logs") == [0, 0]
+    assert ranks.run(crowded, (flags, 1), 2, tmp_path / "full") == [2, 2]
+    said = [(tmp_path / "full" / f"{rank}.log").read_text().splitlines()[-1] for rank in (0, 1)]
+    assert all("checkpoint of step 8" in line and "not written" in line and "step-00000004" in line for line in said)
+    assert [p.name for p in sorted((tmp_path / "out").glob("*step-*"))] == ["step-00000004"]
+    verify(find_checkpoint(tmp_path / "out"))
+    assert not list((tmp_path / "out").glob(".unfinished-*"))
+
+
 def poisoned(flags, rank, at):
     """Train with a loss that is NaN on one rank in the steps `at`."""
     accumulate = loop.accumulate
@@ -163,17 +184,41 @@ def torchrun(flags, *options):
     return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train" / "run.py"), *flags]
 
 
+def test_two_agents_on_the_loopback_interface_train_together(tiny_data, tmp_path):
+    """The quickstart, smaller, in nanoGPT's two-node form; and then the doctor's measurement."""
+    port = ranks.free_port()
+    flags = ["configs/quickstart.py", f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=2",
+             "--device=cpu", "--max_iters=6", "--eval_interval=6", "--eval_iters=2", "--compile=False", "--batch_size=2"]
+    nodes = [subprocess.Popen(torchrun(flags, "--nproc_per_node=1", "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
+                                       f"--master_port={port}"), cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "parallel: DDP, 2 ranks on 2 node(s)" in said[0] and "iter" not in said[1]
+    assert find_checkpoint(tmp_path / "out").name == "step-00000006"
+
+
+def test_the_doctor_says_what_is_here_and_how_fast_ranks_exchange(tmp_path, capsys):
+    assert doctor.main([]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n{what} " in f"\n{said}" for what in ("python", "torch", "triton", "GPUs", "kernels", "dtype"))
+    assert doctor.main(["--dist=True"]) == 2
+    assert "torchrun" in capsys.readouterr().err
+    assert ranks.run(doctor.main, (["--dist=True"],), 2, tmp_path / "logs") == [0, 0]
+    assert (tmp_path / "logs" / "0.log").read_text().count("all-reduce of ") == 3
+
+
 def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_run_killed_again_and_again_ends_as_if_never_killed(flags, tmp_path, request):
-    """kill -9 to one rank of two at random moments (`--kills=N` times), saves included; torchrun restarts them.
+    """kill -9 to one rank of two under FSDP2 at random moments (`--kills=N` times), saves included; torchrun restarts them.
 
     --init_from stays scratch: after a restart the run knows that the folder is its own.
     """
     kills = request.config.getoption("--kills")
-    flags = [f for f in flags if f != "--init_from=auto"]
+    flags = [*(f for f in flags if f != "--init_from=auto"), "--parallel=fsdp"]
     assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 2, tmp_path / "logs") == [0, 0]
     killed = tmp_path / "killed"
     options = ("--standalone", "--nproc_per_node=2", f"--max-restarts={kills}", "--monitor-interval=0.1")
