@@ -21,7 +21,7 @@ from train.config import Config, parse
 from train.report import Report
 from train.start import Run, build
 
-STEPS, WARMUP = 300, 20
+STEPS, WARMUP = 100, 10
 
 
 class Stopwatch:
