@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpt import GPT
-from gpt.pretrained import find_checkpoint, verify, whole_checkpoints
+from gpt.pretrained import find_checkpoint, read_part, verify, whole_checkpoints
 from train import checkpoint, loop, run
 from train.checkpoint import TEMPORARY
 
@@ -96,6 +96,25 @@ def test_too_little_room_is_said_before_anything_is_written(trained, capsys, mon
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "MB and some are needed, 1.1 MB are free" in err and "step-00000012" in err
     assert not list(folder.glob(f"{TEMPORARY}*"))
+
+
+def test_a_checkpoint_is_of_its_step_though_training_goes_on(tiny_flags, tmp_path, monkeypatch):
+    """The save of step 4 begins to write when step 6 is done, and writes what was there after step 4."""
+    flags = [*(f for f in tiny_flags if "--out_dir" not in f), "--keep_last=9"]
+    assert run.main([*flags, f"--out_dir={tmp_path / 'usual'}"]) == 0
+    steps, train_step, write = [], loop.train_step, checkpoint._write_tensors
+
+    def wait(folder, snapshot, *rest):
+        while snapshot.step == 4 and steps[-1] < 6:
+            time.sleep(0.001)
+        write(folder, snapshot, *rest)
+
+    monkeypatch.setattr(loop, "train_step", lambda run, lr: (train_step(run, lr), steps.append(run.step))[0])
+    monkeypatch.setattr(checkpoint, "_write_tensors", wait)
+    assert run.main([*flags, f"--out_dir={tmp_path / 'late'}"]) == 0
+    for part in ("model", "optimizer", "rng"):
+        usual, late = (read_part(tmp_path / name / "step-00000004", part) for name in ("usual", "late"))
+        assert usual.keys() == late.keys() and all(torch.equal(usual[k], late[k]) for k in usual)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_ends_soon_after_one_that_fails(trained, capsys, monkeypatch):
