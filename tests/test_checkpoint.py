@@ -118,19 +118,19 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on(tiny_flags, tmp_pat
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_ends_soon_after_one_that_fails(trained, capsys, monkeypatch):
-    """The save of step 14 waits until two more steps are done, and fails; the run ends there and not at step 400."""
+    """The save of step 100 waits until two more steps are done, and fails; the run ends there and not with the next save."""
     flags, folder = trained
     steps, train_step = [], loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda run, lr: (steps.append(run.step), train_step(run, lr))[1])
 
     def wait_and_fail(*_):
-        while steps[-1] < 16:
+        while steps[-1] < 102:
             time.sleep(0.001)
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_tensors", wait_and_fail)
-    assert run.main([*flags, "--init_from=resume", "--max_iters=400", "--lr_decay_iters=400", "--eval_interval=14"]) == 2
-    assert "checkpoint of step 14" in capsys.readouterr().err and steps[-1] < 28
+    assert run.main([*flags, "--init_from=resume", "--max_iters=300", "--lr_decay_iters=300", "--eval_interval=100"]) == 2
+    assert "checkpoint of step 100" in capsys.readouterr().err and steps[-1] < 190
     assert find_checkpoint(folder).name == "step-00000012"
 
 
