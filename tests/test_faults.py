@@ -27,8 +27,8 @@ def without(flags, *names):
 
 @pytest.fixture
 def flags(tiny_flags):
-    """100 steps, a checkpoint every 10, on any number of ranks."""
-    return [*without(tiny_flags, "max_iters", "lr_decay_iters", "eval_interval"), "--max_iters=100", "--lr_decay_iters=100",
+    """60 steps, a checkpoint every 10, on any number of ranks."""
+    return [*without(tiny_flags, "max_iters", "lr_decay_iters", "eval_interval"), "--max_iters=60", "--lr_decay_iters=60",
             "--eval_interval=10", "--eval_iters=1", "--init_from=auto"]
 
 
@@ -61,11 +61,11 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_nothing_is_lost(flags, tmp_
         until(lambda saves=saves: whole_checkpoints(asked) and int(find_checkpoint(asked).name[5:]) > saves)
         os.kill(processes[rank].pid, number)
         assert ranks.wait(processes) == [0, 0]
-        assert int(find_checkpoint(asked).name[5:]) < 100
+        assert int(find_checkpoint(asked).name[5:]) < 60
     assert ranks.run(ranks.train, ([*flags, f"--out_dir={asked}"],), 2, tmp_path / "logs") == [0, 0]
     assert_same_run(tmp_path / "whole", asked)
     evaluations = [json.loads(line) for line in (asked / "metrics.jsonl").read_text().splitlines() if "val/loss" in line]
-    assert [e["iter"] for e in evaluations] == list(range(0, 101, 10))
+    assert [e["iter"] for e in evaluations] == list(range(0, 61, 10))
     assert "asked to stop (another rank was), at step" in (tmp_path / "logs" / "0.log").read_text()
 
 
@@ -218,7 +218,7 @@ def test_a_run_killed_again_and_again_ends_as_if_never_killed(flags, tmp_path, r
     --init_from stays scratch: after a restart the run knows that the folder is its own.
     """
     kills = request.config.getoption("--kills")
-    steps = 50 * (kills + 1)  # about what it does between a restart and the next kill
+    steps = 20 + 45 * kills  # about what it does between a restart and the next kill
     flags = [*without(flags, "init_from", "max_iters", "lr_decay_iters"), f"--max_iters={steps}", f"--lr_decay_iters={steps}",
              "--parallel=fsdp"]
     assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 2, tmp_path / "logs", seconds=900) == [0, 0]
