@@ -84,7 +84,8 @@ class Loader:
         assert 0 <= rank < world_size
         self._tokens, self._block_size, self._batch_size, self._seed = tokens, block_size, batch_size, seed
         self._device, self._rank, self._stride = torch.device(device), rank, world_size * batch_size
-        self._known, self._starts = 0, np.empty((0, batch_size), np.int64)
+        self._known = 0
+        self._starts: np.ndarray = np.empty((0, batch_size), np.int64)
         if self._device.type == "cuda":
             self._ahead = _Ahead(self._device, (2, batch_size, block_size), self._read)
         self.position = position

@@ -15,6 +15,16 @@ from train.parallel import World
 USABLE = 0.92  # of what is free: the allocator's pieces, NCCL's buffers and cuBLAS's workspaces take the rest
 
 
+def check(config: Config, w: World, device: torch.device) -> None:
+    """Raise ValueError, before anything is built, where the batches of a step cannot be shared out or fitted."""
+    if not config.data.fit_batch:
+        parallel.accumulation_per_rank(config.optim.gradient_accumulation_steps, w)
+    elif device.type != "cuda":
+        raise ValueError(f"--batch_size=auto measures a GPU's memory, and the device is {device.type}; give a number")
+    else:
+        micro_batches(config, w)
+
+
 def micro_batches(config: Config, w: World) -> list[int]:
     """Every batch_size that gives the same tokens per step on these ranks, smallest first.
 

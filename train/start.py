@@ -57,10 +57,7 @@ def build(config: Config) -> Run:
     device = hardware.resolve_device(config.run.device, world.local_rank)
     choice = resolve(config.kernel.kernels, device, attention=config.kernel.attention,
                      layernorm=config.kernel.layernorm, cross_entropy=config.kernel.cross_entropy)
-    if config.data.fit_batch and device.type != "cuda":
-        raise ValueError(f"--batch_size=auto measures a GPU's memory, and the device is {device.type}; give a number")
-    if not config.data.fit_batch:
-        parallel.accumulation_per_rank(config.optim.gradient_accumulation_steps, world)
+    memory.check(config, world, device)
     store = parallel.start(world, device, config.parallel)
     parallel.first_rank_decides(lambda: verify(config.data_dir), world)
     tokens = {split: open_split(config.data_dir, split) for split in ("train", "val")}
