@@ -87,6 +87,13 @@ class Tokens:
             yield self.read(np.array([start]), min(_CHUNK, len(self) - start))[0]
 
 
+class Reversed(Tokens):
+    """The same tokens from the last to the first: what comes next in them is what came before."""
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        return super().read(len(self) - length - np.asarray(starts), length)[:, ::-1]
+
+
 def _open(path: Path, headed: bool) -> _Shard:
     """Open one file and find out its format; `headed` says that it must have a header, as its siblings do."""
     descriptor = os.open(path, os.O_RDONLY)

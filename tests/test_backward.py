@@ -7,13 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.tokens import check_vocabulary, open_split, write_tokens
+from data.tokens import Reversed, check_vocabulary, open_split, write_tokens
 from gpt import GPT, GPTConfig, sample
 from gpt.generate import generate
 from gpt.pretrained import find_checkpoint
 from train import loop, run, start
 from train.config import parse
-from train.origin import Reversed
 
 CONFIG = GPTConfig(block_size=8, vocab_size=19, n_layer=2, n_head=2, n_embd=16)
 

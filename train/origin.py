@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.loader import eval_batches
-from data.tokens import Tokens, check_vocabulary, open_split
+from data.tokens import Reversed, Tokens, check_vocabulary, open_split
 from gpt import GPT, SIZES, GPTConfig, hardware, nanogpt
 from gpt.pretrained import find_checkpoint, read_config, read_weights, verify, whole_checkpoints
 from gpt.stitch import Trained, merge, stitch
@@ -131,13 +130,6 @@ def alignment(config: Config, model: GPTConfig) -> Tensor:
     device = hardware.resolve_device(config.run.device, parallel.world().local_rank)
     return next(eval_batches(tokens, block_size=model.block_size, batch_size=config.join.batch_size_alignment, count=1,
                              seed=config.run.seed, device=device))[0]
-
-
-class Reversed(Tokens):
-    """The same tokens from the last to the first: what comes next in them is what came before."""
-
-    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        return super().read(len(self) - length - np.asarray(starts), length)[:, ::-1]
 
 
 def directed(tokens: Tokens, model: GPTConfig) -> Tokens:

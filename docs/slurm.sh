@@ -1,5 +1,5 @@
 #!/bin/bash
-# Several nodes under Slurm: `sbatch --nodes=2 scripts/slurm.sh configs/train_gpt2.py [--key=value ...]`, from the checkout.
+# Several nodes under Slurm: `sbatch --nodes=2 docs/slurm.sh configs/train_gpt2.py [--key=value ...]`, from the checkout.
 # Before its time is up, or when it is preempted, the run saves; the job goes back into the queue and resumes by itself.
 #SBATCH --job-name=ridgegpt
 #SBATCH --nodes=2
