@@ -85,4 +85,12 @@ def _rank(function, args: tuple, env: dict[str, str], log: Path) -> None:
     os.dup2(out, 2)
     faulthandler.enable()
     torch.set_num_threads(1)
-    function(*args)
+    code = 0
+    try:
+        function(*args)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Twice in some sixty starts a forked rank stayed after all was done, in what libraries do at exit; torchrun's do not fork.
+    os._exit(code)

@@ -1,6 +1,7 @@
 """Any number of ranks is one process: the same losses, weights, evaluation, checkpoints, whatever is trained and how."""
 
 import json
+import os
 import shutil
 from functools import partial
 
@@ -98,6 +99,18 @@ def start(folder, size, runs):
     assert codes == [0] * size, (folder / f"logs{size}" / "0.log").read_text()[-3000:]
 
 
+def leave_gradients(runs, folder):
+    """A rank that writes the gradients of the first step of each of the runs, whole, as NAME.pt."""
+    for name, flags, port in runs:
+        os.environ["MASTER_PORT"] = str(port)
+        built = start_run.build(parse(flags))
+        loop.accumulate(built)
+        found = {name: parallel.whole(p.grad) for name, p in built.model.named_parameters()}
+        if built.world.rank == 0:
+            torch.save(found, folder / f"{name}.pt")
+        parallel.stop()
+
+
 def outcome(folder):
     """Losses by step, evaluations by step, and the last checkpoint's tensors."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -125,6 +138,19 @@ def assert_same(a, b, rel=1e-5):
 def assert_equal(a, b):
     assert a[:2] == b[:2] and a[2].keys() == b[2].keys()
     assert all(torch.equal(a[2][name], b[2][name]) for name in a[2])
+
+
+def test_the_gradients_of_shards_and_of_copies_are_those_of_one_process(tmp_path):
+    data = write_tiny_data(tmp_path / "tiny")
+    runs = [(how, [*flags_of(tmp_path, data, CURVE, how), f"--parallel={how}"], ranks.free_port()) for how in SPREADS]
+    assert ranks.run(leave_gradients, (runs, tmp_path), 2, tmp_path / "logs") == [0, 0]
+    alone = start_run.build(parse(flags_of(tmp_path, data, CURVE, "one")))
+    loop.accumulate(alone)
+    for how in SPREADS:
+        gradients = torch.load(tmp_path / f"{how}.pt")
+        assert gradients.keys() == dict(alone.model.named_parameters()).keys()
+        for name, p in alone.model.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["ddp2", "fsdp2", "ddp3", "fsdp3", "hsdp2"])
