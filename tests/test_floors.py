@@ -29,7 +29,7 @@ def test_the_124m_step_in_ns_per_token():
 
 @pytest.mark.parametrize("name, thousands", [("gpt2", 889), ("gpt2-medium", 322), ("gpt2-large", 151), ("gpt2-xl", 76.9)])
 def test_the_ceiling_of_each_size(name, thousands):
-    assert floors.tokens_per_s(size(name), H200) / 1e3 == pytest.approx(thousands, rel=2e-3)
+    assert floors.tokens_per_s(size(name), H200) / 1e3 == pytest.approx(thousands, rel=4e-3)
 
 
 def test_products_are_those_of_the_flop_formula():

@@ -1,0 +1,71 @@
+"""Who else computes an operator: every implementation of one case of bench/cases.py that this machine could have.
+
+An implementation takes the arguments of our operator. One that cannot run here is a sentence that says why.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.cases import Case, operator
+
+BACKENDS = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+OURS = "ours"
+
+
+def implementations(case: Case, device: torch.device) -> dict[str, Callable | str]:
+    """All that could be measured on a case, ours first: a callable, or why it is left out."""
+    cuda = device.type == "cuda"
+    found: dict[str, Callable | str] = {
+        OURS: operator(case, "triton") if cuda else f"the Triton kernels need a CUDA device, this is {device.type}",
+    }
+    if not cuda:
+        found["reference"] = operator(case, "reference")
+    found["torch"] = operator(case, "torch")
+    if case.operator != "attention":  # alone it is one call of scaled_dot_product_attention: nothing to fuse
+        found["torch, compiled"] = compiled(operator(case, "torch"))
+    if case.family == "attention":
+        return found | {name: partial(_forced, backend, operator(case, "torch")) for name, backend in BACKENDS.items()} | {
+            "flash-attn": _flash_attn(case, cuda)}
+    return found | {"Liger": _liger(case, cuda)}
+
+
+def compiled(fn: Callable) -> Callable:
+    """torch.compile for one set of shapes. Earlier ones are forgotten, lest it generalise over them and lose speed."""
+    torch.compiler.reset()
+    return torch.compile(fn, dynamic=False)
+
+
+def _forced(backend: SDPBackend, fn: Callable, *args: Tensor, **options) -> Tensor:
+    with sdpa_kernel(backend):
+        return fn(*args, **options)
+
+
+def _flash_attn(case: Case, cuda: bool) -> Callable | str:
+    if find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    return operator(case, "flash_attn") if cuda else "flash-attn needs a CUDA device"
+
+
+def _liger(case: Case, cuda: bool) -> Callable | str:
+    """Liger's operators, which round nothing here that ours do not: parameters fp32, the head's weight in the dtype of x."""
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    if not cuda:
+        return "liger-kernel needs a CUDA device"
+    if case.operator == "add_layernorm" or case.variant:
+        return f"liger-kernel has no {f'{case.operator} {case.variant}'.rstrip()}"
+    from liger_kernel.transformers import functional as liger
+
+    if case.operator == "layernorm":
+        return lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)
+    if case.operator == "cross_entropy":
+        return lambda logits, targets: liger.liger_cross_entropy(logits, targets, ignore_index=-1)
+    return lambda x, w, targets: liger.liger_fused_linear_cross_entropy(x, w.to(x.dtype), targets, ignore_index=-1)

@@ -1,0 +1,45 @@
+"""Every operator under pytest-benchmark: `pytest bench/ --benchmark-only`; `-k "layernorm and forward"` picks some.
+
+A result is checked before it is timed, as in bench/operators.py, whose cases these are. What is timed here is a whole call
+as the host sees it, launch and wait included, which is what pytest-benchmark's clock can tell; the device's own time, with
+an L2 that holds nothing, and the fraction of the floor are bench/operators.py's.
+"""
+
+import pytest
+import torch
+from torch._functorch import config as functorch_config
+
+from bench import cases, operators
+from bench.operator_peers import implementations
+from gpt import hardware
+
+
+def pytest_generate_tests(metafunc):
+    device = hardware.resolve_device("auto")
+    found = [(case, name, device) for case in operators.chosen_cases(operators.Options(), device)
+             for name in implementations(case, device)]
+    metafunc.parametrize("case, name, device", found, ids=[f"{case} {name}".replace(" ", "-") for case, name, _ in found])
+    metafunc.parametrize("phase", operators.PHASES[:2])
+
+
+def test_operator(benchmark, case, name, device, phase):
+    fn = implementations(case, device)[name]
+    if isinstance(fn, str):
+        pytest.skip(fn)
+    with functorch_config.patch(donated_buffer=False):
+        try:
+            fault = operators.wrong(fn, case, device)
+        except operators.PEERS_FAIL_WITH as error:
+            if name == operators.OURS:
+                raise
+            pytest.skip(str(error))
+        assert not fault
+        run = operators.phases(fn, cases.arguments(case, device))[phase]
+        benchmark.group = f"{case}, {phase}"
+
+        def call():
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        benchmark(call)

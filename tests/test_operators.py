@@ -1,0 +1,141 @@
+"""The comparison of operators with their peers and the floor (bench/operators.py)."""
+
+import json
+
+import pytest
+import torch
+
+from bench import cases, operators
+from bench.cases import Case
+from bench.floors import Rates, Work
+from bench.operator_peers import OURS, implementations
+from bench.timing import Timing
+
+CPU = torch.device("cpu")
+FP32 = torch.float32
+SMALL = [Case("attention_qkv", (2, 16, 2, 8), FP32), Case("attention", (2, 16, 2, 8), FP32), Case("layernorm", (16, 16), FP32),
+         Case("add_layernorm", (12, 16), FP32), Case("cross_entropy", (12, 30), FP32), Case("linear_cross_entropy", (12, 8, 30), FP32)]
+RATES = Rates(matmul_tflops=1.0, copy_gbs=1.0)
+
+
+def off_by(factor, phase, case):
+    """PyTorch's operator with its result, or its gradient alone, scaled a little."""
+    fn = cases.operator(case, "torch")
+
+    def scaled(t):
+        return t * factor if phase == "forward" else t * factor + (t * (1 - factor)).detach()
+
+    def broken(*args):
+        out = fn(*args)
+        return tuple(map(scaled, out)) if isinstance(out, tuple) else scaled(out)
+    return broken
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_what_is_right_is_admitted(case):
+    assert operators.wrong(cases.operator(case, "torch"), case, CPU) == ""
+    assert operators.wrong(cases.operator(case, "reference"), case, CPU) == ""
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_what_is_wrong_is_refused_with_both_values(case, phase):
+    said = operators.wrong(off_by(1.01, phase, case), case, CPU)
+    assert "is right" in said and "allowed" in said
+
+
+def test_attention_that_sees_its_future_is_refused():
+    def seeing(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    assert operators.wrong(seeing, SMALL[1], CPU)
+
+
+def test_a_result_of_nan_is_refused():
+    assert operators.wrong(lambda *args: cases.operator(SMALL[2], "torch")(*args) * float("nan"), SMALL[2], CPU)
+
+
+def test_a_refused_one_is_not_timed(monkeypatch):
+    case = SMALL[2]
+    monkeypatch.setattr(operators, "implementations", lambda *_: {
+        OURS: off_by(1.01, "forward", case), "torch": cases.operator(case, "torch"), "other": "not installed"})
+    found = operators.measure_case(case, RATES, CPU, repeats=2)
+    assert list(found["variants"]) == ["torch"] and OURS in found["refused"] and found["skipped"] == {"other": "not installed"}
+
+
+def test_a_backend_without_a_kernel_is_named():
+    right, skipped, refused = operators.admit(SMALL[1], CPU)
+    assert {"torch", "reference", "SDPA flash"} <= set(right) and not refused
+    assert {OURS, "flash-attn"} <= set(skipped)
+    assert all(skipped.values())
+
+
+def test_a_failure_of_ours_is_no_reason_to_skip_it(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("launch failed")
+    monkeypatch.setattr(operators, "implementations", lambda *_: {OURS: fails, "torch": cases.operator(SMALL[2], "torch")})
+    with pytest.raises(RuntimeError, match="launch failed"):
+        operators.admit(SMALL[2], CPU)
+
+
+def test_speed_is_work_over_time():
+    row = operators.speed(Timing((2.0,)), Work(flops=1e9), RATES)
+    assert row["tflops"] == pytest.approx(0.5) and row["gbs"] is None and row["of_floor"] == pytest.approx(0.5)
+    row = operators.speed(Timing((2.0,)), Work(bytes=1e6), RATES)
+    assert row["gbs"] == pytest.approx(0.5) and row["tflops"] is None and row["of_floor"] == pytest.approx(0.5)
+    assert operators.speed(Timing((2.0,)), None, RATES)["of_floor"] is None
+
+
+def test_more_than_the_device_can_do_is_refused():
+    operators.refuse_impossible("x", "forward", operators.speed(Timing((0.95,)), Work(bytes=1e6), RATES))
+    with pytest.raises(ValueError, match="x, forward: 0.5 ms is 200 %"):
+        operators.refuse_impossible("x", "forward", operators.speed(Timing((0.5,)), Work(bytes=1e6), RATES))
+
+
+def test_the_least_work_of_each_operator():
+    """By hand, bf16: attention 2 products forward and 5 backward over half of the scores; a loss reads its logits once."""
+    assert operators.work(Case("attention", (2, 64, 3, 8)))["forward"].flops == 4 * (2 * 3 * 64 * 64 / 2) * 8
+    assert operators.work(Case("attention_qkv", (2, 64, 3, 8)))["backward"].flops == 10 * (2 * 3 * 64 * 64 / 2) * 8
+    loss = operators.work(Case("cross_entropy", (10, 50)))
+    assert loss["both"].bytes == 2 * 10 * 50 * 2 + 2 * 8 * 10 and loss["backward"] is None
+    head = operators.work(Case("linear_cross_entropy", (10, 4, 50)))
+    assert head["both"].flops == 6 * 10 * 4 * 50 and head["backward"] is None
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_implementations_are_callables_or_reasons(case):
+    found = implementations(case, CPU)
+    assert next(iter(found)) == OURS and isinstance(found[OURS], str)
+    assert all(callable(fn) or fn for fn in found.values())
+
+
+def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(operators, "implementations", lambda case, _: {"torch": cases.operator(case, "torch"), OURS: "no GPU"})
+    monkeypatch.setattr(operators, "chosen_cases", lambda *_: SMALL[:3])
+    out = tmp_path / "o.json"
+    assert operators.main(operators.Options(device="cpu", repeats=2, out=str(out))) == 0
+    result = json.loads(out.read_text())
+    assert list(result["cases"]) == [str(case) for case in SMALL[:3]]
+    row = result["cases"][str(SMALL[0])]["variants"]["torch"]["backward"]
+    assert row["of_floor"] > 0 and row["timing"]["q1_ms"] <= row["timing"]["median_ms"] <= row["timing"]["q3_ms"]
+    assert result["environment"]["torch"] and result["rates"]["matmul_tflops"] > 0
+    assert "no GPU" in capsys.readouterr().out
+
+
+def test_out_of_time_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(operators, "chosen_cases", lambda *_: SMALL[:2])
+    out = tmp_path / "o.json"
+    operators.main(operators.Options(device="cpu", minutes=1e-9, out=str(out)))
+    assert json.loads(out.read_text())["left_out"] == [str(case) for case in SMALL[:2]]
+    assert "left out" in capsys.readouterr().out
+
+
+def test_an_unknown_size_is_named():
+    with pytest.raises(ValueError, match="125M"):
+        operators.chosen_cases(operators.Options(sizes="125M"), torch.device("cuda"))
+
+
+def test_a_gpu_measures_four_sizes_and_six_lengths():
+    chosen = operators.chosen_cases(operators.Options(), torch.device("cuda"))
+    lengths = {case.shape[1] for case in chosen if case.operator == "attention"}
+    assert lengths == {512, 1024, 2048, 4096, 8192, 16384}
+    assert {case.shape[-1] for case in chosen if case.operator == "add_layernorm"} == {768, 1024, 1280, 1600}
