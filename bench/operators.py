@@ -141,8 +141,8 @@ def speed(timing: Timing, least: Work | None, rates: Rates) -> dict:
 def refuse_impossible(name: str, phase: str, row: dict) -> None:
     """Raises ValueError for a time that no device could have: the clock, or the floor, is wrong."""
     if row["of_floor"] is not None and row["of_floor"] > IMPOSSIBLE:
-        raise ValueError(f"{name}, {phase}: {row['timing'].median_ms:.4g} ms is {100 * row['of_floor']:.0f} % of what this device "
-                         f"can do; nothing is reported above {100 * IMPOSSIBLE:.0f} %")
+        raise ValueError(f"{name}, {phase}: {row['timing'].median_ms:.4g} ms is {100 * row['of_floor']:.0f} % of what this "
+                         f"device can do; nothing is reported above {100 * IMPOSSIBLE:.0f} %")
 
 
 # -- check -----------------------------------------------------------------------

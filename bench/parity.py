@@ -1,0 +1,126 @@
+"""The same run on two kernel suites: do they learn the same? 200 steps of GPT-2 124M on real text; a small model on a CPU.
+
+    python bench/parity.py                            # torch against triton on a GPU, reference against torch on a CPU
+    python bench/parity.py --steps=50 --out=parity.json
+
+Both start from one seed, so from the same weights, and read the same batches; they are train/run.py as users run it. The
+text is the source of Python's standard library: in GPT-2's tokens where its vocabulary is at hand, else as bytes.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from bench.timing import ROOT, environment, write_result
+from data.gpt2 import END_OF_TEXT, encode_ordinary, gpt2_encoding
+from data.python_stdlib import prepare
+from data.small import write_dataset
+from gpt import hardware
+
+# nats of validation loss: three times what two seeds of the same run differed by (bench/LOG.md, 0.007). Suites that share
+# the seed should be closer.
+LIMIT = 0.02
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train the same on two suites and compare the losses."""
+
+    device: str = "auto"
+    steps: int = 0
+    """0: 200 on a GPU, 20 on a CPU"""
+    batch_size: int = 16
+    """sequences of 1024 tokens on a GPU, of 64 on a CPU"""
+    suites: str = ""
+    """two or more, with commas, the first being what the others must equal; empty: torch,triton or reference,torch"""
+    out: str = ""
+    """JSON file for the result; empty: bench/results/parity-DEVICE.json"""
+
+
+def main(options: Options) -> int:
+    """Run, compare, write the JSON. 1 where a suite ends further than LIMIT from the first."""
+    device = hardware.resolve_device(options.device)
+    cuda = device.type == "cuda"
+    names = (options.suites or ("torch,triton" if cuda else "reference,torch")).split(",")
+    steps = options.steps or (200 if cuda else 20)
+    out = Path(options.out) if options.out else ROOT / "bench" / "results" / f"parity-{device.type}.json"
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = write_corpus(Path(scratch) / "data", cuda)
+        flags = [f"--data_dir={scratch}/data", f"--device={device}", *settings(steps, options.batch_size, cuda)]
+        runs = {name: train(Path(scratch) / name, [*flags, f"--kernels={name}"]) for name in names}
+    result = {"benchmark": "parity", "environment": environment(device), "corpus": corpus, "steps": steps, "limit": LIMIT,
+              "suites": runs, "against": {name: compare(runs[names[0]], runs[name]) for name in names[1:]}}
+    write_result(out, result)
+    for name, found in result["against"].items():
+        print(f"{name} against {names[0]}, {steps} steps on {corpus}: validation loss {runs[name]['val_loss']:.4f} and "
+              f"{runs[names[0]]['val_loss']:.4f}; training losses differ by {found['mean']:.2g} on average, at most "
+              f"{found['most']:.2g}")
+    print(f"written to {out}")
+    return int(any(not abs(found["val"]) <= LIMIT for found in result["against"].values()))
+
+
+def write_corpus(folder: Path, gpt2_tokens: bool) -> str:
+    """The corpus in `folder`, and what it is called."""
+    folder.mkdir(parents=True)
+    if gpt2_tokens:
+        try:
+            gpt2_encoding()
+        except ValueError as error:
+            print(f"{error}; taking bytes instead")
+        else:
+            root = Path(prepare.sysconfig.get_path("stdlib"))
+            parts: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+            for path in prepare.source_files(root):
+                ids = encode_ordinary((root / path).read_text(encoding="utf-8", errors="replace"))
+                parts["val" if prepare.is_validation(path) else "train"] += [ids, np.array([END_OF_TEXT], ids.dtype)]
+            splits = {name: np.concatenate(part).astype(np.uint16) for name, part in parts.items()}
+            write_dataset(folder, splits, {"name": "python_stdlib, GPT-2's tokens"}, "gpt2", 50257)
+            return "python_stdlib in GPT-2's tokens"
+    prepare.main(folder)
+    return "python_stdlib in bytes"
+
+
+def settings(steps: int, batch_size: int, cuda: bool) -> list[str]:
+    """Flags of train/run.py: GPT-2 124M as configs/train_gpt2.py has it, or something a CPU does in seconds."""
+    values: dict[str, object] = {
+        "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": max(1, steps // 10), "eval_interval": steps,
+        "eval_iters": 20, "gradient_accumulation_steps": 1, "batch_size": batch_size, "log_interval": 1,
+        "always_save_checkpoint": False, "seed": 1337,
+    }
+    if not cuda:
+        values |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "learning_rate": 4e-3, "min_lr": 4e-4}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def train(out_dir: Path, flags: list[str]) -> dict:
+    """One run: its training losses, its validation loss at the end, and its median tokens/s after the first ten steps."""
+    command = [sys.executable, str(ROOT / "train" / "run.py"), f"--out_dir={out_dir}", *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    entries = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return {"flags": flags, "loss": [e["loss"] for e in entries if "loss" in e],
+            "val_loss": [e["val/loss"] for e in entries if "val/loss" in e][-1],
+            "tokens_per_s": float(np.median([e["tokens_per_s"] for e in entries if "loss" in e][10:] or [0.0]))}
+
+
+def compare(first: dict, other: dict) -> dict[str, float]:
+    """How far two runs are apart: the absolute differences of their training losses, and `val`, signed."""
+    apart = [abs(a - b) for a, b in zip(first["loss"], other["loss"], strict=True)]
+    return {"mean": fmean(apart), "most": max(apart), "val": other["val_loss"] - first["val_loss"]}
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        sys.exit(main(tyro.cli(Options, prog="bench/parity.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: train/run.py ended with {error.returncode}; its last lines are above")

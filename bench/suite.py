@@ -1,0 +1,189 @@
+"""Everything that is worth knowing of a machine, in one command and a fixed time: `python bench/suite.py --minutes=9`.
+
+In order of worth: the tests that need a GPU; operators against peers and floor; training steps at four sizes; whether the
+kernels learn what PyTorch's do; memory by batch size. Each part is a process of its own, with its share of what time is
+left; one that hangs is ended, one that fails is recorded, and the next one runs. Each part's JSON and log are in --out as
+soon as it ends, or as far as it came; suite-DEVICE.json has all of it in one file.
+
+Exit code: 0; 1 if a part failed or was ended; 2 for a wrong flag.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from bench.timing import ROOT, environment, write_result
+from gpt import hardware
+
+LOG_LINES = 40  # of a part's output that go into the JSON
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure everything."""
+
+    device: str = "auto"
+    minutes: float = 9.0
+    """for all parts together"""
+    parts: str = ""
+    """only these, with commas; empty: all that the device can run"""
+    out: str = ""
+    """folder for the results, bench/results for those that README's tables are made from; empty: out-suite"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, relative to the checkout, whose weight is its share of the time and `least_s` what it cannot do without.
+
+    `{out}` in the command is the part's JSON file, `{minutes}` what it should take to end by itself.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    weight: float
+    least_s: float
+    skip: str = ""  # why it cannot run here
+    merge_into: str = ""  # a result whose "cases" this part's belong to
+
+
+@dataclass
+class Outcome:
+    """What became of a part: passed, failed, timed out or skipped."""
+
+    status: str
+    why: str = ""
+    seconds: float = 0.0
+    command: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    result: dict | None = None
+
+
+def parts(device: str) -> list[Part]:
+    """All parts, in order of worth. On a CPU, those that run there do so at a size it manages."""
+    if device == "cuda":
+        sizes = [Part(f"mfu-{size}", ("bench/mfu.py", f"--cases={size}", "--steps=10", "--out={out}"),
+                      weight, least, merge_into="mfu")
+                 for size, weight, least in (("124M", 2, 45), ("350M", 1.5, 60), ("774M", 1.5, 60), ("1558M", 1.5, 60))]
+        return [
+            Part("ring3", ("-m", "pytest", "-m", "gpu", "-v", "--tb=short"), 2, 20),
+            Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 2, 20),
+            *sizes,
+            Part("parity", ("bench/parity.py", "--out={out}"), 1.5, 60),
+            Part("memory", ("bench/memory.py", "--out={out}"), 0.5, 15),
+        ]
+    none, here = f"needs a CUDA device, this is {device}", f"--device={device}"
+    return [
+        Part("ring3", (), 0, 0, skip=none),
+        Part("operators", ("bench/operators.py", here, "--repeats=5", "--minutes={minutes}", "--out={out}"), 1, 10),
+        Part("mfu-macbook", ("bench/mfu.py", here, "--cases=macbook", "--steps=5", "--compile=False", "--out={out}"),
+             1, 10, merge_into="mfu"),
+        Part("parity", ("bench/parity.py", here, "--out={out}"), 1, 10),
+        Part("memory", (), 0, 0, skip=none),
+    ]
+
+
+def main(options: Options) -> int:
+    """Run the parts and say what became of each."""
+    ends = time.monotonic() + 60 * options.minutes
+    device = hardware.resolve_device(options.device)
+    chosen = choose(parts(device.type), options.parts)
+    out = Path(options.out).resolve() if options.out else ROOT / "out-suite"
+    out.mkdir(parents=True, exist_ok=True)
+    result: dict = {"benchmark": "suite", "minutes": options.minutes, "environment": environment(device), "parts": {}}
+    for i, part in enumerate(chosen):
+        share = part.weight / max(sum(p.weight for p in chosen[i:]), 1e-9)
+        outcome = run(part, (ends - time.monotonic()) * share, out, device.type)
+        result["parts"][part.name] = asdict(outcome)
+        write_result(out / f"suite-{device.type}.json", result)
+        print(f"{part.name:14}{outcome.status:10}{outcome.seconds:7.1f} s  {outcome.why}", flush=True)
+    bad = [name for name, outcome in result["parts"].items() if outcome["status"] in ("failed", "timed out")]
+    print(f"written to {out / f'suite-{device.type}.json'}" + (f"; not passed: {', '.join(bad)}" if bad else ""))
+    return int(bool(bad))
+
+
+def choose(known: list[Part], names: str) -> list[Part]:
+    """The parts of these names, in their own order. Raises ValueError for a name that is none."""
+    wanted = names.split(",") if names else [part.name for part in known]
+    if unknown := set(wanted) - {part.name for part in known}:
+        raise ValueError(f"--parts={names}: no part {min(unknown)!r}; there are {', '.join(part.name for part in known)}")
+    return [part for part in known if part.name in wanted]
+
+
+def run(part: Part, seconds: float, out: Path, device: str) -> Outcome:
+    """One part, in at most that many seconds."""
+    if part.skip:
+        return Outcome("skipped", part.skip)
+    if seconds < part.least_s:
+        return Outcome("skipped", f"{max(0.0, seconds):.0f} s left for it, it needs at least {part.least_s:.0f}")
+    file = out / (f"{part.name}.json" if part.merge_into else f"{part.name}-{device}.json")
+    file.unlink(missing_ok=True)  # an old result must not be taken for this one
+    minutes = f"{0.8 * seconds / 60:.3f}"  # by itself it ends between two cases: a fifth is for the one under way
+    words = [word.replace("{out}", str(file)).replace("{minutes}", minutes) for word in part.command]
+    began = time.monotonic()
+    code, text = launch([sys.executable, *words], out / f"{part.name}.log", seconds)
+    outcome = Outcome("passed", seconds=time.monotonic() - began, command=["python", *words], log=text[-LOG_LINES:])
+    last = next((line for line in reversed(text) if line.strip()), "")
+    if code is None:
+        outcome.status, outcome.why = "timed out", f"ended after {seconds:.0f} s; what it had written is kept"
+    elif code != 0:
+        outcome.status, outcome.why = "failed", f"exit code {code}: {last}"
+    elif not file.exists():
+        outcome.why = last
+    if file.exists():
+        outcome.result = json.loads(file.read_text())
+        if part.merge_into:
+            merge(file, out / f"{part.merge_into}-{device}.json", outcome.result)
+    return outcome
+
+
+def launch(command: list[str], log: Path, seconds: float) -> tuple[int | None, list[str]]:
+    """(exit code, or None if it had to be ended with all it started; lines of output). The output is in `log` as it comes."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                                   env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        except KeyboardInterrupt:
+            end(process)
+            raise
+    if code is None:
+        end(process)
+    return code, log.read_text(errors="replace").splitlines()
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a part and all processes of its session."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def merge(file: Path, into: Path, result: dict) -> None:
+    """Put a part's cases beside those already in `into`, from the same commit and machine; else it starts anew."""
+    same = ("commit", "dirty", "gpu_name", "cpu", "torch", "triton")
+
+    def key(found: dict) -> list:
+        where = found["environment"] | {"gpu_name": (found["environment"]["gpu"] or {}).get("name")}
+        return [where[name] for name in same]
+
+    before = json.loads(into.read_text()) if into.exists() else None
+    if before and key(before) == key(result):
+        result = result | {"cases": before["cases"] | result["cases"]}
+    write_result(into, result)
+    file.unlink()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        sys.exit(main(tyro.cli(Options, prog="bench/suite.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
