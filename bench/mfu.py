@@ -30,6 +30,7 @@ from torch._inductor.utils import fresh_cache
 
 from bench import peers
 from bench.peers import Peer
+from bench.profile_step import profile_all
 from bench.timing import ROOT, environment, measure, write_result
 from gpt import GPT, SIZES, GPTConfig, hardware
 from gpt.flops import mfu
@@ -69,6 +70,8 @@ class Options:
     """timed steps of each"""
     compile: bool = True
     """measure compiled variants, too"""
+    profile: bool = False
+    """also where a step of each goes, with Chrome traces beside the result"""
     out: str = ""
     """JSON file for the result; empty: bench/results/mfu-DEVICE.json"""
 
@@ -82,7 +85,7 @@ def main(options: Options) -> dict:
         raise ValueError(f"--cases={options.cases}: no case {unknown[0]!r}; there are {', '.join(CASES)}")
     if options.batch_size == "auto" and device.type != "cuda":
         raise ValueError(f"--batch_size=auto needs a GPU's limit, this is {device.type}; give a number")
-    out = Path(options.out) if options.out else ROOT / "bench" / "results" / f"mfu-{device.type}.json"
+    out = result_file(options, device)
     result: dict = {"benchmark": "mfu", "environment": environment(device), "cases": {}}
     for name in names:
         config, own = CASES[name]
@@ -93,6 +96,11 @@ def main(options: Options) -> dict:
         show(name, result["cases"][name])
     print(f"written to {out}")
     return result
+
+
+def result_file(options: Options, device: torch.device) -> Path:
+    """Where the result goes."""
+    return Path(options.out) if options.out else ROOT / "bench" / "results" / f"mfu-{device.type}.json"
 
 
 def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype, options: Options) -> dict:
@@ -113,6 +121,7 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
         memory = {peer.name: peak_memory_bytes(peer, idx, targets) for peer in runners}
         steps = {peer.name: (lambda peer=peer: peer.step(idx, targets).item()) for peer in runners}
         timings = measure(steps, device=device, warmup=1, repeats=options.steps)
+        profiled = profile_all(runners, config, idx, targets, result_file(options, device).parent) if options.profile else None
     rows = {}
     for peer in runners:
         tokens_per_s = batch * config.block_size / timings[peer.name].median_ms * 1e3
@@ -122,7 +131,7 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
             **mfu(config, tokens_per_s, hardware.device_name(device)), "peak_memory_bytes": memory[peer.name],
             "cold_start_s": cold[peer.name], "warm_start_s": warm.get(peer.name),
         }
-    result = {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows)}
+    result = {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows), "profile": profiled}
     del runners, steps
     gc.collect()
     return result

@@ -66,9 +66,12 @@ class Outcome:
 def parts(device: str) -> list[Part]:
     """All parts, in order of worth. On a CPU, those that run there do so at a size it manages."""
     if device == "cuda":
-        sizes = [Part(f"mfu-{size}", ("bench/mfu.py", f"--cases={size}", "--steps=10", "--out={out}"),
-                      weight, least, merge_into="mfu")
-                 for size, weight, least in (("124M", 2, 45), ("350M", 1.5, 60), ("774M", 1.5, 60), ("1558M", 1.5, 60))]
+        sizes = [Part(f"mfu-{size}", ("bench/mfu.py", f"--cases={size}", *flags, "--out={out}"), weight, least, merge_into="mfu")
+                 for size, weight, least, flags in (
+                     ("124M", 2, 45, ("--suites=torch,triton", "--profile=True")),
+                     ("350M", 1.5, 60, ("--suites=torch,triton", "--peers=")),
+                     ("774M", 1.5, 60, ("--suites=torch,triton", "--peers=")),
+                     ("1558M", 1.5, 60, ("--suites=torch,triton", "--peers=")))]
         return [
             Part("ring3", ("-m", "pytest", "-m", "gpu", "-v", "--tb=short"), 2, 20),
             Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 2, 20),
@@ -80,8 +83,8 @@ def parts(device: str) -> list[Part]:
     return [
         Part("ring3", (), 0, 0, skip=none),
         Part("operators", ("bench/operators.py", here, "--repeats=5", "--minutes={minutes}", "--out={out}"), 1, 10),
-        Part("mfu-macbook", ("bench/mfu.py", here, "--cases=macbook", "--steps=5", "--compile=False", "--out={out}"),
-             1, 10, merge_into="mfu"),
+        Part("mfu-macbook", ("bench/mfu.py", here, "--cases=macbook", "--steps=5", "--compile=False",
+                              "--profile=True", "--out={out}"), 1, 10, merge_into="mfu"),
         Part("parity", ("bench/parity.py", here, "--out={out}"), 1, 10),
         Part("memory", (), 0, 0, skip=none),
     ]
