@@ -21,8 +21,11 @@ from bench.report import RESULTS, where
 # What one element of a norm's or a loss's input takes, forward: two sums, centring, scaling, shifting; an exponential, its sum,
 # a maximum. They only place these points along the axis, where their distance to the roof is the measured one.
 NOMINAL_OPERATIONS = {"layernorm": 8, "add_layernorm": 9, "cross_entropy": 5}
-PHASES = {"forward": "o", "backward": "s", "both": "D"}
-COLORS = {"ours": "tab:red", "torch": "tab:blue", "torch, compiled": "tab:cyan", "reference": "tab:gray"}
+NOMINAL_PASSES = {"forward": 1, "backward": 2, "both": 3}
+MARKERS = {"attention": "o", "attention_qkv": "s", "layernorm": "^", "add_layernorm": "v", "cross_entropy": "D",
+           "linear_cross_entropy": "P"}
+COLORS = {"ours": "tab:red", "torch": "tab:blue", "torch, compiled": "tab:cyan", "reference": "tab:gray", "Liger": "tab:purple",
+          "flash-attn": "tab:brown", "SDPA flash": "tab:olive", "SDPA cuDNN": "tab:green", "SDPA efficient": "tab:pink"}
 
 
 @dataclass(frozen=True)
@@ -41,40 +44,42 @@ class Options:
 def intensity_and_speed(case: dict[str, Any], phase: str, of_floor: float, rates: dict[str, Any]) -> tuple[float, float]:
     """(operations per byte, TFLOP/s) of a measured phase: as far below the roof as it is from its floor."""
     floor = case["floor"][phase]
-    flops = floor["flops"] or NOMINAL_OPERATIONS[case["operator"]] * case["shape"][0] * case["shape"][1]
+    elements = case["shape"][0] * case["shape"][1]
+    flops = floor["flops"] or NOMINAL_PASSES[phase] * NOMINAL_OPERATIONS[case["operator"]] * elements
     intensity = flops / floor["bytes"]
     roof = min(rates["matmul_tflops"], intensity * rates["copy_gbs"] / 1e3)
     return intensity, of_floor * roof
 
 
+def phases(case: dict[str, Any]) -> tuple[str, str]:
+    """What is shown: forward and backward; of a loss, whose backward has no floor of its own, both together instead."""
+    return "forward", "both" if case["floor"]["backward"] is None else "backward"
+
+
 def roofline(result: dict[str, Any], figure: Any) -> None:
     """Operators under the roof: matrix products where it is flat, what only moves bytes where it rises."""
     axes, rates = figure.add_subplot(), result["rates"]
-    ridge = rates["matmul_tflops"] * 1e3 / rates["copy_gbs"]
-    placed = []
+    intensities = [rates["matmul_tflops"] * 1e3 / rates["copy_gbs"]]  # the ridge
+    shown: dict[str, dict[str, Any]] = {}  # for the legend: how each one's points look
+    operators: dict[str, dict[str, Any]] = {}
     for case in result["cases"].values():
         for name, row in case["variants"].items():
-            for phase, marker in PHASES.items():
-                if not (measured := row[phase]) or measured["of_floor"] is None:
+            for phase, fill_style in zip(phases(case), ("full", "none")):
+                if row[phase] is None:
                     continue
-                x, y = intensity_and_speed(case, phase, measured["of_floor"], rates)
-                axes.plot(x, y, marker, color=COLORS.get(name, "tab:olive"), markersize=6, alpha=0.7, markeredgewidth=0)
-                placed.append((x, y, case["operator"], name))
-    lowest, highest = min(x for x, *_ in placed), max(ridge, *(x for x, *_ in placed))
-    ends = lowest / 2, ridge, highest * 2
+                x, y = intensity_and_speed(case, phase, row[phase]["of_floor"], rates)
+                look = {"marker": MARKERS[case["operator"]], "color": COLORS[name], "fillstyle": fill_style}
+                axes.plot(x, y, linestyle="none", alpha=0.8, **look)
+                intensities.append(x)
+                shown[name] = {"marker": "o", "color": COLORS[name]}
+                operators[case["operator"]] = {"marker": look["marker"], "color": "k"}
+    ends = [min(intensities) / 2, intensities[0], max(intensities) * 2]
     axes.plot(ends, [min(rates["matmul_tflops"], x * rates["copy_gbs"] / 1e3) for x in ends], "k-", linewidth=1)
-    axes.text(ends[2], rates["matmul_tflops"] * 1.07, f"matrix product {_rate(rates['matmul_tflops'])}", ha="right")
-    axes.text(ends[0] * 1.1, ends[0] * rates["copy_gbs"] / 1e3 * 1.5, f"copy {rates['copy_gbs']:,.3g} GB/s", rotation=0)
-    for operator in dict.fromkeys(p[2] for p in placed):
-        mine = [p for p in placed if p[2] == operator]
-        axes.annotate(operator, (mine[0][0], min(p[1] for p in mine)), xytext=(0, -14), textcoords="offset points", ha="center",
-                      fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte (norms and losses: nominal)", ylabel="TFLOP/s",
-             title="Operators under the measured roof")
-    names = list(dict.fromkeys(p[3] for p in placed))
-    handles = [axes.plot([], [], "o", color=COLORS.get(name, "tab:olive"), label=name)[0] for name in names]
-    handles += [axes.plot([], [], marker, color="k", fillstyle="none", label=phase)[0] for phase, marker in PHASES.items()]
-    axes.legend(handles=handles, fontsize=8, loc="lower right")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte (of norms and losses: nominal)", ylabel="TFLOP/s",
+             title=f"Operators under the roof of a copy, {rates['copy_gbs']:,.4g} GB/s, and a matrix product, "
+                   f"{_rate(rates['matmul_tflops'])}\nfilled: forward; hollow: backward, of a loss both together")
+    handles = [axes.plot([], [], linestyle="none", label=label, **look)[0] for label, look in (shown | operators).items()]
+    figure.legend(handles=handles, fontsize=8, loc="outside right upper")
 
 
 def _rate(tflops: float) -> str:

@@ -58,10 +58,55 @@ def generation(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", told + where(result["environment"])])
 
 
+def operators(result: dict[str, Any]) -> str:
+    """Each operator's implementations, forward and backward (of a loss, which may do all its work forward: both together)."""
+    lines = ["| operator | by | forward ms | | of floor | backward ms | | of floor |", "|---|---|---|---|---|---|---|---|"]
+    for case, found in result["cases"].items():
+        second = "both" if found["floor"]["backward"] is None else "backward"
+        for name, row in found["variants"].items():
+            cells = [cell for phase in ("forward", second) for cell in _measured(row[phase], "both: " * (phase == "both"))]
+            lines.append(f"| {case} | {name} | {' | '.join(cells)} |")
+    rates = result["rates"]
+    return "\n".join([*lines, "", f"Floor: a copy at {rates['copy_gbs']:,.4g} GB/s, a matrix product at "
+                      f"{rates['matmul_tflops']:.4g} TFLOP/s, measured in the same run on " + where(result["environment"])])
+
+
+def _measured(row: dict[str, Any] | None, prefix: str) -> tuple[str, str, str]:
+    if row is None:
+        return "refused", "", ""
+    speed = f"{row['tflops']:.3g} TFLOP/s" if row["tflops"] else f"{row['gbs']:,.4g} GB/s"
+    return f"{prefix}{row['timing']['median_ms']:.4g}", speed, f"{100 * row['of_floor']:.0f}%"
+
+
+def parity(result: dict[str, Any]) -> str:
+    """The same run on several suites."""
+    lines = ["| kernels | validation loss | training losses differ, mean | at most | tokens/s |", "|---|---|---|---|---|"]
+    for name, run in result["suites"].items():
+        apart = result["against"].get(name)
+        differ = f"{apart['mean']:.2g} | {apart['most']:.2g}" if apart else "|"
+        lines.append(f"| {name} | {run['val_loss']:.4f} | {differ} | {run['tokens_per_s']:,.0f} |")
+    return "\n".join([*lines, "", f"{result['steps']} steps on {result['corpus']}, one seed, on " + where(result["environment"])])
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Peak memory of a step by batch size, GiB."""
+    suites = result["suites"]
+    batches = sorted({int(batch) for found in suites.values() for batch in found["peak_bytes"]})
+    lines = ["| kernels | " + " | ".join(f"batch {batch}" for batch in batches) + " |", "|---" * (1 + len(batches)) + "|"]
+    for name, found in suites.items():
+        peaks = [found["peak_bytes"].get(str(batch)) for batch in batches]
+        lines.append(f"| {name} | " + " | ".join(f"{p / 2**30:.1f}" if p is not None else "does not fit" for p in peaks) + " |")
+    told = f"Peak memory in GiB of a step of {result['case']}, {result['config']['block_size']} tokens a sequence, on "
+    return "\n".join([*lines, "", told + where(result["environment"])])
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu": ("mfu-cpu.json", training),
     "generation": ("generation-cpu.json", generation),
     "gpu": ("mfu-cuda.json", training),
+    "operators": ("operators-cuda.json", operators),
+    "parity": ("parity-cuda.json", parity),
+    "memory": ("memory-cuda.json", memory),
 }
 
 
