@@ -23,8 +23,8 @@ from data.python_stdlib import prepare
 from data.small import write_dataset
 from gpt import hardware
 
-# nats of validation loss: three times what two seeds of the same run differed by (bench/LOG.md, 0.007). Suites that share
-# the seed should be closer.
+# nats of validation loss: twice the 0.011 between the best and the worst of five seeds of the macbook run (bench/LOG.md).
+# Suites that share the seed should be closer.
 LIMIT = 0.02
 
 
