@@ -11,6 +11,7 @@ import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def main(options: Options) -> None:
     out = Path(options.out) if options.out else ROOT / "bench" / "results" / "memory-cuda.json"
     result: dict = {"benchmark": "memory", "case": options.case, "config": config, "suites": {}}
     for suite in options.suites.split(","):
-        peaks = sweep(lambda batch, suite=suite: peak_bytes(config, suite, batch, device))
+        peaks = sweep(partial(peak_bytes, config, suite, device))
         result["suites"][suite] = {"peak_bytes": peaks, "largest_batch": max(peaks, default=0)}
         result["environment"] = environment(device)
         write_result(out, result)
@@ -65,7 +66,7 @@ def sweep(peak: Callable[[int], int | None]) -> dict[int, int]:
     return found
 
 
-def peak_bytes(config: GPTConfig, suite: str, batch: int, device: torch.device) -> int | None:
+def peak_bytes(config: GPTConfig, suite: str, device: torch.device, batch: int) -> int | None:
     """The most allocated in the second of two steps, when the optimizer has its state; None where memory runs out."""
     torch.manual_seed(0)
     try:

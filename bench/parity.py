@@ -54,15 +54,15 @@ def main(options: Options) -> int:
         corpus = write_corpus(Path(scratch) / "data", cuda)
         flags = [f"--data_dir={scratch}/data", f"--device={device}", *settings(steps, options.batch_size, cuda)]
         runs = {name: train(Path(scratch) / name, [*flags, f"--kernels={name}"]) for name in names}
-    result = {"benchmark": "parity", "environment": environment(device), "corpus": corpus, "steps": steps, "limit": LIMIT,
-              "suites": runs, "against": {name: compare(runs[names[0]], runs[name]) for name in names[1:]}}
-    write_result(out, result)
-    for name, found in result["against"].items():
+    against = {name: compare(runs[names[0]], runs[name]) for name in names[1:]}
+    write_result(out, {"benchmark": "parity", "environment": environment(device), "corpus": corpus, "steps": steps,
+                       "limit": LIMIT, "suites": runs, "against": against})
+    for name, found in against.items():
         print(f"{name} against {names[0]}, {steps} steps on {corpus}: validation loss {runs[name]['val_loss']:.4f} and "
               f"{runs[names[0]]['val_loss']:.4f}; training losses differ by {found['mean']:.2g} on average, at most "
               f"{found['most']:.2g}")
     print(f"written to {out}")
-    return int(any(not abs(found["val"]) <= LIMIT for found in result["against"].values()))
+    return int(any(not abs(found["val"]) <= LIMIT for found in against.values()))
 
 
 def write_corpus(folder: Path, gpt2_tokens: bool) -> str:

@@ -91,8 +91,10 @@ def _rate(tflops: float) -> str:
 
 def tokens(result: dict[str, Any], figure: Any) -> None:
     """One panel per case, one bar per variant, with quartiles."""
-    panels = figure.subplots(1, len(result["cases"]), squeeze=False)[0]
-    for axes, (case, found) in zip(panels, result["cases"].items()):
+    lines = -(-len(result["cases"]) // 2)  # of two panels each
+    figure.set_size_inches(10, max(6.0, lines * (1 + 0.35 * max(len(found["variants"]) for found in result["cases"].values()))))
+    for i, (case, found) in enumerate(result["cases"].items()):
+        axes = figure.add_subplot(lines, min(2, len(result["cases"])), i + 1)
         rows = found["variants"]
         count = found["batch_size"] * found["config"]["block_size"]
         speeds = [row["tokens_per_s"] for row in rows.values()]
@@ -100,8 +102,8 @@ def tokens(result: dict[str, Any], figure: Any) -> None:
                   [1e3 * count / row["step"]["q1_ms"] - row["tokens_per_s"] for row in rows.values()]]
         labels = [f"{name}\n{row['dtype']}" for name, row in rows.items()]
         axes.barh(labels, speeds, xerr=spread, capsize=3, color=["tab:red" if n.startswith("ours") else "tab:blue" for n in rows])
-        for i, speed in enumerate(speeds):
-            axes.text(0.02 * max(speeds), i, f"{speed:,.0f}", va="center", color="white", fontsize=8)
+        for bar, speed in enumerate(speeds):
+            axes.text(0.02 * max(speeds), bar, f"{speed:,.0f}", va="center", color="white", fontsize=8)
         axes.invert_yaxis()
         axes.tick_params(labelsize=8)
         axes.set(title=f"{case}, batch {found['batch_size']}", xlabel="tokens/s")
@@ -155,7 +157,7 @@ def draw(picture: str, result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     PICTURES[picture][1](result, figure)
-    figure.supxlabel(fill(where(result["environment"]).replace("`", ""), 150), fontsize=7)
+    figure.supxlabel(fill(where(result["environment"]).replace("`", ""), 150, break_on_hyphens=False), fontsize=7)
     figure.savefig(path)
 
 

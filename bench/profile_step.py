@@ -69,7 +69,8 @@ def kernels_of_device(events: Iterable[Any]) -> list[tuple[str, str, float]]:
 
     One whose launch the profiler did not connect with an operator goes by its own name.
     """
-    found, linked = [], defaultdict(float)
+    found: list[tuple[str, str, float]] = []
+    linked: dict[str, float] = defaultdict(float)  # milliseconds of a name that are in `found`
     for event in events:
         for kernel in event.kernels if event.device_type == DeviceType.CPU else ():
             found.append((kernel.name, kind([kernel.name, *_around(event)]), kernel.duration / 1e3))
