@@ -48,6 +48,8 @@ def main(options: Options) -> int:
     device = hardware.resolve_device(options.device)
     cuda = device.type == "cuda"
     names = (options.suites or ("torch,triton" if cuda else "reference,torch")).split(",")
+    if len(set(names)) < 2:
+        raise ValueError(f"--suites={options.suites}: give at least two, with commas, the first to compare the others with")
     steps = options.steps or (200 if cuda else 20)
     out = Path(options.out) if options.out else ROOT / "bench" / "results" / f"parity-{device.type}.json"
     with tempfile.TemporaryDirectory() as scratch:
@@ -103,7 +105,8 @@ def train(out_dir: Path, flags: list[str]) -> dict:
     command = [sys.executable, str(ROOT / "train" / "run.py"), f"--out_dir={out_dir}", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     entries = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return {"flags": flags, "loss": [e["loss"] for e in entries if "loss" in e],
+    return {"flags": [flag for flag in flags if not flag.startswith("--data_dir")],  # which is gone by now
+            "loss": [e["loss"] for e in entries if "loss" in e],
             "val_loss": [e["val/loss"] for e in entries if "val/loss" in e][-1],
             "tokens_per_s": float(np.median([e["tokens_per_s"] for e in entries if "loss" in e][10:] or [0.0]))}
 

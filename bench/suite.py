@@ -68,15 +68,15 @@ def parts(device: str) -> list[Part]:
     if device == "cuda":
         sizes = [Part(f"mfu-{size}", ("bench/mfu.py", f"--cases={size}", *flags, "--out={out}"), weight, least, merge_into="mfu")
                  for size, weight, least, flags in (
-                     ("124M", 2, 45, ("--suites=torch,triton", "--profile=True")),
+                     ("124M", 3, 60, ("--suites=torch,triton", "--peers=liger", "--profile=True")),
                      ("350M", 1.5, 60, ("--suites=torch,triton", "--peers=")),
                      ("774M", 1.5, 60, ("--suites=torch,triton", "--peers=")),
                      ("1558M", 1.5, 60, ("--suites=torch,triton", "--peers=")))]
         return [
-            Part("ring3", ("-m", "pytest", "-m", "gpu", "-v", "--tb=short"), 2, 20),
-            Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 2, 20),
+            Part("ring3", ("-m", "pytest", "-m", "gpu", "-v", "--tb=short"), 1.5, 20),
+            Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 1.5, 20),
             *sizes,
-            Part("parity", ("bench/parity.py", "--out={out}"), 1.5, 60),
+            Part("parity", ("bench/parity.py", "--out={out}"), 1, 60),
             Part("memory", ("bench/memory.py", "--out={out}"), 0.5, 15),
         ]
     none, here = f"needs a CUDA device, this is {device}", f"--device={device}"

@@ -117,6 +117,11 @@ def test_parity_is_the_validation_losses_being_close(tmp_path, monkeypatch, off,
     assert saved["against"]["torch"]["mean"] == pytest.approx(0.05) and saved["against"]["torch"]["most"] == pytest.approx(0.1)
 
 
+def test_parity_needs_two_suites():
+    with pytest.raises(ValueError, match="at least two"):
+        parity.main(parity.Options(device="cpu", suites="torch"))
+
+
 def test_the_corpus_of_parity_is_gpt2s_tokens_where_its_vocabulary_is(tmp_path, monkeypatch):
     pytest.importorskip("tiktoken")
     monkeypatch.setattr(parity.prepare, "source_files", lambda root: ["abc.py", "this.py", "contextlib.py", "string.py"])
