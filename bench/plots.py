@@ -106,6 +106,7 @@ def tokens(result: dict[str, Any], figure: Any) -> None:
             axes.text(0.02 * max(speeds), bar, f"{speed:,.0f}", va="center", color="white", fontsize=8)
         axes.invert_yaxis()
         axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
         axes.set(title=f"{case}, batch {found['batch_size']}", xlabel="tokens/s")
 
 
