@@ -23,12 +23,11 @@ from io import StringIO
 from multiprocessing import get_context, parent_process
 from unittest.mock import patch
 
-import tyro
-
 from bench import cases, sass, traffic
 from bench.cases import Case
 from bench.offline import name_of, offline
 from bench.timing import ROOT, environment, write_result
+from data import cli
 
 MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy", "linear_cross_entropy")
 
@@ -197,17 +196,18 @@ def traffic_table(moved: list[dict]) -> str:
     ])
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> int:
+    """Compile, report, write; 1 where a kernel does not compile."""
     try:
         archs = [int(arch) for arch in options.arch.split(",")]
         unknown: list[int | str] = [arch for arch in archs if arch not in sass.MULTIPROCESSOR]
     except ValueError:
         unknown = [options.arch]
     if unknown:
-        sys.exit(f"--arch={options.arch}: unknown {unknown[0]}; choose from {', '.join(map(str, sass.MULTIPROCESSOR))}")
+        raise ValueError(f"--arch={options.arch}: unknown {unknown[0]}; choose from {', '.join(map(str, sass.MULTIPROCESSOR))}")
     chosen = [c for c in (cases.quick() if options.quick else cases.full()) if options.family in ("", c.family)]
     if not chosen:
-        sys.exit(f"--family={options.family}: choose from {', '.join(sorted(set(cases.FAMILY.values())))}")
+        raise ValueError(f"--family={options.family}: choose from {', '.join(sorted(set(cases.FAMILY.values())))}")
     result = report(chosen, archs, options.processes)
     write_result(options.out, result)
     print(kernel_table(result["kernels"]))
@@ -216,9 +216,8 @@ def main(options: Options) -> None:
     broken = sum("error" in row for row in result["kernels"])
     spilling = sum(row.get("spill_bytes", 0) > 0 for row in result["kernels"])
     print(f"\n{len(result['kernels'])} kernels: {broken} do not compile, {spilling} spill. Written to {options.out}")
-    if broken:
-        sys.exit(1)
+    return int(broken > 0)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)))
+    sys.exit(cli.run(main, Options))

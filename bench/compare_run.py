@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from bench.timing import ROOT, environment, write_result
+from data import cli
 from gpt.config import GPTConfig
 from train.config import OptimConfig, changed, unflatten
 
@@ -302,11 +303,6 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    import tyro
+    from tyro.conf import PositionalRequiredArgs
 
-    try:
-        flags = (tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs)
-        sys.exit(main(tyro.cli(Options, prog="bench/compare_run.py", use_underscores=True, config=flags)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(main, Options, markers=(PositionalRequiredArgs,)))

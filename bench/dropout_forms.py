@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.timing import ROOT, environment, write_result
+from data import cli
 from data.loader import Loader, eval_batches
 from data.tokens import open_split, open_tokens, write_tokens
 from gpt import GPT, GPTConfig
@@ -96,10 +97,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Options, prog="bench/dropout_forms.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(main, Options))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.timing import ROOT, environment, measure, write_result
+from data import cli
 from gpt import GPT, SIZES, hardware
 from gpt.sample import Sample, weights_dtype
 
@@ -88,10 +89,4 @@ def makers(options: Options, weights: dict[str, Tensor], model: GPT, idx: Tensor
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Options, prog="bench/generation.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(main, Options))

@@ -19,6 +19,7 @@ import torch
 from bench import peers
 from bench.mfu import GPU_CASES
 from bench.timing import ROOT, environment, write_result
+from data import cli
 from gpt import GPT, GPTConfig, hardware
 
 MOST = 1024  # sequences: no GPU of today holds more of the smallest size
@@ -89,10 +90,4 @@ def _two_steps(config: GPTConfig, suite: str, batch: int, device: torch.device) 
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Options, prog="bench/memory.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(main, Options))

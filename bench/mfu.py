@@ -32,6 +32,7 @@ from bench import peers
 from bench.peers import Peer
 from bench.profile_step import profile_all
 from bench.timing import ROOT, environment, measure, write_result
+from data import cli
 from gpt import GPT, SIZES, GPTConfig, hardware
 from gpt.flops import mfu
 from kernels import FAMILIES, resolve
@@ -275,10 +276,4 @@ def show(name: str, case: dict) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Options, prog="bench/mfu.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(main, Options))

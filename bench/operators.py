@@ -24,6 +24,7 @@ from bench.cases import Case
 from bench.floors import Rates, Work
 from bench.operator_peers import OURS, implementations
 from bench.timing import ROOT, Timing, environment, measure, write_result
+from data import cli
 from gpt import hardware
 
 SWEEP = (512, 1024, 2048, 4096, 8192, 16384)  # sequence lengths, with cases.ROWS tokens in each batch
@@ -225,7 +226,9 @@ def admit(case: Case, device: torch.device) -> tuple[dict[str, Callable], dict[s
         try:
             fault = wrong(fn, case, device)
         except PEERS_FAIL_WITH as error:
-            if name == OURS or isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError):
+                raise ValueError(f"{case}, {name}: {str(error).splitlines()[0]}; give a smaller --batch_size") from error
+            if name == OURS:
                 raise
             skipped[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             continue
@@ -289,10 +292,4 @@ def rate(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        sys.exit(main(tyro.cli(Options, prog="bench/operators.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))))
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(main, Options))

@@ -18,6 +18,7 @@ from statistics import fmean
 import numpy as np
 
 from bench.timing import ROOT, environment, write_result
+from data import cli
 from data.gpt2 import END_OF_TEXT, encode_ordinary, gpt2_encoding
 from data.python_stdlib import prepare
 from data.small import write_dataset
@@ -103,7 +104,8 @@ def settings(steps: int, batch_size: int, cuda: bool) -> list[str]:
 def train(out_dir: Path, flags: list[str]) -> dict:
     """One run: its training losses, its validation loss at the end, and its median tokens/s after the first ten steps."""
     command = [sys.executable, str(ROOT / "train" / "run.py"), f"--out_dir={out_dir}", *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise ValueError(f"train/run.py ended with {code} on {flags[-1]}; its last lines are above")
     entries = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     return {"flags": [flag for flag in flags if not flag.startswith("--data_dir")],  # which is gone by now
             "loss": [e["loss"] for e in entries if "loss" in e],
@@ -118,12 +120,4 @@ def compare(first: dict, other: dict) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        sys.exit(main(tyro.cli(Options, prog="bench/parity.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"error: train/run.py ended with {error.returncode}; its last lines are above")
+    sys.exit(cli.run(main, Options))

@@ -17,6 +17,7 @@ from textwrap import fill
 from typing import Any
 
 from bench.report import RESULTS, where
+from data import cli
 
 # What one element of a norm's or a loss's input takes, forward: two sums, centring, scaling, shifting; an exponential, its sum,
 # a maximum. They only place these points along the axis, where their distance to the roof is the measured one.
@@ -179,10 +180,4 @@ def main(options: Options) -> list[Path]:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Options, prog="bench/plots.py", config=(tyro.conf.FlagConversionOff,)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(main, Options))

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from bench.floors import Rates, parameters, step_parts
 from bench.timing import ROOT
+from data import cli
 from gpt.config import SIZES, GPTConfig
 
 CASES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
@@ -157,10 +158,4 @@ def table(o: Options) -> str:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        print(table(tyro.cli(Options, prog="bench/project.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(lambda options: print(table(options)), Options))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.timing import ROOT
+from data import cli
 
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -138,6 +139,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    sys.exit(main(tyro.cli(Options, prog="bench/report.py", config=(tyro.conf.FlagConversionOff,))))
+    sys.exit(cli.run(main, Options))

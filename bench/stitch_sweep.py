@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.timing import ROOT, environment, write_result
+from data import cli
 from data.shakespeare_char.prepare import main as prepare
 from gpt.pretrained import whole_checkpoints
 from train import loop, optim
@@ -156,10 +157,4 @@ def draw(result: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        main(tyro.cli(Options, prog="bench/stitch_sweep.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(main, Options))

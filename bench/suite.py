@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.timing import ROOT, environment, write_result
+from data import cli
 from gpt import hardware
 
 LOG_LINES = 40  # of a part's output that go into the JSON
@@ -183,10 +184,4 @@ def merge(file: Path, into: Path, result: dict) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        sys.exit(main(tyro.cli(Options, prog="bench/suite.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(cli.run(main, Options))

@@ -7,14 +7,15 @@ documents that is already in memory, with a thread a core. The ids must be equal
 """
 
 import os
+import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from data import cli
 from data.encode import Split, prepare
 from data.gpt2 import END_OF_TEXT, gpt2_encoding
 from data.sources import Files
@@ -38,7 +39,7 @@ def main(options: Options) -> dict:
     from bench.timing import environment, measure, write_result  # here: the workers of `prepare` import this file, and not torch
 
     if not Path(options.text).is_file():
-        raise SystemExit(f"--text={options.text}: no such file; name one of a few MB")
+        raise ValueError(f"--text={options.text}: no such file; name one of a few MB")
     once = Path(options.text).read_text(encoding="utf-8")
     documents = [once] * max(1, round(options.megabytes * 1e6 / len(once.encode())))
     encoding, megabytes = gpt2_encoding(), len("".join(documents).encode()) / 1e6
@@ -72,4 +73,4 @@ def main(options: Options) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)))
+    sys.exit(cli.run(main, Options))

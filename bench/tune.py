@@ -22,11 +22,11 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-import tyro
 
 from bench import cases
 from bench.cases import Case
 from bench.timing import Timing, environment, measure, write_result
+from data import cli
 from kernels import FAMILIES, launch
 
 Settings = dict | int  # what a function of launch.py returns
@@ -259,20 +259,19 @@ def _peer_line(row: dict) -> str:
 
 def main(options: Options) -> None:
     if not torch.cuda.is_available():
-        print("bench/tune.py measures on a GPU, and PyTorch finds no CUDA device here", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError("bench/tune.py measures on a GPU, and PyTorch finds no CUDA device here")
     sizes = options.sizes.split(",")
     if unknown := [size for size in sizes if size not in cases.GPT2]:
-        sys.exit(f"--sizes={options.sizes}: unknown {unknown[0]}; choose from {', '.join(cases.GPT2)}")
+        raise ValueError(f"--sizes={options.sizes}: unknown {unknown[0]}; choose from {', '.join(cases.GPT2)}")
     if options.family not in ("", *FAMILIES):
-        sys.exit(f"--family={options.family}: choose from {', '.join(FAMILIES)}")
+        raise ValueError(f"--family={options.family}: choose from {', '.join(FAMILIES)}")
     chosen = [(size, case, small) for size in sizes
               for case, small in zip(cases.gpt2(size, options.batch), cases.gpt2(size, 2), strict=True)
               if options.family in ("", case.family)]
     try:
         result = tune(chosen, "cuda", options.repeats)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"{error}\n--batch={options.batch} does not fit on this GPU; try --batch={max(1, options.batch // 2)}")
+        raise ValueError(f"--batch={options.batch} does not fit on this GPU; try --batch={max(1, options.batch // 2)}") from error
     gpu = torch.cuda.get_device_name()
     for path in [cache_file(gpu, os.environ), *([Path(options.out)] if options.out else [])]:
         write_result(path, result)
@@ -281,4 +280,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)))
+    sys.exit(cli.run(main, Options))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from data import cli
+
 PLAIN = {"tie_weights": True, "direction": "forward", "seam": -1}  # all that GPT-2 elsewhere is
 
 
@@ -98,15 +100,7 @@ def to_safetensors(checkpoint: Path, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """0 when it is written; 2, after one line on stderr, for what the user can mend."""
-    import tyro
-
-    config = tyro.cli(Export, args=argv, prog="gpt/export.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    try:
-        print(f"written to {export(config)}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(lambda c: print(f"written to {export(c)}"), Export, argv)
 
 
 if __name__ == "__main__":

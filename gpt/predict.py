@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import cli
+
 
 @dataclass(frozen=True)
 class Predict:
@@ -60,15 +62,7 @@ def predict(c: Predict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """0 when all is printed; 2, after one line on stderr, for what the user can mend."""
-    import tyro
-
-    config = tyro.cli(Predict, args=argv, prog="gpt/predict.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    try:
-        predict(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(predict, Predict, argv)
 
 
 if __name__ == "__main__":

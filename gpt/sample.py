@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data import cli
+
 if TYPE_CHECKING:
     import torch
 
@@ -98,15 +100,7 @@ def weights_dtype(c: Sample, model: "GPT", prompt_tokens: int) -> "torch.dtype":
 
 def main(argv: list[str] | None = None) -> int:
     """0 when the text is written; 2, after one line on stderr, for what the user can mend."""
-    import tyro
-
-    config = tyro.cli(Sample, args=argv, prog="gpt/sample.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    try:
-        sample(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(sample, Sample, argv)
 
 
 if __name__ == "__main__":

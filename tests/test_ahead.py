@@ -108,7 +108,7 @@ assert dict(os.environ) == before, "the environment was written to"
     ("arch", "75", "90"), ("arch", "hopper", "90"), ("family", "norms", "layernorm"),
 ])
 def test_unknown_architectures_and_families_are_named(flag, value, known):
-    with pytest.raises(SystemExit, match=f"--{flag}={value}.*{known}"):
+    with pytest.raises(ValueError, match=f"--{flag}={value}.*{known}"):
         ahead.main(ahead.Options(**{flag: value}))
 
 

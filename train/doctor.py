@@ -11,6 +11,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+from data import cli
+
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "flash-attn", "wandb", "tensorboard", "transformers", "tiktoken")
 
 
@@ -83,21 +85,17 @@ def all_reduce() -> list[tuple[int, float, float]]:
     return rows if w.rank == 0 else []
 
 
+def report(config: Doctor) -> None:
+    if config.dist:
+        for size, ms, rate in all_reduce():
+            print(f"all-reduce of {size / 2**20:4.0f} MB: {ms:8.2f} ms, {rate:7.2f} GB/s")
+    else:
+        print("\n".join(f"{what:14}{words}" for what, words in examine().items()))
+
+
 def main(argv: list[str] | None = None) -> int:
     """0, or 2 after one line on stderr for what the user can mend."""
-    import tyro
-
-    config = tyro.cli(Doctor, args=argv, prog="train/doctor.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    try:
-        if config.dist:
-            for size, ms, rate in all_reduce():
-                print(f"all-reduce of {size / 2**20:4.0f} MB: {ms:8.2f} ms, {rate:7.2f} GB/s")
-        else:
-            print("\n".join(f"{what:14}{words}" for what, words in examine().items()))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(report, Doctor, argv)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from data import cli
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -159,15 +161,7 @@ def lambada(examples: list[dict], model, tokenizer, world) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """0 when all is printed; 2, after one line on stderr, for what the user can mend."""
-    import tyro
-
-    config = tyro.cli(Evaluate, args=argv, prog="train/evaluate.py", use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    try:
-        evaluate(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(evaluate, Evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """FineWeb's samples in GPT-2's tokens, as shards that llm.c and modded-nanogpt read too."""
 
+import sys
 from pathlib import Path
 
 from data.cli import run
@@ -37,4 +38,4 @@ def main(input: str = "", out: Path | None = None, *, edu: bool = False, sample:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

@@ -1,5 +1,6 @@
 """OpenWebText in GPT-2's tokens, with nanoGPT's split: what GPT-2 is reproduced on."""
 
+import sys
 from pathlib import Path
 
 from data.cli import run
@@ -31,4 +32,4 @@ def main(input: str = "", out: Path = Path(__file__).parent, *, column: str = "t
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

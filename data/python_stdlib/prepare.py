@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -60,4 +61,4 @@ def main(out: Path = Path(__file__).parent) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

@@ -1,6 +1,7 @@
 """Tiny Shakespeare in GPT-2's tokens, for fine-tuning: nanoGPT's data set, and its counts."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 from data.cli import run
@@ -23,4 +24,4 @@ def main(input: Path | None = None, out: Path = Path(__file__).parent) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

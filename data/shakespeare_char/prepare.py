@@ -1,6 +1,7 @@
 """Tiny Shakespeare, one id for each character: nanoGPT's first data set, and its counts."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,4 +30,4 @@ def main(input: Path | None = None, out: Path = Path(__file__).parent) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

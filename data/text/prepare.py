@@ -1,5 +1,6 @@
 """Your own text in GPT-2's tokens: txt, jsonl, parquet or arrow files, or a data set of the Hub."""
 
+import sys
 from pathlib import Path
 
 from data.cli import run
@@ -45,4 +46,4 @@ def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "", c
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))
