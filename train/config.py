@@ -119,8 +119,8 @@ class RunConfig:
     """steps between log lines"""
     always_save_checkpoint: bool = True
     """else only when the validation loss is the best so far"""
-    keep_last: int = 1
-    """checkpoints kept, besides the best one"""
+    keep_last: int = 2
+    """checkpoints kept, besides the best one; of 2, one is there to go back to, should a disk damage the last"""
     keep_every: int = 0
     """also keep those at multiples of this many steps; 0: none"""
     wandb_log: bool = False
