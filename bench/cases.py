@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt.config import SIZES
 from kernels import FAMILIES, load
 
-GPT2 = {"124M": (12, 768), "350M": (16, 1024), "774M": (20, 1280), "1558M": (25, 1600)}  # name: (heads, width)
+GPT2 = dict(zip(("124M", "350M", "774M", "1558M"), SIZES.values(), strict=True))  # by parameters
 T, V, ROWS = 1024, 50304, 16 * 1024  # context, padded vocabulary, and the tokens of one micro-batch
 FAMILY = {operator: family for family, operators in FAMILIES.items() for operator in operators}
 WINDOW, DROPOUT = 256, 0.1
@@ -42,7 +43,7 @@ class Case:
 
 def gpt2(size: str, batch: int = ROWS // T) -> list[Case]:
     """What the model of this size calls in one micro-batch, bf16."""
-    heads, width = GPT2[size]
+    heads, width = GPT2[size].n_head, GPT2[size].n_embd
     rows = batch * T
     return [
         Case("attention_qkv", (batch, T, heads, width // heads)),

@@ -29,19 +29,19 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from bench import peers
+from bench.cases import GPT2
 from bench.peers import Peer
 from bench.profile_step import profile_all
 from bench.timing import ROOT, environment, measure, write_result
 from data import cli
-from gpt import GPT, SIZES, GPTConfig, hardware
+from gpt import GPT, GPTConfig, hardware
 from gpt.flops import mfu
 from kernels import FAMILIES, resolve
 
 # name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run there:
 # nanoGPT's README's "macbook" command, and its default shakespeare_char (a quarter of its batch of 64, which takes 16 s).
 GPU_CASES = {
-    name: (replace(SIZES[size], vocab_size=50304, bias=False, activation="gelu"), 16)
-    for name, size in {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}.items()
+    name: (replace(shape, vocab_size=50304, bias=False, activation="gelu"), 16) for name, shape in GPT2.items()
 }
 CPU_CASES = {
     "macbook": (GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128), 12),

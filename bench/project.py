@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.cases import GPT2
 from bench.floors import Rates, parameters, step_parts
 from bench.timing import ROOT
 from data import cli
-from gpt.config import SIZES, GPTConfig
+from gpt.config import GPTConfig
 
-CASES = {"124M": "gpt2", "350M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -88,7 +88,7 @@ class Step:
 
 
 def model(case: str) -> GPTConfig:
-    c = SIZES[CASES[case]]
+    c = GPT2[case]
     return GPTConfig(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
 
 

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.files import sync_folder
+from data.files import sync
 from data.manifest import UNFINISHED
 from data.tokens import DTYPE, HEADER_BYTES, header_of
 
@@ -84,7 +84,7 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
         self._partial().rename(self.path(len(self.shards)))
-        sync_folder(self._folder)
+        sync(self._folder)
         self.shards.append(self._open_tokens)
         self._file, self._open_tokens = None, 0
 

@@ -88,13 +88,13 @@ def to_safetensors(checkpoint: Path, folder: Path) -> None:
 
     from safetensors.torch import save_file
 
-    from gpt.pretrained import read_part, sha256, verify
+    from gpt.pretrained import entry, read_part, verify
 
     verify(checkpoint)
     save_file(read_part(checkpoint, "model"), folder / "model.safetensors")
     for name in ("model.json", "tokenizer.json"):
         shutil.copy(checkpoint / name, folder)
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
+    files = {f.name: entry(f) for f in sorted(folder.iterdir())}
     (folder / "DONE").write_text(json.dumps(files, indent=1))
 
 

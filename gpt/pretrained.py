@@ -40,19 +40,20 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def entry(file: Path) -> dict[str, Any]:
+    """What DONE says of a file."""
+    with file.open("rb") as f:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
 def verify(folder: Path) -> None:
     """Raise ValueError, naming the file, if one is missing or not what was written."""
-    for name, entry in json.loads((folder / "DONE").read_text()).items():
+    for name, written in json.loads((folder / "DONE").read_text()).items():
         file = folder / name
         size = file.stat().st_size if file.exists() else None
-        if size != entry["bytes"]:
-            raise ValueError(f"{file}: {'missing' if size is None else f'{size} bytes'}, was written with {entry['bytes']}")
-        if sha256(file) != entry["sha256"]:
+        if size != written["bytes"]:
+            raise ValueError(f"{file}: {'missing' if size is None else f'{size} bytes'}, was written with {written['bytes']}")
+        if entry(file) != written:
             raise ValueError(f"{file}: damaged, its sha256 is not the one it was written with")
 
 

@@ -24,7 +24,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 #   Blocks of 128 by 128 by 4 warps spill, and ptxas serialises the matrix units (C7511).
 # - 90, D = 256: 255 registers, a few spills in the forward, and products serialised (C7515); it works, no more.
 # - 100: the tensor memory has 512 columns; wider blocks than these for D = 256 do not fit it.
-# - 80: no spills to D = 128, except 16 bytes of _backward_kv at D = 64.
+# - 80: without dropout at most 16 bytes of spills at D = 64 to 128; with it 600 in _backward_kv at D = 64.
+# - D = 40, as any 8 above a multiple of 16, spills on every architecture: Triton loads its rows by 2 bytes (bench/LOG.md).
 # - fp32 is multiplied by the ordinary units, a register for each element of a product: small blocks.
 
 _Rows = dict[int, dict[int, tuple[int, ...]]]

@@ -48,7 +48,7 @@ def test_a_kill_at_each_moment_of_a_save_leaves_a_whole_checkpoint(trained):
 import os, sys
 from pathlib import Path
 from train import checkpoint, run
-moments, real_flush, real_rename = int(sys.argv[1]), checkpoint._flush, Path.rename
+moments, real_flush, real_rename = int(sys.argv[1]), checkpoint.sync, Path.rename
 def counted(real):
     def call(*args):
         global moments
@@ -56,7 +56,7 @@ def counted(real):
         moments -= 1
         return real(*args)
     return call
-checkpoint._flush, Path.rename = counted(real_flush), counted(real_rename)
+checkpoint.sync, Path.rename = counted(real_flush), counted(real_rename)
 sys.exit(run.main(sys.argv[2:]))
 """
     deaths = 0

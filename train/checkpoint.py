@@ -9,7 +9,6 @@ ranks.
 """
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -22,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from data.files import sync
 from gpt import GPT, GPTConfig
-from gpt.pretrained import config_json, read_into, sha256, tensor_names, whole_checkpoints
+from gpt.pretrained import config_json, entry, read_into, tensor_names, whole_checkpoints
 from train import parallel
 from train.parallel import World
 
@@ -100,7 +100,7 @@ def save(out_dir: Path, snapshot: Snapshot, w: World, group: dist.ProcessGroup |
         parallel.together(lambda: _prepare(out_dir, folder, needed) if w.rank == 0 else None, w, group)
         parallel.together(lambda: _write_tensors(folder, snapshot, w, group), w, group)
         sums = parallel.together(lambda: _checksums(folder, snapshot.sharded, w), w, group)
-        entries = {name: entry for some in sums for name, entry in some.items()}
+        entries = {name: said for some in sums for name, said in some.items()}
         parallel.together(lambda: _finish(out_dir, folder, snapshot, entries) if w.rank == 0 else None, w, group)
     except OSError as error:
         if w.rank == 0:
@@ -151,12 +151,8 @@ def _checksums(folder: Path, sharded: bool, w: World) -> dict[str, dict[str, Any
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     mine = files[w.rank :: w.size] if sharded else files if w.rank == 0 else []
     for file in mine:
-        _flush(file)
-    return {f.relative_to(folder).as_posix(): _entry(f) for f in mine}
-
-
-def _entry(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        sync(file)
+    return {f.relative_to(folder).as_posix(): entry(f) for f in mine}
 
 
 def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, dict[str, Any]]) -> None:
@@ -166,25 +162,16 @@ def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, 
     for name, text in texts.items():
         file = folder / f"{name}.json"
         file.write_text(text)
-        _flush(file)
-        entries[file.name] = _entry(file)
+        sync(file)
+        entries[file.name] = entry(file)
     done, place = folder / "DONE", out_dir / f"step-{snapshot.step:08d}"
     done.write_text(json.dumps(entries, indent=1))
     for path in (done, *(f for f in folder.iterdir() if f.is_dir()), folder):
-        _flush(path)
+        sync(path)
     if place.exists():
         shutil.rmtree(place)
     folder.rename(place)
-    _flush(out_dir)
-
-
-def _flush(path: Path) -> None:
-    """Wait until the disk has it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(out_dir)
 
 
 def prune(out_dir: Path, keep_last: int, keep_every: int) -> None:

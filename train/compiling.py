@@ -10,7 +10,6 @@ from train.config import Config
 
 # What torch.compile raises where a compiler, a header or a driver is missing: all of it derives from these.
 UNABLE = (RuntimeError, OSError, ImportError)
-NEWLINE = "\n"
 
 
 def decide(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -32,7 +31,8 @@ def decide(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[bo
     try:
         seconds = probe(device)
     except UNABLE as error:
-        said = f"torch.compile cannot work here: {type(error).__name__}: {str(error).strip().partition(NEWLINE)[0][:200]}"
+        line = str(error).strip().partition("\n")[0][:200]
+        said = f"torch.compile cannot work here: {type(error).__name__}: {line}"
         if config.run.compile == "auto":
             return False, f"no ({said})"
         raise ValueError(f"{said}; it needs a C++ compiler, Python's headers, on a GPU Triton; or --compile=False") from error
