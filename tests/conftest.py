@@ -11,11 +11,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt import hardware
+from tests.units import sitecustomize as units
+
 ROOT = Path(__file__).parents[1]
+CPU_HAS_BF16_UNITS = hardware._cpu_has_bf16_units
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=1, help="how often tests/test_faults.py kills one run")
+    parser.addoption("--bf16-units", choices=("detected", "denied", "claimed"), default="detected",
+                     help="what this CPU says of its bf16 units, here and in child processes, so what --dtype=auto is")
+
+
+def pytest_configure(config):
+    if (there := config.getoption("bf16_units")) != "detected":
+        before = os.environ.get("PYTHONPATH")
+        os.environ |= {"BF16_UNITS": there, "PYTHONPATH": os.pathsep.join([units.HERE, *([before] if before else [])])}
+        units.claim(torch.cpu)
+    hardware._cpu_has_bf16_units = lambda: pytest.fail("--dtype=auto, another one on another CPU: say which the test is about")
+
+
+@pytest.fixture
+def auto_dtype(monkeypatch):
+    """For the tests that are about --dtype=auto; in all others nothing may ask for it."""
+    monkeypatch.setattr(hardware, "_cpu_has_bf16_units", CPU_HAS_BF16_UNITS)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +69,7 @@ def tiny_flags(tiny_data, tmp_path):
 
 
 TINY = [
-    "--device=cpu", "--compile=False", "--block_size=16",
+    "--device=cpu", "--dtype=float32", "--compile=False", "--block_size=16",
     "--batch_size=4", "--n_layer=2", "--n_head=2", "--n_embd=16", "--dropout=0.1", "--gradient_accumulation_steps=2",
     "--max_iters=12", "--lr_decay_iters=12", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=4",
     "--eval_iters=3",

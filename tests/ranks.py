@@ -54,6 +54,7 @@ def train(flags: list[str]) -> None:
     """A rank that runs train/run.py."""
     from train import run
 
+    assert any(f.startswith("--dtype=") for f in flags), "auto is another one on another CPU"
     sys.exit(run.main(flags))
 
 
@@ -71,6 +72,7 @@ def train_each(runs: list[tuple[list[str], dict[str, int]]]) -> None:
     torch.compile = functools.partial(torch.compile, backend="eager")
     for flags, environment in runs:
         os.environ.update({k: str(v) for k, v in environment.items()})
+        assert any(f.startswith("--dtype=") for f in flags), "auto is another one on another CPU"
         print(f"== {' '.join(flags)}", flush=True)
         if code := run.main(flags):
             sys.exit(code)

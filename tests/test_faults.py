@@ -187,7 +187,7 @@ def test_two_agents_on_the_loopback_interface_train_together(tiny_data, tmp_path
     """The quickstart, smaller, in nanoGPT's two-node form; and then the doctor's measurement."""
     port = ranks.free_port()
     flags = ["configs/quickstart.py", f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=2",
-             "--device=cpu", "--max_iters=6", "--eval_interval=6", "--eval_iters=2", "--compile=False", "--batch_size=2"]
+             "--device=cpu", "--dtype=float32", "--max_iters=6", "--eval_interval=6", "--eval_iters=2", "--compile=False", "--batch_size=2"]
     nodes = [subprocess.Popen(torchrun(flags, "--nproc_per_node=1", "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
                                        f"--master_port={port}"), cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
@@ -197,7 +197,7 @@ def test_two_agents_on_the_loopback_interface_train_together(tiny_data, tmp_path
     assert find_checkpoint(tmp_path / "out").name == "step-00000006"
 
 
-def test_the_doctor_says_what_is_here_and_how_fast_ranks_exchange(tmp_path, capsys):
+def test_the_doctor_says_what_is_here_and_how_fast_ranks_exchange(auto_dtype, tmp_path, capsys):
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     assert all(f"\n{what} " in f"\n{said}" for what in ("python", "torch", "triton", "GPUs", "kernels", "dtype"))

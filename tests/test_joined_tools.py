@@ -33,10 +33,10 @@ def test_a_backward_model_is_scored_from_the_end(tiny_flags, tiny_data, tmp_path
     assert predict.main([f"--out_dir={tmp_path / 'out'}", "--text=acdfg", "--top=1"]) == 0
     said = capsys.readouterr().out
     assert f"mean loss {mean:.4f}" in said and "token before:" in said and f"{logits[-1].argmax().item()}  '" in said
-    figures = evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), data_dir=str(tiny_data), device="cpu"))
+    figures = evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), data_dir=str(tiny_data), device="cpu", dtype="float32"))
     assert figures["loss"] < math.log(29) - 0.2  # what it has learnt shows only in the order it reads
     with pytest.raises(ValueError, match="this model has --direction=backward"):
-        evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), lambada="FILE", device="cpu"))
+        evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), lambada="FILE", device="cpu", dtype="float32"))
 
 
 def test_a_frozen_model_needs_fewer_operations():

@@ -99,16 +99,29 @@ def start(folder, size, runs):
     assert codes == [0] * size, (folder / f"logs{size}" / "0.log").read_text()[-3000:]
 
 
-def leave_gradients(runs, folder):
-    """A rank that writes the gradients of the first step of each of the runs, whole, as NAME.pt."""
+def leave_first_step(runs, folder):
+    """A rank that writes of each of the runs, as NAME.pt: the first step's loss and gradients, whole, and an evaluation."""
     for name, flags, port in runs:
         os.environ["MASTER_PORT"] = str(port)
         built = start_run.build(parse(flags))
-        loop.accumulate(built)
-        found = {name: parallel.whole(p.grad) for name, p in built.model.named_parameters()}
+        loss = parallel.sum_over_ranks(loop.accumulate(built))
+        gradients = {name: parallel.whole(p.grad) for name, p in built.model.named_parameters()}
+        evaluation = loop.evaluate(built)["val"]
         if built.world.rank == 0:
-            torch.save(found, folder / f"{name}.pt")
+            torch.save((loss.item(), evaluation, gradients), folder / f"{name}.pt")
         parallel.stop()
+
+
+@pytest.fixture(scope="module")
+def first_step(tmp_path_factory):
+    """Reads what `leave_first_step` left of one process, and of two ranks under DDP and FSDP2, in a dtype."""
+    folder = tmp_path_factory.mktemp("first")
+    data = write_tiny_data(folder / "tiny")
+    for size, hows in ((1, ["auto"]), (2, SPREADS)):
+        runs = [(f"{how} {dtype}", [*flags_of(folder, data, CURVE, "none"), f"--parallel={how}", f"--dtype={dtype}"], ranks.free_port())
+                for how in hows for dtype in ("float32", "bfloat16")]
+        assert ranks.run(leave_first_step, (runs, folder), size, folder / f"logs{size}") == [0] * size
+    return lambda how, dtype: torch.load(folder / f"{how} {dtype}.pt")
 
 
 def outcome(folder):
@@ -140,17 +153,33 @@ def assert_equal(a, b):
     assert all(torch.equal(a[2][name], b[2][name]) for name in a[2])
 
 
-def test_the_gradients_of_shards_and_of_copies_are_those_of_one_process(tmp_path):
-    data = write_tiny_data(tmp_path / "tiny")
-    runs = [(how, [*flags_of(tmp_path, data, CURVE, how), f"--parallel={how}"], ranks.free_port()) for how in SPREADS]
-    assert ranks.run(leave_gradients, (runs, tmp_path), 2, tmp_path / "logs") == [0, 0]
-    alone = start_run.build(parse(flags_of(tmp_path, data, CURVE, "one")))
-    loop.accumulate(alone)
-    for how in SPREADS:
-        gradients = torch.load(tmp_path / f"{how}.pt")
-        assert gradients.keys() == dict(alone.model.named_parameters()).keys()
-        for name, p in alone.model.named_parameters():
-            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize(("how", "dtype"), [("ddp", "float32"), ("fsdp", "float32"), ("ddp", "bfloat16")])
+def test_the_gradients_of_shards_and_of_copies_are_those_of_one_process(first_step, how, dtype):
+    """In bf16 as near as in fp32 under DDP: whoever computes a micro-batch rounds it in the same way (all have one thread
+    here), and the six are added in fp32. Only the order differs, which is a few times 2**-24 of the sum of their sizes."""
+    one, ours = first_step("auto", dtype), first_step(how, dtype)
+    assert ours[:2] == pytest.approx(one[:2], rel=1e-6)
+    torch.testing.assert_close(ours[2], one[2], rtol=1e-5, atol=1e-7)
+
+
+def test_the_gradients_of_bf16_shards_are_those_of_one_process_but_for_rounding(first_step):
+    """FSDP2 rounds what autocast leaves in fp32, the embeddings, norms and residual stream, so each rounds for itself.
+
+    One rounding to 8 bits errs by at most u = 2**-8, and by u / sqrt(3) in the root mean square, whatever was rounded
+    before; errors that do not know of each other add up in squares, and so do the terms of a sum that are not alike: it errs
+    by no larger share of itself than they do. From the embedding to the logits 36 numbers are rounded: two tables and their sum; in each
+    of two blocks four weights, four outputs of linear layers, two norms, two sums, gelu, the probabilities and attention's
+    output (15); the last norm, the head, the logits. The way back rounds the gradient of each once. So the logits, and the
+    loss, whose gradient by them has a norm below sqrt(2), differ from the exact ones by at most u * sqrt(36 / 3) times the
+    size of the logits, and the gradients by u * sqrt(72 / 3) of theirs. Two roundings of one truth differ by sqrt(2) of that.
+    """
+    (loss, evaluation, one), (*losses, shards) = first_step("auto", "bfloat16"), first_step("fsdp", "bfloat16")
+    u, logits = 2**-8, 0.02 * 16**0.5  # a head of normal(0.02) times 16 normalised features; weights have their initial size
+    assert losses == pytest.approx([loss, evaluation], abs=2**0.5 * u * (36 / 3) ** 0.5 * 2**0.5 * logits, rel=0)
+    assert shards.keys() == one.keys()
+    flat, ours = (torch.cat([gradients[name].flatten() for name in one]) for gradients in (one, shards))
+    assert (ours - flat).norm() <= 2**0.5 * u * (72 / 3) ** 0.5 * flat.norm()
+    assert not torch.equal(ours, ours.bfloat16().float()), "summed over micro-batches and ranks in fp32"
 
 
 @pytest.mark.parametrize("name", ["ddp2", "fsdp2", "ddp3", "fsdp3", "hsdp2"])

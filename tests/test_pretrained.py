@@ -46,7 +46,7 @@ def gpt2_data(tmp_path_factory):
     return folder
 
 
-SMALL_STEPS = ["--device=cpu", "--compile=False", "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=4",
+SMALL_STEPS = ["--device=cpu", "--dtype=float32", "--compile=False", "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=4",
                "--eval_interval=4", "--eval_iters=2", "--decay_lr=False", "--learning_rate=1e-3"]
 
 
@@ -223,7 +223,8 @@ def test_predict_prints_perplexity_and_the_likeliest_tokens(tiny_flags, tmp_path
 
 def test_evaluate_is_transformers_loss_over_the_whole_split(hf_tiny, gpt2_data, capsys):
     folder, theirs = hf_tiny
-    figures = evaluate.evaluate(evaluate.Evaluate(init_from=str(folder), data_dir=str(gpt2_data), batch_size=3, device="cpu"))
+    figures = evaluate.evaluate(evaluate.Evaluate(init_from=str(folder), data_dir=str(gpt2_data), batch_size=3, device="cpu",
+                                                  dtype="float32"))
     import numpy as np
 
     ids = torch.from_numpy(np.fromfile(gpt2_data / "val.bin", dtype=np.uint16).astype(np.int64))
@@ -257,7 +258,7 @@ def test_hellaswag_and_lambada_by_brute_force(hf_tiny, tmp_path):
         return F.cross_entropy(theirs(ids[None, :-1]).logits[0, -n:], ids[-n:], reduction="none")
 
     figures = evaluate.evaluate(evaluate.Evaluate(init_from=str(folder), hellaswag=str(tmp_path / "h.jsonl"),
-                                                  lambada=str(tmp_path / "l.jsonl"), device="cpu"))
+                                                  lambada=str(tmp_path / "l.jsonl"), device="cpu", dtype="float32"))
     scores = [losses("A man walks", " " + e) for e in examples[0]["endings"]]
     best = min(range(4), key=lambda i: scores[i].sum().item()), min(range(4), key=lambda i: scores[i].mean().item())
     assert (figures["hellaswag acc"], figures["hellaswag acc_norm"]) == tuple(sum(e["label"] == b for e in examples) / 8 for b in best)
@@ -274,7 +275,7 @@ def test_bad_evaluation_input_is_one_line(flags, message, hf_tiny, gpt2_data, tm
     (tmp_path / "good").write_text("{}\n")
     named = {"BAD": tmp_path / "bad", "GOOD": tmp_path / "good", "DATA": gpt2_data}
     flags = [f if "=" not in f else f"{f.partition('=')[0]}={named.get(f.partition('=')[2], f.partition('=')[2])}" for f in flags]
-    assert evaluate.main([f"--init_from={hf_tiny[0]}", "--device=cpu", *flags]) == 2
+    assert evaluate.main([f"--init_from={hf_tiny[0]}", "--device=cpu", "--dtype=float32", *flags]) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
 

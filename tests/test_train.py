@@ -81,8 +81,10 @@ def test_a_steps_time_on_a_cpu_is_its_own(tiny_flags, monkeypatch):
     assert [e["time_ms"] for e in entries(out(tiny_flags))] == pytest.approx([10, 20, 30])
 
 
-def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_epoch(tiny_flags, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_epoch(dtype, tiny_flags, tmp_path):
     """12 steps at once, and 4 + 4 + 4: the same weights, moments, generators and data position, bit for bit."""
+    tiny_flags = [*tiny_flags, f"--dtype={dtype}"]
     assert run.main(tiny_flags) == 0
     parts = [f for f in tiny_flags if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'parts'}"]
     for limit in (4, 8, 12):
