@@ -29,6 +29,9 @@ def pytest_configure(config):
         before = os.environ.get("PYTHONPATH")
         os.environ |= {"BF16_UNITS": there, "PYTHONPATH": os.pathsep.join([units.HERE, *([before] if before else [])])}
         units.claim(torch.cpu)
+    if hasattr(config, "workerinput"):  # several processes share the cores: threads would only wait for each other
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     hardware._cpu_has_bf16_units = lambda: pytest.fail("--dtype=auto, another one on another CPU: say which the test is about")
 
 
