@@ -1,10 +1,9 @@
 """Saves that die, disks that fill, files that rot: the last whole checkpoint stays, and is the one that is used."""
 
 import json
+import os
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import torch
 
 from gpt import GPT
 from gpt.pretrained import find_checkpoint, read_part, verify, whole_checkpoints
+from tests import ranks
 from train import checkpoint, loop, run
 from train.checkpoint import TEMPORARY
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -41,29 +39,28 @@ def test_a_save_that_died_does_not_count(trained):
     assert not dead.exists()
 
 
-def test_a_kill_at_each_moment_of_a_save_leaves_a_whole_checkpoint(trained):
-    """The process dies (os._exit) before each single fsync and rename of the save of step 16."""
+def dying(flags, moments):
+    """Train, but die (os._exit) where `moments` fsyncs and renames of the save are done, before the next one."""
+    left = iter(range(moments))
+
+    def counted(real):
+        def call(*args):
+            if next(left, None) is None:
+                os._exit(9)
+            return real(*args)
+        return call
+
+    checkpoint.sync, Path.rename = counted(checkpoint.sync), counted(Path.rename)
+    ranks.train(flags)
+
+
+def test_a_kill_at_each_moment_of_a_save_leaves_a_whole_checkpoint(trained, tmp_path):
     flags, folder = trained
-    code = """
-import os, sys
-from pathlib import Path
-from train import checkpoint, run
-moments, real_flush, real_rename = int(sys.argv[1]), checkpoint.sync, Path.rename
-def counted(real):
-    def call(*args):
-        global moments
-        if moments == 0: os._exit(9)
-        moments -= 1
-        return real(*args)
-    return call
-checkpoint.sync, Path.rename = counted(real_flush), counted(real_rename)
-sys.exit(run.main(sys.argv[2:]))
-"""
     deaths = 0
     for moment in range(0, 12, 3):
-        done = subprocess.run([sys.executable, "-c", code, str(moment), *flags, "--init_from=resume", "--max_iters=13"],
-                              capture_output=True, text=True, cwd="/")
-        deaths += done.returncode == 9
+        (code,) = ranks.run(dying, ([*flags, "--init_from=resume", "--max_iters=13"], moment), 1, tmp_path / f"logs{moment}")
+        assert code in (0, 9)
+        deaths += code == 9
         newest = find_checkpoint(folder)
         verify(newest)
         assert newest.name in ("step-00000012", "step-00000013")

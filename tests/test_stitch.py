@@ -1,10 +1,7 @@
 """Two models joined: where every tensor comes from, what the seam starts as, and that it alone is trained."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +11,10 @@ from gpt import GPT, GPTConfig, sample
 from gpt.generate import generate
 from gpt.pretrained import fill, find_checkpoint, read_config, whole_checkpoints
 from gpt.stitch import Trained, least_squares, merge, stitch, stream
+from tests import ranks
 from train import loop, run, start
 from train.config import parse
 
-ROOT = Path(__file__).parents[1]
 CONFIG = GPTConfig(block_size=12, vocab_size=19, n_layer=3, n_head=2, n_embd=8, bias=True)
 N = CONFIG.n_layer
 
@@ -335,10 +332,7 @@ def test_two_ranks_train_the_seam_of_one(pair, tmp_path):
     flags = [*pair, "--init_from=stitch", "--use_original_head=False", "--stitch_layer_index=1", "--dropout=0",
              "--eval_interval=12", "--learning_rate=1e-3"]
     assert run.main([*flags, f"--out_dir={tmp_path / 'one'}"]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, str(ROOT / "train" / "run.py"), *flags, f"--out_dir={tmp_path / 'two'}"],
-                          capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, done.stderr
+    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'two'}"],), 2, tmp_path / "logs") == [0, 0]
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert [c.name for c in whole_checkpoints(tmp_path / "two")] == ["step-00000012"]
     for name in one:

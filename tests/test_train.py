@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from data.loader import eval_batches, windows_per_epoch
 from data.manifest import shard_entry, write_manifest
 from gpt.pretrained import whole_checkpoints
+from tests import ranks
 from train import loop, run, start
 from train.config import parse
 from train.parallel import World
@@ -95,22 +94,18 @@ def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_e
            [(e["iter"], e.get("loss"), e.get("val/loss")) for e in pieces]
 
 
-def command(flags):
-    return [sys.executable, str(ROOT / "train" / "run.py"), *flags]
-
-
 @pytest.mark.parametrize("delay", [0.0, 0.15])
 def test_a_killed_run_resumes_bit_equal(delay, tiny_flags, tmp_path):
     """kill -9 some time after the first checkpoint, perhaps inside the next save; then the same command again."""
     flags = [*tiny_flags, "--max_iters=60", "--lr_decay_iters=60", "--log_interval=1"]
     assert run.main(flags) == 0
     killed = [f for f in flags if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'killed'}", "--init_from=auto"]
-    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, cwd="/")
-    while not whole_checkpoints(tmp_path / "killed") and process.poll() is None:
+    (process,) = ranks.start(ranks.train, (killed,), 1, tmp_path / "logs")
+    while not whole_checkpoints(tmp_path / "killed") and process.is_alive():
         time.sleep(0.002)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     survived = whole_checkpoints(tmp_path / "killed")
     assert survived
     assert run.main(killed) == 0
@@ -245,7 +240,7 @@ def test_many_kills(tiny_flags, tmp_path):
     assert run.main(flags) == 0
     killed = [f for f in flags if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'killed'}", "--init_from=auto"]
     for _ in range(30):
-        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, cwd="/", env=os.environ)
+        process = subprocess.Popen([sys.executable, str(ROOT / "train" / "run.py"), *killed], stdout=subprocess.DEVNULL, cwd="/")
         time.sleep(random.uniform(3.0, 6.0))
         process.kill()
         process.wait()
