@@ -16,6 +16,8 @@ from tests.units import sitecustomize as units
 
 ROOT = Path(__file__).parents[1]
 CPU_HAS_BF16_UNITS = hardware._cpu_has_bf16_units
+SHARING = ("test_ahead.py", "test_parallel.py")  # each of these makes one thing for a minute and then looks at it
+LONG = (*SHARING, "test_faults.py", "test_suites.py")
 
 
 def pytest_addoption(parser):
@@ -33,6 +35,27 @@ def pytest_configure(config):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
     hardware._cpu_has_bf16_units = lambda: pytest.fail("--dtype=auto, another one on another CPU: say which the test is about")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that in the end no worker waits long for another one."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker takes the next test when it is done with one, but a file of SHARING as a whole.
+
+    That would be --dist=loadgroup, but xdist 3.8.0 renames the tests of a group, which pytest 9.2 no longer lets it.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(SHARING) else nodeid
+
+    return Scheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture

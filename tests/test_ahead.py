@@ -23,7 +23,6 @@ from kernels import launch
 
 ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90, 100)
-pytestmark = pytest.mark.xdist_group("ahead")  # one process, so that what they share is made once
 
 
 def python(*arguments, **environment):

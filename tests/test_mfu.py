@@ -135,7 +135,7 @@ def test_out_of_memory_is_an_answer_and_leaves_no_gradient(weights):
 
 def test_batch_size_auto_needs_a_gpu():
     with pytest.raises(ValueError, match="--batch_size=auto needs a GPU's limit, this is cpu"):
-        mfu.main(Options(device="cpu", batch_size="auto"))
+        mfu.main(Options(device="cpu", dtype="float32", batch_size="auto"))
 
 
 def test_a_case_on_this_machine_has_losses_shares_and_no_mfu_where_the_device_is_unknown(tmp_path, monkeypatch, capsys):
@@ -163,5 +163,6 @@ def test_a_speed_above_the_peak_is_an_error_not_a_figure(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(mfu, "measure", lambda steps, **_: dict.fromkeys(steps, Timing((1e-9,))))
     with pytest.raises(ValueError, match="above 100 %"):
-        mfu.main(Options(device=DEVICE, cases="tiny", suites="torch", compile=False, peers="", out=str(tmp_path / "x.json")))
+        mfu.main(Options(device=DEVICE, dtype="bfloat16", cases="tiny", suites="torch", compile=False, peers="",
+                         out=str(tmp_path / "x.json")))
     assert not (tmp_path / "x.json").exists()

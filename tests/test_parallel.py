@@ -18,7 +18,6 @@ from train.config import ParallelConfig, parse
 from train.parallel import World
 
 STEPS = 20
-pytestmark = pytest.mark.xdist_group("parallel")  # one process, so that what they share is made once
 
 
 def without(flags, *names):
