@@ -20,7 +20,7 @@ if not hasattr(_kernels, "Kernels"):  # Hugging Face ships a package of this nam
         f"another package named 'kernels' comes first on the path ({_kernels.__file__}); "
         "run `pip install -e .` in the RidgeGPT checkout again, or `pip uninstall kernels`"
     )
-from kernels import Kernels, load
+from kernels import Kernels, dropout, load
 
 if TYPE_CHECKING:
     from gpt.generate import KVCache
@@ -61,7 +61,7 @@ class Attention(nn.Module):
             y = self.kernels.attention_qkv(qkv, doc_start=doc_start, dropout=self.config.dropout, seed=seed)
         else:
             y = self.kernels.attention_qkv(qkv, doc_start=doc_start)
-        return F.dropout(self.c_proj(y.reshape(B, T, C)), self.config.dropout, self.training)
+        return dropout(self.c_proj(y.reshape(B, T, C)), self.config.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.c_fc(x), approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
-        return F.dropout(self.c_proj(h), self.config.dropout, self.training)
+        return dropout(self.c_proj(h), self.config.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -144,7 +144,7 @@ class GPT(nn.Module):
         if start + idx.shape[1] > self.config.block_size:
             raise ValueError(f"sequence of {start + idx.shape[1]} tokens, block_size is {self.config.block_size}: crop it")
         positions = self.transformer.wpe.weight[start : start + idx.shape[1]]
-        x = F.dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)
+        x = dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)
         residual = None
         for i, block in enumerate(self.transformer.h):
             x, residual = block(*self.cross_seam(i, x, residual), doc_start, cache)

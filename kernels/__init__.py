@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.dropout import dropout as dropout
+
 FAMILIES = {
     "attention": ("attention", "attention_qkv"),
     "layernorm": ("layernorm", "add_layernorm"),

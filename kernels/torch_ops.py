@@ -1,13 +1,15 @@
 """PyTorch's own fused operators under our signatures: the baseline that every kernel here must beat.
 
-Same six signatures as kernels/reference.py. Two differences, both in dropout: PyTorch draws the mask from its own
-generator, so `seed` is not used; and on a CPU, attention drops keys instead of probabilities (see `attention`).
+Same six signatures as kernels/reference.py. Dropout masks are drawn otherwise: on a GPU by PyTorch's own generator, so
+`seed` is not used there, on a CPU by `dropout.keep_mask`. A CPU's attention is in kernels/cpu_attention.py where that is
+faster than PyTorch's fused one.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu_attention
 from kernels.reference import visible
 
 
@@ -15,15 +17,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
               dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """scaled_dot_product_attention of q, k, v (B, T, H, D), causal; agrees with `reference.attention`.
 
-    Dropout on a CPU: PyTorch's fused CPU attention has none, and asking for it falls back to one that writes (T, T)
-    matrices. There, whole values are dropped instead: one draw per key and head, shared by all queries. Every
-    probability is still zeroed with probability `dropout` and scaled by 1 / (1 - dropout), so the expectation is the
-    same, and the fused path is kept.
+    On a CPU with dropout, or in bf16 or fp16, it is `cpu_attention` instead, which is faster there.
     """
-    if dropout > 0 and q.device.type == "cpu":
-        B, T, H, _ = v.shape
-        v = v * (torch.rand(B, T, H, 1) >= dropout).to(v.dtype).div(1 - dropout)
-        dropout = 0.0
+    if q.device.type == "cpu" and (dropout > 0 or q.element_size() < 4):
+        return cpu_attention.attention_qkv(torch.stack((q, k, v), 2), doc_start=doc_start, window=window, dropout=dropout,
+                                           seed=seed)
     mask = None
     if doc_start is not None or window is not None:
         mask = visible(q.shape[1], doc_start, window, q.device)[:, None]
@@ -32,9 +30,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
     return y.transpose(1, 2)
 
 
-def attention_qkv(qkv: Tensor, **options) -> Tensor:
+def attention_qkv(qkv: Tensor, *, dropout: float = 0.0, **options) -> Tensor:
     """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D)."""
-    return attention(*qkv.unbind(2), **options)
+    if qkv.device.type == "cpu" and (dropout > 0 or qkv.element_size() < 4):
+        return cpu_attention.attention_qkv(qkv, dropout=dropout, **options)
+    return attention(*qkv.unbind(2), dropout=dropout, **options)
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
