@@ -1,8 +1,7 @@
 """The one module that knows devices: which there are, what they compute in, and how to wait for them."""
 
+import ctypes
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -55,6 +54,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees for its next allocations.
+
+    glibc maps each block of 32 MB or more anew, and the system fills it with zeros page by page: a sixth of a CPU's
+    training step where activations are that large (bench/LOG.md). Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
+
+
 def device_name(device: torch.device) -> str:
     """The name that gpt.flops.PEAK_TFLOPS knows a GPU by; the model of a CPU."""
     if device.type == "cuda":
@@ -78,17 +89,6 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
         return host.tolist()
 
     return read
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 512) -> float:
-    """Floating-point operations a second of an (n, n) matrix multiplication: the median of five."""
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds[1:])
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

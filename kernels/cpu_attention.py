@@ -82,7 +82,7 @@ def _attention(qkv: Tensor, doc_start: Tensor | None, window: int | None, dropou
             q, k, v = _by_head(qkv[part].movedim(2, 0))
             hidden = _hidden(qkv, part, doc_start, window)
         p = _probabilities(q, k, i, e, hidden, kept[place].view(len(q), e - i, e) if len(kept) else None)
-        if dropout > 0:
+        if seed is not None:
             p = p * keep_mask(int(seed) + n, p.shape, dropout, p.dtype)
         y[part, i:e] = _product(p, v[:, :e], 1 / (1 - dropout)).unflatten(0, (-1, H)).transpose(1, 2)
     return y, kept
@@ -109,7 +109,7 @@ def _attention_backward(dy: Tensor, kept: Tensor, qkv: Tensor, doc_start: Tensor
             hidden = _hidden(qkv, part, doc_start, window)
         p = kept[place].view(len(q), e - i, e) if len(kept) else _probabilities(q, k, i, e, hidden)
         dp, dropped = _product(g[:, i:e], v[:, :e].mT, 1 / (1 - dropout)), p
-        if dropout > 0:
+        if seed is not None:
             keep = keep_mask(int(seed) + n, p.shape, dropout, p.dtype)
             dp, dropped = dp.mul_(keep), p * keep
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
@@ -158,4 +158,4 @@ def attention_qkv(qkv: Tensor, *, doc_start: Tensor | None = None, window: int |
     """
     if dropout > 0 and seed is None:
         raise ValueError(f"attention: dropout={dropout} needs seed=, an int64 tensor without axes")
-    return _attention(qkv, doc_start, window, dropout, seed)[0]
+    return _attention(qkv, doc_start, window, dropout, seed if dropout > 0 else None)[0]

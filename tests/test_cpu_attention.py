@@ -127,7 +127,7 @@ def test_thirty_backwards_have_the_same_bits(blocks):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_opcheck_and_one_graph(dropout):
-    qkv, seed = packed(2, 20, 2, 8), torch.tensor(3)
+    qkv, seed = packed(2, 20, 2, 8), torch.tensor(3) if dropout else None
     torch.library.opcheck(cpu_attention._attention, (qkv, None, None, dropout, seed))
     dy, kept = torch.randn(2, 20, 2, 8), cpu_attention._attention(qkv, None, None, dropout, seed)[1].detach()
     torch.library.opcheck(cpu_attention._attention_backward, (dy, kept, qkv.detach(), None, None, dropout, seed))

@@ -1,6 +1,8 @@
 """What runs where (gpt/hardware.py), and that the tests' own --bf16-units reaches every process."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.hardware import resolve_dtype
+from gpt.hardware import keep_freed_memory, resolve_dtype
 from tests import ranks
 from tests.units import sitecustomize as units
 
@@ -49,3 +51,23 @@ def test_every_process_of_the_tests_has_the_same_units(auto_dtype, tmp_path):
     assert subprocess.run([sys.executable, "-c", SAY], cwd="/", capture_output=True, text=True).stdout == here
     assert ranks.run(say, (), 1, tmp_path) == [0]
     assert Path(tmp_path / "0.log").read_text() == here
+
+
+def faults_before_and_after():
+    """Minor page faults of twenty blocks of 64 MB, in pages of one."""
+    counts = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.empty(2**24).fill_(1.0)
+        counts.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**26)
+        keep_freed_memory()
+    print(*counts)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_used_again(tmp_path):
+    """By default each such block is mapped anew. In a process of its own, as the setting is the process's."""
+    assert ranks.run(faults_before_and_after, (), 1, tmp_path) == [0]
+    by_default, kept = map(float, (tmp_path / "0.log").read_text().split())
+    assert by_default > 15 and kept < 3

@@ -64,7 +64,7 @@ def test_torch_compile_that_cannot_work_is_said_at_the_start(value, tiny_flags, 
         raise RuntimeError("no C++ compiler found\nin eleven places")
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(hardware, "matmul_rate", lambda *_: 1.0)  # so slow that auto would compile
+    monkeypatch.setattr(compiling, "WORTH_TRYING_S", 0.0)
     code = run.main([*(f for f in tiny_flags if not f.startswith("--compile")), f"--compile={value}", "--dropout=0.0", "--max_iters=1"])
     out, err = capsys.readouterr()
     if value == "True":

@@ -1,34 +1,34 @@
 """Whether to compile the model, tried before it is promised."""
 
+import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
 from gpt import hardware
-from gpt.flops import flops_per_token
+from gpt.model import Block
+from kernels import Kernels
 from train.config import Config
 
 # What torch.compile raises where a compiler, a header or a driver is missing: all of it derives from these.
 UNABLE = (RuntimeError, OSError, ImportError)
+WORTH_TRYING_S = 300.0  # of training; trying takes about ten seconds, compiling all layers up to a minute
 
 
-def decide(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+def decide(config: Config, kernels: Kernels, device: torch.device, dtype: torch.dtype,
+           before: bool | None = None) -> tuple[bool, str]:
     """Whether to compile the model: where it is asked for or pays; and why, in a line.
 
-    auto on a CPU: measured on two AVX2 cores, a step gets 14 % faster without dropout and no faster with it, and
-    compiling takes about 40 s. So a run that would take under ten minutes, or has dropout, stays as it is.
+    auto: as `before`, which is what a resumed run did, so that its bits stay the same; else always on a GPU, and on a CPU
+    where a measurement says that it pays. Draws random numbers.
     """
     wanted, why = config.run.compile, f"--compile={config.run.compile}"
-    if wanted == "auto":
-        flops = flops_per_token(config.model)["palm"] * config.tokens_per_iter * config.optim.max_iters
-        minutes = flops / hardware.matmul_rate(device, dtype) / 60 if device.type == "cpu" else float("inf")
-        wanted = device.type == "cuda" or (device.type == "cpu" and minutes > 10 and config.model.dropout == 0)
-        why = f"auto: {'' if wanted else 'not '}worth its time on {device.type}"
-        if device.type == "cpu":
-            why += f", about {minutes:,.0f} min of matrix multiplications, dropout {config.model.dropout}"
-    if not wanted:
-        return False, f"no ({why})"
     try:
+        if wanted == "auto":
+            wanted, why = _automatic(config, kernels, device, dtype, before)
+        if not wanted:
+            return False, f"no ({why})"
         seconds = probe(device)
     except UNABLE as error:
         line = str(error).strip().partition("\n")[0][:200]
@@ -37,6 +37,54 @@ def decide(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[bo
             return False, f"no ({said})"
         raise ValueError(f"{said}; it needs a C++ compiler, Python's headers, on a GPU Triton; or --compile=False") from error
     return True, f"yes ({why}; tried in {seconds:.1f} s)"
+
+
+def _automatic(config: Config, kernels: Kernels, device: torch.device, dtype: torch.dtype,
+               before: bool | None) -> tuple[bool, str]:
+    if before is not None:
+        return before, "auto: as before"
+    if device.type != "cpu":
+        return device.type == "cuda", f"auto: {'' if device.type == 'cuda' else 'not '}worth its time on {device.type}"
+    step = step_of_a_block(config, kernels, dtype)
+    eager_s, _ = timed(step())
+    blocks = config.model.n_layer * config.optim.gradient_accumulation_steps * config.optim.max_iters
+    told = f"a block takes {1e3 * eager_s:.3g} ms"
+    if eager_s * blocks < WORTH_TRYING_S:
+        return False, f"auto: {told}, so the run is too short to try"
+    compiled_s, first_s = timed(step(torch.compile))
+    torch._dynamo.reset()  # the block that was tried must not count as a variant of those of the model
+    saved_s = (eager_s - compiled_s) * blocks - first_s * config.model.n_layer
+    return saved_s > 0, f"auto: {told}, compiled {1e3 * compiled_s:.3g} ms after {first_s:.0f} s"
+
+
+def step_of_a_block(config: Config, kernels: Kernels, dtype: torch.dtype) -> Callable[..., Callable[[], None]]:
+    """On the CPU: forward and backward of one block at this run's shape, its forward passed through a function first."""
+    c = config.model
+    block = Block(c, kernels)
+    x = torch.randn(config.data.batch_size, c.block_size, c.n_embd, requires_grad=True)
+
+    def make(through: Callable = lambda forward: forward) -> Callable[[], None]:
+        forward = through(block.forward)
+
+        def step() -> None:
+            with hardware.autocast(torch.device("cpu"), dtype):
+                branch, residual = forward(x, x)
+            torch.autograd.backward([branch, residual], [branch.detach(), residual.detach()])
+            block.zero_grad(set_to_none=True)
+
+        return step
+
+    return make
+
+
+def timed(step: Callable[[], None], repeats: int = 5) -> tuple[float, float]:
+    """Seconds of a step, the median of five, and of the first one before them."""
+    seconds = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:]), seconds[0]
 
 
 def probe(device: torch.device) -> float:

@@ -150,7 +150,7 @@ def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoi
     state = {
         "val_loss": val_loss, "best_val_loss": run.best_val_loss, "position": run.batches.position,
         "config": dict(flatten(run.config)), "kernels": run.choice._asdict(), "world_size": run.world.size,
-        "scaler": run.scaler.state_dict(), "torch": torch.__version__,
+        "scaler": run.scaler.state_dict(), "torch": torch.__version__, "compiled": run.compiled,
     }
     tensors, sharded = checkpoint.copied(run.model, run.optimizer, run.world)
     checkpoints.begin(checkpoint.Snapshot(run.step, tensors, sharded, run.config.model, state, run.tokenizer))

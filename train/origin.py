@@ -34,6 +34,7 @@ class Origin:
     model: GPTConfig | None = None
     weights: dict[str, Tensor] | None = None
     resume: Resume | None = None
+    compiled: bool | None = None  # whether the run to put back was
 
 
 def find_origin(config: Config, w: World) -> Origin:
@@ -142,7 +143,8 @@ def continued(path: Path, said: str) -> Origin:
     if not (path / "DONE").is_file():
         theirs = nanogpt.read(path)
         return Origin(str(path), theirs.config, theirs.weights, lambda *run: _resume_nanogpt(path, theirs, *run))
-    return Origin(str(path), read_config(path), None, lambda *run: _resume(path, said, *run))
+    compiled = checkpoint.read_state(path).get("compiled")
+    return Origin(str(path), read_config(path), None, lambda *run: _resume(path, said, *run), compiled)
 
 
 def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Config:

@@ -40,7 +40,8 @@ class Run:
     tokens: dict[str, Tokens]
     batches: Loader
     tokenizer: dict[str, Any]
-    compiled: str
+    compiled: bool
+    why_compiled: str
     store: dist.Store | None
     asked: Asked = field(default_factory=Asked)
     progress: Progress = field(default_factory=Progress)
@@ -58,6 +59,8 @@ def build(config: Config) -> Run:
     choice = resolve(config.kernel.kernels, device, attention=config.kernel.attention,
                      layernorm=config.kernel.layernorm, cross_entropy=config.kernel.cross_entropy)
     memory.check(config, world, device)
+    if device.type == "cpu":
+        hardware.keep_freed_memory()
     store = parallel.start(world, device, config.parallel)
     parallel.first_rank_decides(lambda: verify(config.data_dir), world)
     tokens = {split: open_split(config.data_dir, split) for split in ("train", "val")}
@@ -71,7 +74,8 @@ def build(config: Config) -> Run:
     torch.set_float32_matmul_precision("high")
     model = new_model(config, origin, choice, device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
-    compiled, why = compiling.decide(config, device, dtype)
+    compiled, why = parallel.first_rank_decides(
+        lambda: compiling.decide(config, model.kernels, device, dtype, origin.compiled), world)
     wrapped = parallel.place(model, config.parallel, world, device, dtype, compiled)
     if config.data.fit_batch:
         config = memory.fit(config, wrapped, world, device, dtype)
@@ -84,7 +88,7 @@ def build(config: Config) -> Run:
             tokens["train"], block_size=config.model.block_size, batch_size=config.data.batch_size, seed=config.run.seed,
             device=device, rank=world.rank, world_size=world.size,
         ),
-        tokenizer=meta or GPT2, compiled=why, store=store, started=origin.name,
+        tokenizer=meta or GPT2, compiled=compiled, why_compiled=why, store=store, started=origin.name,
     )
     if origin.resume is not None:
         begun = origin.resume(config, model, run.optimizer, run.scaler, world)
@@ -109,7 +113,7 @@ def describe(run: Run) -> str:
     lines = {
         "device": f"{hardware.device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
         "kernels": run.choice,
-        "compile": run.compiled,
+        "compile": run.why_compiled,
         "parallel": parallel.describe(run.wrapped, run.world, c.parallel),
         "model": f"{run.model.num_params():,} parameters" + (f", {trained:,} trained" if c.model.seam >= 0 else ""),
         "data": f"{c.data_dir}, {len(run.tokens['train']):,} tokens to train on, {len(run.tokens['val']):,} to validate",
