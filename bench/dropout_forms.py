@@ -1,10 +1,10 @@
-"""Does dropping keys instead of probabilities cost anything? Validation loss of a small model that overfits, either way.
+"""Does a model learn with our attention dropout as it does with PyTorch's? Validation loss of a small model that overfits.
 
     python bench/dropout_forms.py --data_dir=data/shakespeare_char
 
-On a CPU our attention dropout zeroes whole values, which keeps PyTorch's fused path (kernels/torch_ops.py). Here the same
-runs are made with PyTorch's own dropout of the probabilities, and with none in the attention, from the same seeds: on a
-slice of the text short enough that dropout matters.
+On a CPU the masks of our dropout come from few random words (kernels/dropout.py) and those of the attention are drawn block by
+block (kernels/cpu_attention.py). Here the same runs are made with PyTorch's own dropout of the probabilities, and with none
+in the attention, from the same seeds: on a slice of the text short enough that dropout matters.
 """
 
 import statistics
@@ -51,7 +51,7 @@ def none(qkv: Tensor, **_: object) -> Tensor:
 
 
 FORMS: dict[str, Callable] = {
-    "values (ours)": load("torch").attention_qkv, "probabilities (PyTorch)": on_probabilities, "none": none,
+    "ours": load("torch").attention_qkv, "PyTorch's": on_probabilities, "none": none,
 }
 
 

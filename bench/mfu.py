@@ -32,20 +32,21 @@ from bench import peers
 from bench.cases import GPT2
 from bench.peers import Peer
 from bench.profile_step import profile_all
-from bench.timing import ROOT, environment, measure, write_result
+from bench.timing import ROOT, environment, machine, measure, write_result
 from data import cli
 from gpt import GPT, GPTConfig, hardware
 from gpt.flops import mfu
 from kernels import FAMILIES, resolve
 
-# name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run there:
-# nanoGPT's README's "macbook" command, and its default shakespeare_char (a quarter of its batch of 64, which takes 16 s).
+# name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run there: the "macbook" command
+# of nanoGPT's README, its shakespeare_char, of which its own code takes 12 to 16 s a step, and one sequence of GPT-2.
 GPU_CASES = {
     name: (replace(shape, vocab_size=50304, bias=False, activation="gelu"), 16) for name, shape in GPT2.items()
 }
 CPU_CASES = {
     "macbook": (GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128), 12),
-    "shakespeare_char": (GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, dropout=0.2), 16),
+    "shakespeare_char": (GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, dropout=0.2), 64),
+    "124M_one": (GPU_CASES["124M"][0], 1),
 }
 CASES = GPU_CASES | CPU_CASES
 
@@ -58,7 +59,7 @@ class Options:
     dtype: str = "auto"
     """of our matrix multiplications; a peer is measured in this one, and in its own default where that differs"""
     cases: str = ""
-    """names, with commas: 124M 350M 774M 1558M, macbook, shakespeare_char; empty: those for the device"""
+    """names, with commas: 124M 350M 774M 1558M, macbook, shakespeare_char, 124M_one; empty: those for the device"""
     suites: str = ""
     """kernel suites of ours, with commas; empty: on a GPU torch, triton and each family's replacement, on a CPU torch"""
     peers: str = "transformers,liger"
@@ -74,12 +75,14 @@ class Options:
     profile: bool = False
     """also where a step of each goes, with Chrome traces beside the result"""
     out: str = ""
-    """JSON file for the result; empty: bench/results/mfu-DEVICE.json"""
+    """JSON file for the result; empty: bench/results/mfu-MACHINE.json"""
 
 
 def main(options: Options) -> dict:
     """Measure every case, print a table, and write the JSON as each case ends."""
     device = hardware.resolve_device(options.device)
+    if device.type == "cpu":
+        hardware.keep_freed_memory()  # as the trainer does; the peers gain by it, too
     dtype = hardware.resolve_dtype(options.dtype, device)
     names = options.cases.split(",") if options.cases else list(GPU_CASES if device.type == "cuda" else CPU_CASES)
     if unknown := [name for name in names if name not in CASES]:
@@ -101,7 +104,7 @@ def main(options: Options) -> dict:
 
 def result_file(options: Options, device: torch.device) -> Path:
     """Where the result goes."""
-    return Path(options.out) if options.out else ROOT / "bench" / "results" / f"mfu-{device.type}.json"
+    return Path(options.out) if options.out else ROOT / "bench" / "results" / f"mfu-{machine(device)}.json"
 
 
 def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype, options: Options) -> dict:

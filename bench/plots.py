@@ -169,7 +169,7 @@ def main(options: Options) -> list[Path]:
     out = Path(options.out) if options.out else results
     drawn = []
     for picture in PICTURES:
-        for device in ("cpu", "cuda"):
+        for device in ("cpu", "cpu-bf16", "cuda"):
             if (result := source(picture, device, results)) is not None:
                 drawn.append(out / f"{picture}-{device}.png")
                 draw(picture, result, drawn[-1])

@@ -27,6 +27,8 @@ from typing import Protocol
 
 import torch
 
+from gpt.hardware import cpu_has_bf16_units, cpu_units
+
 ROOT = Path(__file__).resolve().parents[1]
 FLUSH_BYTES = 256 * 2**20  # written between samples: twice the largest L2 (B200, 126 MB)
 NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers in indented JSON: samples and curves go on one line
@@ -209,10 +211,15 @@ def environment(device: torch.device | str = "cpu") -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "cpu": _cpu_model(),
+        "cpu": f"{_cpu_model()} ({cpu_units()})",
         "threads": torch.get_num_threads(),
         "gpu": _gpu(device) if device.type == "cuda" else None,
     }
+
+
+def machine(device: torch.device) -> str:
+    """What the files of a result are named after: cuda, cpu, or cpu-bf16, whose figures are those of another machine."""
+    return "cpu-bf16" if device.type == "cpu" and cpu_has_bf16_units() else device.type
 
 
 def _command() -> str:

@@ -38,15 +38,22 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and _cpu_has_bf16_units():
+    if device.type == "cpu" and cpu_has_bf16_units():
         return torch.bfloat16
     return torch.float32
 
 
-def _cpu_has_bf16_units() -> bool:
+def cpu_has_bf16_units() -> bool:
     """Where they are missing PyTorch emulates bf16, slower than fp32."""
     features = torch.cpu.get_capabilities()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
+
+
+def cpu_units() -> str:
+    """What this CPU computes with, which its model's name may not tell: "AVX512, bf16 units"."""
+    features = torch.cpu.get_capabilities()
+    vectors = next((name for key, name in (("avx512_f", "AVX512"), ("avx2", "AVX2")) if features.get(key)), platform.machine())
+    return f"{vectors}, {'' if cpu_has_bf16_units() else 'no '}bf16 units"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
@@ -72,7 +79,8 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"{platform.machine()} GPU"
-    return f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}, {torch.get_num_threads()} threads"
+    model = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{model} ({cpu_units()}), {torch.get_num_threads()} threads"
 
 
 def read_later(values: Tensor) -> Callable[[], list[float]]:

@@ -1,7 +1,7 @@
 """Causal attention on a CPU out of PyTorch's batched products: softmax(q k^T / sqrt(D)) v, in blocks of queries.
 
 PyTorch's fused CPU attention has no dropout, and in bf16 its forward and backward together take 1.3 to 3 times as long as
-these products (bench/results/attention-cpu.json). Every ROWS queries meet just the keys they may see, which leaves out
+these products (bench/results/forms-cpu-bf16.json). Every ROWS queries meet just the keys they may see, which leaves out
 nearly half of the square, and a few sequences are done at a time, so that their scores stay in the cache.
 
 Letters: B batch, T sequence, H heads, D head dimension; a block is queries i to e of b sequences, G = b * H.

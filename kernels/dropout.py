@@ -3,7 +3,7 @@
 PyTorch draws each element of a CPU mask on its own and on one core, 6 to 8 ns an element. Here four come from one 64-bit
 word, and a table of words from one random word for each row and each column: word[i, j] = mix(row[i] ^ column[j]), where
 mix is Fibonacci hashing (Knuth, The Art of Computer Programming 3, section 6.4) with the high half added to the low one.
-Measured: bench/results/dropout-masks.json, with what masks of this form have in common, row by row and column by column.
+Measured: bench/results/forms-cpu-bf16.json; what rows and columns of a mask have in common: tests/test_dropout.py.
 """
 
 import math
