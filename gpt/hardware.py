@@ -38,9 +38,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and cpu_has_bf16_units():
-        return torch.bfloat16
-    return torch.float32
+    return _automatic_on_a_cpu() if device.type == "cpu" else torch.float32
+
+
+def _automatic_on_a_cpu() -> torch.dtype:
+    return torch.bfloat16 if cpu_has_bf16_units() else torch.float32
 
 
 def cpu_has_bf16_units() -> bool:

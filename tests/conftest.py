@@ -15,7 +15,7 @@ from gpt import hardware
 from tests.units import sitecustomize as units
 
 ROOT = Path(__file__).parents[1]
-CPU_HAS_BF16_UNITS = hardware._cpu_has_bf16_units
+AUTOMATIC = hardware._automatic_on_a_cpu
 SHARING = ("test_ahead.py", "test_parallel.py")  # each of these makes one thing for a minute and then looks at it
 LONG = (*SHARING, "test_faults.py", "test_suites.py")
 
@@ -34,7 +34,7 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):  # several processes share the cores: threads would only wait for each other
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
-    hardware._cpu_has_bf16_units = lambda: pytest.fail("--dtype=auto, another one on another CPU: say which the test is about")
+    hardware._automatic_on_a_cpu = lambda: pytest.fail("--dtype=auto, another one on another CPU: say which the test is about")
 
 
 def pytest_collection_modifyitems(items):
@@ -61,7 +61,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture
 def auto_dtype(monkeypatch):
     """For the tests that are about --dtype=auto; in all others nothing may ask for it."""
-    monkeypatch.setattr(hardware, "_cpu_has_bf16_units", CPU_HAS_BF16_UNITS)
+    monkeypatch.setattr(hardware, "_automatic_on_a_cpu", AUTOMATIC)
 
 
 @pytest.fixture(autouse=True)

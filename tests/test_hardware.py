@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.hardware import keep_freed_memory, resolve_dtype
+from bench.timing import environment, machine
+from gpt.hardware import cpu_units, device_name, keep_freed_memory, resolve_dtype
 from tests import ranks
 from tests.units import sitecustomize as units
 
@@ -71,3 +72,14 @@ def test_freed_memory_is_used_again(tmp_path):
     assert ranks.run(faults_before_and_after, (), 1, tmp_path) == [0]
     by_default, kept = map(float, (tmp_path / "0.log").read_text().split())
     assert by_default > 15 and kept < 3
+
+
+@pytest.mark.parametrize(("features", "said", "results"), [
+    ({"avx512_f": True, "avx512_bf16": True, "avx2": True}, "AVX512, bf16 units", "cpu-bf16"),
+    ({"avx512_f": False, "avx2": True}, "AVX2, no bf16 units", "cpu"),
+])
+def test_a_cpu_is_named_by_its_units(features, said, results, monkeypatch):
+    """The model alone may say no more than "AMD EPYC"."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features | {"cpu_name": "X"})
+    assert cpu_units() == said and device_name(CPU).startswith(f"X ({said}), ")
+    assert machine(CPU) == results and environment(CPU)["cpu"].endswith(f"({said})")
