@@ -8,9 +8,10 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """nn.Linear with a faster product of one row, which is what each new token of a text is.
 
-    It takes as long as reading the matrix, and the libraries behind F.linear are slow at that. On two cores of an
-    EPYC, where memory gives 32 GB/s, MKL's in fp32 reads 12.5: it uses one core, and both, 24, for a batch of products.
-    oneDNN's in bf16 reads 15; PyTorch's own, which runs where oneDNN is off, 30. Elsewhere nothing is measured.
+    It takes as long as reading the matrix, and the libraries behind F.linear are slow at that. On
+    two cores of an EPYC, where memory gives 32 GB/s, MKL's in fp32 reads 12.5: it uses one core,
+    and both, 22, for a batch of products. oneDNN's in bf16 reads 15; PyTorch's own, which runs
+    where oneDNN is off, 30. Elsewhere nothing is measured.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ class Linear(nn.Linear):
             y = row_times(x.reshape(1, -1), self.weight).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         onednn = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a bool, which torch says only at run time
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # typed as its descriptor
         try:
             return super().forward(x)
         finally:
@@ -35,7 +36,7 @@ class Linear(nn.Linear):
 
 
 def row_times(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T of x (1, K) and w (N, K): (1, N). Each thread gets an equal share of w's rows; what is left over, one."""
+    """x w^T of x (1, K) and w (N, K): (1, N). Each thread gets a share of w's rows, all equal."""
     threads = torch.get_num_threads()
     even = len(w) // threads * threads
     shares = w[:even].unflatten(0, (threads, -1)).mT  # views (threads, K, N / threads)

@@ -84,10 +84,11 @@ def sample(c: Sample) -> None:
 def weights_dtype(c: Sample, model: "GPT", prompt_tokens: int) -> "torch.dtype":
     """What the weights are kept in. Decoding reads all of them for each token, so half the bytes is half the time.
 
-    auto: on a GPU what it has units for. On a CPU bfloat16 for a model that no cache holds, where reading is what takes
-    the time: everywhere with bf16 units, and without them up to the end of the window, beyond which every step is a
-    matrix multiplication. Tokens/s at 124M on a CPU with units (an EPYC's two cores): 75 for 36 in fp32, 34 for 19
-    for 32 tokens after 500, 6.7 for 3.0 beyond a window of 256; on one with AVX2 alone: 45 for 28.
+    auto: on a GPU what it has units for. On a CPU bfloat16 for a model that no cache holds, where
+    reading is what takes the time: everywhere with bf16 units, and without them up to the end of
+    the window, beyond which every step is a matrix multiplication. Tokens/s at 124M on a CPU with
+    units (an EPYC's two cores): 75 for 36 in fp32, 34 for 19 for 32 tokens after 500, 6.7 for 3.0
+    beyond a window of 256; on one with AVX2 alone: 45 for 28.
     """
     from gpt import hardware
 

@@ -80,8 +80,10 @@ def test_predict_gives_all_logits_or_the_last():
 @pytest.mark.parametrize(("texts", "dtype"), [(2, torch.double), (1, torch.float32)])
 @pytest.mark.parametrize("prompt", [1, 5, 16, 20])
 def test_greedy_text_is_the_same_with_and_without_cache(prompt, texts, dtype):
-    """Across the end of the window too, where positions shift and the cache no longer holds. One text in fp32 takes
-    gpt/linear.py's way for each new token."""
+    """Across the end of the window too, where positions shift and the cache no longer holds.
+
+    One text in fp32 takes gpt/linear.py's way for each new token.
+    """
     model = tiny().to(dtype)
     model.lm_head.weight = torch.nn.Parameter(torch.randn(65, 32, dtype=dtype))  # a tied one repeats its input
     model.transformer.wte.weight.data *= 20  # or the text is one token over and over
@@ -99,11 +101,12 @@ def test_generate_keeps_the_prompt_and_the_mode():
     assert torch.equal(out, model.generate(idx, 6, temperature=0))
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no MKL: one row is nothing special")
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no MKL, no own way")
 def test_every_product_of_a_new_token_is_one_of_a_row(monkeypatch):
-    """Four in each layer, one at a seam, one in the head; the prompt of 3 takes the ordinary way but for the head."""
+    """Four in each layer, one at a seam, one in the head; of the prompt of 3, the head's alone."""
     rows = []
-    monkeypatch.setattr(linear, "row_times", lambda x, w: (rows.append(tuple(w.shape)), x @ w.T)[1])
+    spy = lambda x, w: (rows.append(tuple(w.shape)), x @ w.T)[1]  # noqa: E731
+    monkeypatch.setattr(linear, "row_times", spy)
     list(generate(tiny(seam=1), torch.randint(65, (1, 3)), 5))
     assert len(rows) == 5 + 4 * (4 * 3 + 1) and rows.count((65, 32)) == 5
 

@@ -63,7 +63,7 @@ def test_the_prompt_may_be_longer_than_the_window(trained, capsys):
 
 @pytest.mark.parametrize("units", [True, False])
 def test_weights_of_a_large_model_are_bf16_where_that_is_faster(units, monkeypatch):
-    """Window 100. A small model is fp32 without asking for units; so is, without them, what is no reading of weights."""
+    """Of window 100. A small model is fp32; so is, without units, one that shifts its window."""
     def chosen(prompt, new, params=50_000_000, **flags):
         model = SimpleNamespace(num_params=lambda: params, config=SimpleNamespace(block_size=100),
                                 lm_head=SimpleNamespace(weight=torch.zeros(1)))
