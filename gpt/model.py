@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kernels as _kernels
 from gpt.config import GPTConfig
+from gpt.linear import Linear
 
 if not hasattr(_kernels, "Kernels"):  # Hugging Face ships a package of this name, too
     raise ImportError(
@@ -47,8 +48,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, kernels: Kernels):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.config, self.kernels = config, kernels
 
     def forward(self, x: Tensor, doc_start: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
@@ -69,8 +70,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,9 +113,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.kernels = config, kernels or load("torch")
         self.transformer = Transformer(config, self.kernels)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.seam >= 0:
-            self.seam = nn.Linear(config.n_embd, config.n_embd)
+            self.seam = Linear(config.n_embd, config.n_embd)
         self.tie()
         self.init_weights()
 

@@ -84,18 +84,21 @@ def sample(c: Sample) -> None:
 def weights_dtype(c: Sample, model: "GPT", prompt_tokens: int) -> "torch.dtype":
     """What the weights are kept in. Decoding reads all of them for each token, so half the bytes is half the time.
 
-    auto: on a GPU what it has units for. On a CPU bfloat16 where reading is what takes the time: a model that no cache
-    holds, and no more tokens than its window, beyond which every step is a matrix multiplication. Measured at 124M on
-    an AVX2 CPU without bf16 units: 45 tokens/s for 28 in fp32.
+    auto: on a GPU what it has units for. On a CPU bfloat16 for a model that no cache holds, where
+    reading is what takes the time: everywhere with bf16 units, and without them up to the end of
+    the window, beyond which every step is a matrix multiplication. Tokens/s at 124M on a CPU with
+    units (an EPYC's two cores): 75 for 36 in fp32, 34 for 19 for 32 tokens after 500, 6.7 for 3.0
+    beyond a window of 256; on one with AVX2 alone: 45 for 28.
     """
     from gpt import hardware
 
     device = model.lm_head.weight.device
     if c.dtype != "auto" or device.type != "cpu":
         return hardware.resolve_dtype(c.dtype, device)
-    large = model.num_params() * 4 > 128 * 2**20
+    if model.num_params() * 4 <= 128 * 2**20:
+        return hardware.DTYPES["float32"]
     within = prompt_tokens + c.max_new_tokens <= model.config.block_size and prompt_tokens <= c.max_new_tokens
-    return hardware.DTYPES["bfloat16" if large and within else "float32"]
+    return hardware.DTYPES["bfloat16"] if within else hardware.resolve_dtype("auto", device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt import GPT, SIZES, GPTConfig
+from gpt import GPT, SIZES, GPTConfig, linear
 from gpt.flops import matmul_params
 from gpt.generate import KVCache, generate, sample_token
 from kernels import load
@@ -77,12 +77,17 @@ def test_predict_gives_all_logits_or_the_last():
     torch.testing.assert_close(model(idx, idx), losses)
 
 
+@pytest.mark.parametrize(("texts", "dtype"), [(2, torch.double), (1, torch.float32)])
 @pytest.mark.parametrize("prompt", [1, 5, 16, 20])
-def test_greedy_text_is_the_same_with_and_without_cache(prompt):
-    """Across the end of the window too, where positions shift and the cache no longer holds."""
-    model = tiny().double()
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(65, 32, dtype=torch.double))  # a tied one repeats its input
-    idx = torch.randint(65, (2, prompt))
+def test_greedy_text_is_the_same_with_and_without_cache(prompt, texts, dtype):
+    """Across the end of the window too, where positions shift and the cache no longer holds.
+
+    One text in fp32 takes gpt/linear.py's way for each new token.
+    """
+    model = tiny().to(dtype)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(65, 32, dtype=dtype))  # a tied one repeats its input
+    model.transformer.wte.weight.data *= 20  # or the text is one token over and over
+    idx = torch.randint(65, (texts, prompt))
     cached, defined = (torch.cat([*generate(model, idx, 30, temperature=0, cached=c)], 1) for c in (True, False))
     assert torch.equal(cached, defined)
     assert len(cached.unique()) > 2
@@ -94,6 +99,16 @@ def test_generate_keeps_the_prompt_and_the_mode():
     out = model.generate(idx, 6, temperature=0)
     assert out.shape == (2, 10) and torch.equal(out[:, :4], idx) and model.training
     assert torch.equal(out, model.generate(idx, 6, temperature=0))
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no MKL, no own way")
+def test_every_product_of_a_new_token_is_one_of_a_row(monkeypatch):
+    """Four in each layer, one at a seam, one in the head; of the prompt of 3, the head's alone."""
+    rows = []
+    spy = lambda x, w: (rows.append(tuple(w.shape)), x @ w.T)[1]  # noqa: E731
+    monkeypatch.setattr(linear, "row_times", spy)
+    list(generate(tiny(seam=1), torch.randint(65, (1, 3)), 5))
+    assert len(rows) == 5 + 4 * (4 * 3 + 1) and rows.count((65, 32)) == 5
 
 
 def test_the_cache_is_allocated_once(monkeypatch):

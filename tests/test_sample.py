@@ -1,6 +1,9 @@
-import pytest
+from types import SimpleNamespace
 
-from gpt import sample
+import pytest
+import torch
+
+from gpt import hardware, sample
 from train import run
 
 
@@ -56,3 +59,20 @@ def test_bad_input_is_one_line(flags, message, trained, capsys):
 
 def test_the_prompt_may_be_longer_than_the_window(trained, capsys):
     assert "b" * 40 in text(capsys, trained, f"--start={'b' * 40}", "--num_samples=1", "--max_new_tokens=4")
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_weights_of_a_large_model_are_bf16_where_that_is_faster(units, monkeypatch):
+    """Of window 100. A small model is fp32; so is, without units, one that shifts its window."""
+    def chosen(prompt, new, params=50_000_000, **flags):
+        model = SimpleNamespace(num_params=lambda: params, config=SimpleNamespace(block_size=100),
+                                lm_head=SimpleNamespace(weight=torch.zeros(1)))
+        return sample.weights_dtype(sample.Sample(max_new_tokens=new, **flags), model, prompt)
+
+    assert chosen(4, 50, params=30_000_000) == torch.float32
+    monkeypatch.setattr(hardware, "_cpu_has_bf16_units", lambda: units)
+    assert chosen(4, 50, params=30_000_000) == torch.float32
+    assert chosen(4, 50) == chosen(50, 50) == torch.bfloat16
+    assert chosen(51, 50) == chosen(60, 40) == (torch.bfloat16 if units else torch.float32)
+    assert chosen(4, 50, dtype="float32") == torch.float32
+    assert chosen(4, 50, params=1, dtype="float16") == torch.float16
