@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import peers
-from bench.timing import ROOT, environment, measure, write_result
+from bench.timing import ROOT, environment, machine, measure, write_result
 from data import cli
 from gpt import GPT, SIZES, hardware
 from gpt.sample import Sample, weights_dtype
@@ -34,7 +34,7 @@ class Options:
     """folder of a nanoGPT checkout to measure against"""
     repeats: int = 3
     out: str = ""
-    """JSON file for the result; empty: bench/results/generation-DEVICE.json"""
+    """JSON file for the result; empty: bench/results/generation-MACHINE.json"""
 
 
 def main(options: Options) -> dict:
@@ -65,7 +65,7 @@ def main(options: Options) -> dict:
     for name in rows:
         print(f"{name:20}{rate[name]:8.1f} tokens/s   ours is {rate['ours'] / rate[name]:.2f} x this")
     result = {"benchmark": "generation", "environment": environment(device), "options": options, "variants": rows}
-    out = Path(options.out) if options.out else ROOT / "bench" / "results" / f"generation-{device.type}.json"
+    out = Path(options.out) if options.out else ROOT / "bench" / "results" / f"generation-{machine(device)}.json"
     write_result(out, result)
     print(f"written to {out}")
     return result

@@ -104,6 +104,7 @@ def memory(result: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_bf16": ("mfu-cpu-bf16.json", training),
     "cpu": ("mfu-cpu.json", training),
+    "generation_bf16": ("generation-cpu-bf16.json", generation),
     "generation": ("generation-cpu.json", generation),
     "gpu": ("mfu-cuda.json", training),
     "operators": ("operators-cuda.json", operators),
