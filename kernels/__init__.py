@@ -82,7 +82,7 @@ def resolve(kernels: str = "auto", device: torch.device | str = "cpu", *, attent
 def _automatic(device: torch.device) -> tuple[dict[str, str], str]:
     fused = dict.fromkeys(FAMILIES, "torch")
     if device.type != "cuda":
-        return fused, f"auto: PyTorch's fused operators on {device.type}"
+        return fused, f"auto: PyTorch's operators on {device.type}"
     name = torch.cuda.get_device_name(device)
     if name in _MEASURED:
         return _MEASURED[name], f"auto: measured on {name}"

@@ -17,9 +17,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
               dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """scaled_dot_product_attention of q, k, v (B, T, H, D), causal; agrees with `reference.attention`.
 
-    On a CPU with dropout, or in bf16 or fp16, it is `cpu_attention` instead, which is faster there.
+    On a CPU it is `cpu_attention` instead where that is faster: with dropout, which the fused operator has not, and in
+    bf16, whose fused backward is the slower the shorter the sequences are (bench/results/forms-cpu-bf16.json).
     """
-    if q.device.type == "cpu" and (dropout > 0 or q.element_size() < 4):
+    if _in_blocks(q, dropout):
         return cpu_attention.attention_qkv(torch.stack((q, k, v), 2), doc_start=doc_start, window=window, dropout=dropout,
                                            seed=seed)
     mask = None
@@ -32,9 +33,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
 
 def attention_qkv(qkv: Tensor, *, dropout: float = 0.0, **options) -> Tensor:
     """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D)."""
-    if qkv.device.type == "cpu" and (dropout > 0 or qkv.element_size() < 4):
+    if _in_blocks(qkv, dropout):
         return cpu_attention.attention_qkv(qkv, dropout=dropout, **options)
     return attention(*qkv.unbind(2), dropout=dropout, **options)
+
+
+def _in_blocks(x: Tensor, dropout: float) -> bool:
+    return x.device.type == "cpu" and (dropout > 0 or x.dtype == torch.bfloat16)
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:

@@ -137,9 +137,9 @@ def test_opcheck_and_one_graph(dropout):
 
 
 def test_pytorchs_backend_takes_it_where_it_is_faster():
-    """In half precision or with dropout; fp32 without dropout stays PyTorch's fused operator, bit for bit."""
+    """In bf16 or with dropout; fp32 without dropout stays PyTorch's fused operator, bit for bit."""
     seed = torch.tensor(4)
-    for dtype, options in ((torch.bfloat16, {}), (torch.float16, {}), (torch.float32, {"dropout": 0.2, "seed": seed})):
+    for dtype, options in ((torch.bfloat16, {}), (torch.float32, {"dropout": 0.2, "seed": seed})):
         x = torch.randn(2, 70, 3, 2, 16).to(dtype)
         for y in (torch_ops.attention_qkv(x, **options), torch_ops.attention(*x.unbind(2), **options)):
             assert torch.equal(y, attention_qkv(x, **options))
