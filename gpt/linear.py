@@ -29,7 +29,7 @@ class Linear(nn.Linear):
             torch.backends.mkldnn.enabled = onednn
 
     def _measured(self, x: Tensor) -> bool:
-        """Row and matrix both in fp32 or both in bf16, on an x86 CPU, which is where PyTorch has MKL."""
+        """Row and matrix both in fp32 or both in bf16, on an x86 CPU, where PyTorch has MKL."""
         return (x.device.type == "cpu" and torch.backends.mkl.is_available()
                 and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
                 and not torch.is_autocast_enabled("cpu"))

@@ -1,13 +1,16 @@
-"""Causal attention on a CPU out of PyTorch's batched products: softmax(q k^T / sqrt(D)) v, in blocks of queries.
+"""Causal attention on a CPU out of PyTorch's batched products: softmax(q k^T / sqrt(D)) v.
 
-PyTorch's fused CPU attention has no dropout, and in bf16 its forward and backward together take 1.3 to 3 times as long as
-these products (bench/results/forms-cpu-bf16.json). Every ROWS queries meet just the keys they may see, which leaves out
-nearly half of the square, and a few sequences are done at a time, so that their scores stay in the cache.
+PyTorch's fused CPU attention has no dropout, and in bf16 it takes 1.2 to 3 times as long
+(bench/results/forms-cpu-bf16.json). Here each block of ROWS queries meets just the keys it may
+see, which leaves out nearly half of the square, and a few sequences are done at a time, so that
+their scores stay in the cache.
 
-Letters: B batch, T sequence, H heads, D head dimension; a block is queries i to e of b sequences, G = b * H.
-Precision: products sum in fp32; scores, probabilities and their gradients are rounded to the dtype of qkv, as PyTorch's
-batched products round what they return; sums over blocks are fp32.
-Saved for backward: qkv, and the probabilities unless they pass KEPT_BYTES: then they are computed again.
+Letters: B batch, T sequence, H heads, D head dimension; a block is queries i to e of b sequences,
+and G = b * H.
+Precision: products sum in fp32, but PyTorch rounds what they return to the dtype of qkv: scores,
+probabilities and their gradients. Sums over blocks are fp32.
+Saved for backward: qkv, and the probabilities unless they pass KEPT_BYTES: then they are computed
+again.
 """
 
 from collections.abc import Iterator
@@ -20,15 +23,15 @@ from kernels.reference import visible
 
 ROWS = 128  # queries in a block
 CACHE_BYTES = 2 * 2**20  # of the scores of a block
-KEPT_BYTES = 2**28  # of the probabilities of one call: in bf16 19 sequences of 1,024 with 12 heads
+KEPT_BYTES = 2**28  # of the probabilities of a call: in bf16 19 sequences of 1,024 with 12 heads
 
 # -- blocks --------------------------------------------------------------------
 
 
 def _blocks(qkv: Tensor) -> Iterator[tuple[int, slice, int, int, slice]]:
-    """For each block: its number, its sequences, its queries from i to e, and where its probabilities are kept.
+    """Yield, for each block, its number, its sequences, i, e, and where its probabilities are kept.
 
-    A sequence's last queries come first: they see all keys, so the sums over blocks begin with them.
+    The last queries of a sequence come first: they see all keys, so sums over blocks begin there.
     """
     B, T, _, H, _ = qkv.shape
     step = max(1, CACHE_BYTES // (H * min(ROWS, T) * T * qkv.element_size()))
@@ -51,7 +54,8 @@ def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=factor)
 
 
-def _hidden(qkv: Tensor, part: slice, doc_start: Tensor | None, window: int | None) -> Tensor | None:
+def _hidden(qkv: Tensor, part: slice, doc_start: Tensor | None,
+            window: int | None) -> Tensor | None:
     """The keys that each query may not see, (b, T, T); None where these are just the later ones."""
     if doc_start is None and window is None:
         return None
@@ -59,13 +63,15 @@ def _hidden(qkv: Tensor, part: slice, doc_start: Tensor | None, window: int | No
     return ~seen.expand(part.stop - part.start, -1, -1)
 
 
-def _probabilities(q: Tensor, k: Tensor, i: int, e: int, hidden: Tensor | None, out: Tensor | None = None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, i: int, e: int, hidden: Tensor | None,
+                   out: Tensor | None = None) -> Tensor:
     """softmax of the scores of queries i to e over the keys before e, (G, e - i, e)."""
     scores = _product(q[:, i:e], k[:, :e].mT, q.shape[-1] ** -0.5)
     if hidden is None:
         scores[:, :, i:] += scores.new_full((e - i, e - i), float("-inf")).triu_(1)
     else:
-        scores.view(len(hidden), -1, e - i, e).masked_fill_(hidden[:, None, i:e, :e], float("-inf"))
+        by_sequence = scores.view(len(hidden), -1, e - i, e)
+        by_sequence.masked_fill_(hidden[:, None, i:e, :e], float("-inf"))
     return torch.softmax(scores, -1, out=out)
 
 
@@ -81,10 +87,12 @@ def _attention(qkv: Tensor, doc_start: Tensor | None, window: int | None, dropou
         if e == T:
             q, k, v = _by_head(qkv[part].movedim(2, 0))
             hidden = _hidden(qkv, part, doc_start, window)
-        p = _probabilities(q, k, i, e, hidden, kept[place].view(len(q), e - i, e) if len(kept) else None)
+        out = kept[place].view(len(q), e - i, e) if len(kept) else None
+        p = _probabilities(q, k, i, e, hidden, out)
         if seed is not None:
             p = p * keep_mask(int(seed) + n, p.shape, dropout, p.dtype)
-        y[part, i:e] = _product(p, v[:, :e], 1 / (1 - dropout)).unflatten(0, (-1, H)).transpose(1, 2)
+        block = _product(p, v[:, :e], 1 / (1 - dropout))
+        y[part, i:e] = block.unflatten(0, (-1, H)).transpose(1, 2)
     return y, kept
 
 
@@ -93,28 +101,35 @@ def _outputs(qkv, doc_start, window, dropout, seed):
     B, T, _, H, D = qkv.shape
     pairs = sum((min(i + ROWS, T) - i) * min(i + ROWS, T) for i in range(0, T, ROWS))
     n = B * H * pairs
-    return qkv.new_empty(B, T, H, D), qkv.new_empty(n if n * qkv.element_size() <= KEPT_BYTES else 0)
+    fits = n * qkv.element_size() <= KEPT_BYTES
+    return qkv.new_empty(B, T, H, D), qkv.new_empty(n if fits else 0)
 
 
 @torch.library.custom_op("ridge::cpu_attention_backward", mutates_args=())
-def _attention_backward(dy: Tensor, kept: Tensor, qkv: Tensor, doc_start: Tensor | None, window: int | None, dropout: float,
-                        seed: Tensor | None) -> Tensor:
+def _attention_backward(dy: Tensor, kept: Tensor, qkv: Tensor, doc_start: Tensor | None,
+                        window: int | None, dropout: float, seed: Tensor | None) -> Tensor:
     dqkv = _backward_output(dy, kept, qkv, doc_start, window, dropout, seed)
     _, T, _, H, D = qkv.shape
-    wide = qkv.dtype if T <= ROWS else torch.promote_types(qkv.dtype, torch.float32)  # of sums over blocks
+    scale, survivors = D**-0.5, 1 / (1 - dropout)
+    # of sums over blocks; a single block is none
+    wide = qkv.dtype if T <= ROWS else torch.promote_types(qkv.dtype, torch.float32)
     for n, part, i, e, place in _blocks(qkv):
         if e == T:
             q, k, v = _by_head(qkv[part].movedim(2, 0))
             g, dq = _by_head(dy[part]), torch.empty_like(q)
             hidden = _hidden(qkv, part, doc_start, window)
-        p = kept[place].view(len(q), e - i, e) if len(kept) else _probabilities(q, k, i, e, hidden)
-        dp, dropped = _product(g[:, i:e], v[:, :e].mT, 1 / (1 - dropout)), p
+        if len(kept):
+            p = kept[place].view(len(q), e - i, e)
+        else:
+            p = _probabilities(q, k, i, e, hidden)
+        dp, dropped = _product(g[:, i:e], v[:, :e].mT, survivors), p
         if seed is not None:
             keep = keep_mask(int(seed) + n, p.shape, dropout, p.dtype)
             dp, dropped = dp.mul_(keep), p * keep
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        dq[:, i:e] = _product(ds, k[:, :e], D**-0.5)
-        more_dk, more_dv = _product(ds.mT, q[:, i:e], D**-0.5), _product(dropped.mT, g[:, i:e], 1 / (1 - dropout))
+        dq[:, i:e] = _product(ds, k[:, :e], scale)
+        more_dk = _product(ds.mT, q[:, i:e], scale)
+        more_dv = _product(dropped.mT, g[:, i:e], survivors)
         if e == T:
             dk, dv = more_dk.to(wide), more_dv.to(wide)
         else:
@@ -141,7 +156,8 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy, _):
     kept, qkv, doc_start, seed = ctx.saved_tensors
-    return _attention_backward(dy, kept, qkv, doc_start, ctx.window, ctx.dropout, seed), None, None, None, None
+    dqkv = _attention_backward(dy, kept, qkv, doc_start, ctx.window, ctx.dropout, seed)
+    return dqkv, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -150,11 +166,12 @@ _attention.register_autograd(_differentiate, setup_context=_save)
 # -- public ----------------------------------------------------------------------
 
 
-def attention_qkv(qkv: Tensor, *, doc_start: Tensor | None = None, window: int | None = None, dropout: float = 0.0,
-                  seed: Tensor | None = None) -> Tensor:
-    """Attention of the packed projection qkv (B, T, 3, H, D): (B, T, H, D); agrees with `reference.attention_qkv`.
+def attention_qkv(qkv: Tensor, *, doc_start: Tensor | None = None, window: int | None = None,
+                  dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """Attention of the packed projection qkv (B, T, 3, H, D): (B, T, H, D).
 
-    But for dropout, whose mask is drawn from `seed` by `keep_mask`. Raises ValueError without a seed where dropout > 0.
+    Agrees with `reference.attention_qkv`, but draws the dropout mask from `seed` by `keep_mask`.
+    Raises ValueError without a seed where dropout > 0. Has no second derivative.
     """
     if dropout > 0 and seed is None:
         raise ValueError(f"attention: dropout={dropout} needs seed=, an int64 tensor without axes")

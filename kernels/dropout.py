@@ -1,9 +1,11 @@
 """Dropout that does not take a core: many mask elements from one random word.
 
-PyTorch draws each element of a CPU mask on its own and on one core, 6 to 8 ns an element. Here four come from one 64-bit
-word, and a table of words from one random word for each row and each column: word[i, j] = mix(row[i] ^ column[j]), where
-mix is Fibonacci hashing (Knuth, The Art of Computer Programming 3, section 6.4) with the high half added to the low one.
-Measured: bench/results/forms-cpu-bf16.json; what rows and columns of a mask have in common: tests/test_dropout.py.
+PyTorch draws each element of a CPU mask on its own and on one core, 6 to 8 ns an element. Here
+four come from one 64-bit word, and a table of words from one random word for each row and each
+column: word[i, j] = mix(row[i] ^ column[j]), where mix is Fibonacci hashing (Knuth, The Art of
+Computer Programming 3, section 6.4) with the high half added to the low one.
+
+Times: bench/results/forms-cpu-bf16.json. How alike rows and columns are: tests/test_dropout.py.
 """
 
 import math
@@ -17,14 +19,16 @@ COLUMNS = 2048  # words in a row of the table
 
 
 def keep_mask(seed: int, shape: tuple[int, ...], p: float, dtype: torch.dtype) -> Tensor:
-    """Ones where an element is kept, zeros with probability p, which is exact to 2^-17; a function of its arguments alone.
+    """Ones where an element is kept, zeros with probability p, exact to 2^-17. On the CPU.
 
-    On the CPU. In `dtype` because PyTorch multiplies by a mask of bools eight times slower than by one like x.
+    A function of its arguments alone. In `dtype`, because PyTorch multiplies by a mask of bools
+    eight times slower than by one like x.
     """
     n = math.prod(shape)
     rows = -(-n // (4 * COLUMNS))
     generator = torch.Generator().manual_seed(seed)
-    ends = torch.empty(rows + COLUMNS, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    ends = torch.empty(rows + COLUMNS, dtype=torch.int64)
+    ends.random_(-(2**63), None, generator=generator)
     words = (ends[:rows, None] ^ ends[rows:]).mul_(GOLDEN)
     words.add_(words >> 32)  # the low bits of a product have seen only low bits
     threshold = min(round(p * 2**16) - 2**15, 2**15 - 1)
@@ -61,7 +65,7 @@ _dropout.register_autograd(_differentiate, setup_context=_save)
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """F.dropout of x: zeros with probability p, the rest times 1 / (1 - p).
 
-    On a CPU the mask is a function of one draw of PyTorch's generator; elsewhere it is PyTorch's own dropout.
+    On a CPU the mask is a function of one draw of PyTorch's generator; elsewhere it is PyTorch's.
     """
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)

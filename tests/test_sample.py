@@ -70,9 +70,10 @@ def test_weights_of_a_large_model_are_bf16_where_that_is_faster(units, monkeypat
         return sample.weights_dtype(sample.Sample(max_new_tokens=new, **flags), model, prompt)
 
     assert chosen(4, 50, params=30_000_000) == torch.float32
-    monkeypatch.setattr(hardware, "_cpu_has_bf16_units", lambda: units)
+    automatic = torch.bfloat16 if units else torch.float32
+    monkeypatch.setattr(hardware, "_automatic_on_a_cpu", lambda: automatic)
     assert chosen(4, 50, params=30_000_000) == torch.float32
     assert chosen(4, 50) == chosen(50, 50) == torch.bfloat16
-    assert chosen(51, 50) == chosen(60, 40) == (torch.bfloat16 if units else torch.float32)
+    assert chosen(51, 50) == chosen(60, 40) == automatic
     assert chosen(4, 50, dtype="float32") == torch.float32
     assert chosen(4, 50, params=1, dtype="float16") == torch.float16
