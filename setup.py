@@ -17,6 +17,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=2.0",
         "tyro>=1.0",
+        "typeguard>=4.0",
         "safetensors>=0.5",
         "tqdm>=4.66",
         "matplotlib>=3.9",

@@ -211,7 +211,7 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 def _begin(out: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
     """Where to go on from; None where all is made. Removes what an earlier preparation made from something else."""
-    state = read_json(out / UNFINISHED) if (out / UNFINISHED).exists() else None
+    state = read_json(out / UNFINISHED, dict[str, Any], "remove it to start anew") if (out / UNFINISHED).exists() else None
     if state and state.get("made_from") == made_from:
         print(f"{out}: going on after {state['documents']:,} documents")
         return state

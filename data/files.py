@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON that is what it should be or refused."""
 
 import hashlib
 import json
@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -43,12 +45,32 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def read_json(path: Path) -> Any:
-    """The value in the JSON file `path`; a ValueError that names the file where it is not JSON."""
+def read_json(path: Path, form: type[T], remedy: str) -> T:
+    """The value in the JSON file `path`, of the type `form`: TypedDicts, lists, numbers, checked down to the leaves.
+
+    Raises ValueError, in one line with the file and the `remedy`, where it is absent, no regular file (a FIFO would
+    wait for ever), not JSON, or of another form. Every JSON file that others may have written or damaged is read here.
+    """
+    return parsed(regular(path, remedy).read_bytes(), form, str(path), remedy)
+
+
+def parsed(text: bytes | str, form: type[T], name: str, remedy: str) -> T:
+    """The JSON value `text`, likewise; `name` says where it comes from."""
+    from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error}); prepare the data again") from None
+        return check_type(json.loads(text), form, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({error}); {remedy}") from None
+    except TypeCheckError as error:
+        raise ValueError(f"{name}: {error}; {remedy}") from None
+
+
+def regular(path: Path, remedy: str) -> Path:
+    """`path` itself. Raises ValueError where there is no file, or one that is no regular file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: {'no regular file' if path.exists() else 'no such file'}; {remedy}")
+    return path
 
 
 def sha256_of(path: Path) -> str:

@@ -38,7 +38,7 @@ def write_manifest(data_dir: str | Path, source: dict[str, Any], tokenizer: str,
 def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
     """The manifest in `data_dir`, or None where there is none."""
     path = Path(data_dir) / NAME
-    return read_json(path) if path.exists() else None
+    return read_json(path, dict[str, Any], "prepare the data again") if path.exists() else None
 
 
 def verify(data_dir: str | Path, *, full: bool = False) -> None:

@@ -109,7 +109,7 @@ def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
     """What `data_dir` says of its tokens: its meta.json, else nanoGPT's meta.pkl in the same form, else None."""
     folder = Path(data_dir)
     if (folder / "meta.json").exists():
-        return read_json(folder / "meta.json")
+        return read_json(folder / "meta.json", dict[str, Any], "prepare the data again")
     return _read_pickle(folder / "meta.pkl") if (folder / "meta.pkl").exists() else None
 
 
