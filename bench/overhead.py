@@ -50,8 +50,8 @@ def measure(config: Config) -> tuple[Timing, Timing, Run]:
         run, watch = build(config), Stopwatch()
         if run.device.type != "cpu":
             raise ValueError(f"--device={run.device.type}: calls return before their work is done there; use --device=cpu")
-        report = Report(run.config, run.world, run.device)
-        report.begin()
+        report = Report(run.config, run.world, run.device, run.asked)
+        report.begin(run.step, run.evaluated)
         run.wrapped.forward = watch.timed(run.wrapped.forward)
         torch.Tensor.backward, before = watch.timed(torch.Tensor.backward), torch.Tensor.backward  # type: ignore[method-assign]
         run.optimizer.step = watch.timed(run.optimizer.step)  # type: ignore[method-assign]

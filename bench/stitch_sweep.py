@@ -15,7 +15,7 @@ from typing import NamedTuple
 from bench.timing import ROOT, environment, write_result
 from data import cli
 from data.shakespeare_char.prepare import main as prepare
-from gpt.pretrained import whole_checkpoints
+from gpt.run_folder import whole_checkpoints
 from train import loop, optim
 from train.config import Config, parse
 from train.start import Run, build

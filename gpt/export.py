@@ -30,26 +30,33 @@ def export(c: Export) -> Path:
     """The folder written. Raises ValueError or OSError; a folder that is not whole is not left under its name."""
     import shutil
 
-    from gpt.pretrained import find_checkpoint, read_config
+    from gpt.run_folder import reading
 
-    checkpoint = find_checkpoint(c.out_dir)
-    config = read_config(checkpoint)
-    for key, value in PLAIN.items():
-        if c.to != "safetensors" and getattr(config, key) != value:
-            raise ValueError(f"{checkpoint}: {key}={getattr(config, key)}, which --to={c.to} cannot express; "
-                             f"only a model with {key}={value} can be exported")
     folder = Path(c.folder) if c.folder else Path(c.out_dir) / c.to
     if folder.exists():
         raise ValueError(f"{folder} exists; remove it or give another --folder")
     partial = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        {"hf": to_huggingface, "nanogpt": to_nanogpt, "safetensors": to_safetensors}[c.to](checkpoint, partial)
-        partial.rename(folder)
-    finally:
+    with reading(c.out_dir) as checkpoint:
+        check_expressible(checkpoint, c.to)
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            {"hf": to_huggingface, "nanogpt": to_nanogpt, "safetensors": to_safetensors}[c.to](checkpoint, partial)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def check_expressible(checkpoint: Path, to: str) -> None:
+    """Raise ValueError where the format lacks what the model has."""
+    from gpt.pretrained import read_config
+
+    config = read_config(checkpoint)
+    for key, value in PLAIN.items():
+        if to != "safetensors" and getattr(config, key) != value:
+            raise ValueError(f"{checkpoint}: {key}={getattr(config, key)}, which --to={to} cannot express; "
+                             f"only a model with {key}={value} can be exported")
 
 
 def to_huggingface(checkpoint: Path, folder: Path) -> None:
@@ -71,12 +78,11 @@ def to_huggingface(checkpoint: Path, folder: Path) -> None:
 
 
 def to_nanogpt(checkpoint: Path, folder: Path) -> None:
-    import json
-
     from gpt import nanogpt
     from gpt.pretrained import load_model, read_optimizer
+    from gpt.run_folder import read_state
 
-    model, state = load_model(checkpoint), json.loads((checkpoint / "state.json").read_text())
+    model, state = load_model(checkpoint), read_state(checkpoint)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     nanogpt.write(folder / nanogpt.FILE, model.config, weights, read_optimizer(checkpoint, model), state["step"],
                   state["best_val_loss"], state["config"])
@@ -86,12 +92,11 @@ def to_safetensors(checkpoint: Path, folder: Path) -> None:
     import json
     import shutil
 
-    from safetensors.torch import save_file
-
-    from gpt.pretrained import entry, read_part, verify
+    from gpt.pretrained import read_part, save_tensors
+    from gpt.run_folder import entry, verify
 
     verify(checkpoint)
-    save_file(read_part(checkpoint, "model"), folder / "model.safetensors")
+    save_tensors(read_part(checkpoint, "model"), folder / "model.safetensors")
     for name in ("model.json", "tokenizer.json"):
         shutil.copy(checkpoint / name, folder)
     files = {f.name: entry(f) for f in sorted(folder.iterdir())}

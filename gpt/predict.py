@@ -33,15 +33,17 @@ def predict(c: Predict) -> None:
 
     from data.tokenizer import load_tokenizer
     from gpt import hardware
-    from gpt.pretrained import find_checkpoint, load_model, read_tokenizer
+    from gpt.pretrained import load_model, read_tokenizer
+    from gpt.run_folder import reading
     from gpt.scoring import token_losses
 
     if bool(c.text) == bool(c.file):
         raise ValueError("give one of --text=TEXT and --file=FILE")
     if c.top < 1:
         raise ValueError(f"top={c.top}: must be at least 1")
-    device, folder = hardware.resolve_device(c.device), find_checkpoint(c.out_dir)
-    tokenizer, model = load_tokenizer(read_tokenizer(folder)), load_model(folder, device)
+    device = hardware.resolve_device(c.device)
+    with reading(c.out_dir) as folder:
+        tokenizer, model = load_tokenizer(read_tokenizer(folder)), load_model(folder, device)
     text = Path(c.file).read_text(encoding="utf-8") if c.file else c.text
     ids = torch.tensor(tokenizer.encode(text), device=device)
     if len(ids) == 0:

@@ -1,60 +1,22 @@
-"""Reading trained models: our checkpoint folders.
+"""Reading trained models: our checkpoints (gpt/run_folder.py), and those of others."""
 
-A checkpoint is a folder `step-NNNNNNNN` in a run's out_dir: model.safetensors, or the folder model/ with the shards of a run
-under FSDP; model.json (the GPTConfig), tokenizer.json, what the trainer needs to go on, and DONE, written last: {file:
-{"bytes", "sha256"}}. A folder without DONE was cut short and does not count.
-"""
-
-import hashlib
+import contextlib
 import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, get_type_hints
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt import nanogpt
+from data.files import read_json
+from gpt import nanogpt, run_folder
 from gpt.config import SIZES, GPTConfig
 from gpt.model import GPT
+from gpt.run_folder import read_state, reading, tensor_files, verify
 from kernels import Kernels
-
-
-def whole_checkpoints(out_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(done.parent for done in out_dir.glob("step-*/DONE"))
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder at `path`: itself, or the newest in a run's folder. Raises ValueError if there is none."""
-    path = Path(path)
-    if (path / "DONE").is_file():
-        return path
-    found = whole_checkpoints(path)
-    if not found:
-        what = "has no whole checkpoint" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path} {what}; train one with `python train/run.py CONFIG --out_dir={path}`")
-    return found[-1]
-
-
-def entry(file: Path) -> dict[str, Any]:
-    """What DONE says of a file."""
-    with file.open("rb") as f:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
-
-
-def verify(folder: Path) -> None:
-    """Raise ValueError, naming the file, if one is missing or not what was written."""
-    for name, written in json.loads((folder / "DONE").read_text()).items():
-        file = folder / name
-        size = file.stat().st_size if file.exists() else None
-        if size != written["bytes"]:
-            raise ValueError(f"{file}: {'missing' if size is None else f'{size} bytes'}, was written with {written['bytes']}")
-        if entry(file) != written:
-            raise ValueError(f"{file}: damaged, its sha256 is not the one it was written with")
 
 
 def read_part(folder: Path, part: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -69,13 +31,25 @@ def read_part(folder: Path, part: str, device: torch.device | str = "cpu") -> di
     return tensors
 
 
-def tensor_names(folder: Path, part: str) -> list[str]:
-    """The names of a part's tensors, in order."""
-    names: set[str] = set()
-    for file in [*folder.glob(f"{part}.safetensors"), *folder.glob(f"{part}/*.safetensors")]:
-        with safe_open(file, "pt") as opened:
-            names |= set(opened.keys())
-    return sorted(names)
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the mode of any other new file; `save_file` alone makes it 0600."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(mode)
+
+
+def saved_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a part's tensors, whole, by their names."""
+    files = tensor_files(folder, part)
+    if files and files[0].parent != folder:  # shards: what each is of is in their metadata
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+        saved: Any = HuggingFaceStorageReader(str(folder / part)).read_metadata().state_dict_metadata
+        return {name: tuple(t.size) for name, t in saved.items()}
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(run_folder.opened(file)) for file in files]
+        return {name: tuple(t.get_slice(name).get_shape()) for t in found for name in t.keys()}
 
 
 def read_into(folder: Path, part: str, tensors: dict[str, Tensor]) -> None:
@@ -87,13 +61,17 @@ def read_into(folder: Path, part: str, tensors: dict[str, Tensor]) -> None:
         dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
+_Shape = TypedDict("_Shape", get_type_hints(GPTConfig), total=False)  # type: ignore[misc]
+
+
 def read_config(folder: Path) -> GPTConfig:
-    return GPTConfig(**json.loads((folder / "model.json").read_text()))
+    """The shape in model.json. Raises ValueError where it is none, or has what only a newer version knows."""
+    return GPTConfig(**read_json(folder / "model.json", _Shape, "it must have the fields of gpt/config.py"))
 
 
-def read_tokenizer(folder: Path) -> dict:
+def read_tokenizer(folder: Path) -> dict[str, Any]:
     """What data.tokenizer.load_tokenizer makes the model's tokenizer from."""
-    return json.loads((folder / "tokenizer.json").read_text())
+    return read_json(folder / "tokenizer.json", dict[str, Any], "it must be as a meta.json")
 
 
 def config_json(config: GPTConfig) -> str:
@@ -124,7 +102,7 @@ def read_optimizer(folder: Path, model: GPT) -> dict:
         moments = {k: saved[f"{name}:{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in saved}
         if moments:
             state[i] = moments
-    c = json.loads((folder / "state.json").read_text())["config"]
+    c = read_state(folder)["config"]
     shared = {"lr": c["learning_rate"], "betas": (c["beta1"], c["beta2"]), "eps": 1e-8, "amsgrad": False, "maximize": False,
               "foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True}
     groups = [
@@ -147,9 +125,9 @@ def read_weights(source: str) -> tuple[GPTConfig, dict[str, Tensor]]:
         return huggingface.read(source)
     if not path.is_dir():
         raise ValueError(f"{source!r} is no folder and no published size ({', '.join(SIZES)})")
-    folder = find_checkpoint(path)
-    verify(folder)
-    return read_config(folder), read_part(folder, "model")
+    with reading(path) as folder:
+        verify(folder)
+        return read_config(folder), read_part(folder, "model")
 
 
 def from_pretrained(source: str, kernels: Kernels | None = None) -> GPT:
@@ -162,11 +140,11 @@ def from_pretrained(source: str, kernels: Kernels | None = None) -> GPT:
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: Kernels | None = None) -> GPT:
     """The model of a checkpoint folder, or of the newest one in a run's folder, checked by its checksums, in eval mode."""
-    folder = find_checkpoint(path)
-    verify(folder)
-    with torch.device("meta"):
-        model = GPT(read_config(folder), kernels)
-    model.to_empty(device=device)
-    model.tie()
-    fill(model, read_part(folder, "model", device))
+    with reading(path) as folder:
+        verify(folder)
+        with torch.device("meta"):
+            model = GPT(read_config(folder), kernels)
+        model.to_empty(device=device)
+        model.tie()
+        fill(model, read_part(folder, "model", device))
     return model.eval()

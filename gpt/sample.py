@@ -51,14 +51,15 @@ def sample(c: Sample) -> None:
     from data.tokenizer import load_tokenizer
     from gpt import hardware
     from gpt.generate import generate
-    from gpt.pretrained import find_checkpoint, from_pretrained, load_model, read_tokenizer
+    from gpt.pretrained import from_pretrained, load_model, read_tokenizer
+    from gpt.run_folder import reading
 
     if c.num_samples < 1 or c.max_new_tokens < 1:
         raise ValueError(f"num_samples={c.num_samples}, max_new_tokens={c.max_new_tokens}: must be at least 1")
     device = hardware.resolve_device(c.device)
     if c.init_from == "resume":
-        folder = find_checkpoint(c.out_dir)
-        model, tokenizer = load_model(folder, device), load_tokenizer(read_tokenizer(folder))
+        with reading(c.out_dir) as folder:
+            model, tokenizer = load_model(folder, device), load_tokenizer(read_tokenizer(folder))
     else:
         model, tokenizer = from_pretrained(c.init_from).to(device), load_tokenizer(None)
     prompt = Path(c.start[5:]).read_text(encoding="utf-8") if c.start.startswith("FILE:") else c.start

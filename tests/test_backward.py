@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from data.tokens import Reversed, check_vocabulary, open_split, write_tokens
 from gpt import GPT, GPTConfig, sample
 from gpt.generate import generate
-from gpt.pretrained import find_checkpoint
+from gpt.run_folder import find_checkpoint
 from train import loop, run, start
 from train.config import parse
 

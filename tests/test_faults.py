@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.pretrained import find_checkpoint, read_part, verify, whole_checkpoints
+from gpt.pretrained import read_part
+from gpt.run_folder import find_checkpoint, verify, whole_checkpoints
 from tests import ranks
 from train import doctor, faults, loop, run, start
 from train.config import parse
@@ -86,7 +87,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(tiny_f
     assert run.main([*tiny_flags, "--init_from=resume"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed from"))
     assert "step-00000008, step 8" in line and "not from" in line and "step-00000012/optimizer.safetensors" in line
-    assert (tmp_path / "out" / "damaged-step-00000012").is_dir()
+    assert (tmp_path / "out" / "set-aside-1" / "step-00000012").is_dir()
     after = weights(tmp_path / "out")[1]
     assert all(torch.equal(after[k], before[k]) for k in before)
 

@@ -7,7 +7,7 @@ import torch
 
 from gpt import GPT, GPTConfig, export, predict
 from gpt.flops import flops_per_token
-from gpt.pretrained import find_checkpoint
+from gpt.run_folder import find_checkpoint
 from train import evaluate, run
 
 

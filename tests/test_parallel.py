@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gpt import GPT, GPTConfig, export
-from gpt.pretrained import load_model, read_part, tensor_names, verify, whole_checkpoints
+from gpt.pretrained import load_model, read_part, saved_shapes
+from gpt.run_folder import verify, whole_checkpoints
 from tests import ranks
 from tests.conftest import TINY, write_tiny_data
 from train import loop, parallel, run
@@ -237,7 +238,7 @@ def test_shards_are_read_as_the_model_that_was_trained(done):
     assert len(list((folder / "model").iterdir())) == 2 and not (folder / "model.safetensors").exists()
     model = load_model(folder)
     shards = read_part(folder, "model")
-    assert sorted(shards) == tensor_names(folder, "model") == sorted(name for name, _ in model.named_parameters())
+    assert sorted(shards) == sorted(saved_shapes(folder, "model")) == sorted(name for name, _ in model.named_parameters())
     assert all(torch.equal(p, shards[name]) for name, p in model.named_parameters())
     assert export.main([f"--out_dir={folder}", "--to=safetensors", f"--folder={done / 'gathered'}"]) == 0
     gathered = load_model(done / "gathered")

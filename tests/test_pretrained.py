@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig, export, nanogpt, predict, sample
-from gpt.pretrained import find_checkpoint
+from gpt.run_folder import find_checkpoint
 from gpt.scoring import token_losses
 from train import evaluate, loop, run, start
 from train.config import parse

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from gpt import GPT, GPTConfig, sample
 from gpt.generate import generate
-from gpt.pretrained import fill, find_checkpoint, read_config, whole_checkpoints
+from gpt.pretrained import fill, read_config
+from gpt.run_folder import find_checkpoint, whole_checkpoints
 from gpt.stitch import Trained, least_squares, merge, stitch, stream
 from tests import ranks
 from train import loop, run, start

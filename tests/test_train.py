@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from data.loader import eval_batches, windows_per_epoch
 from data.manifest import shard_entry, write_manifest
-from gpt.pretrained import whole_checkpoints
+from gpt.run_folder import whole_checkpoints
 from tests import ranks
 from train import loop, run, start
 from train.config import parse
+from train.faults import Asked
 from train.parallel import World
 from train.report import Report
 
@@ -71,8 +72,8 @@ def test_a_steps_time_on_a_cpu_is_its_own(tiny_flags, monkeypatch):
     """Each step once had the time of the one after it, and the last one before an evaluation had that of nothing."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    report = Report(parse(tiny_flags), World(), torch.device("cpu"))
-    report.begin()
+    report = Report(parse(tiny_flags), World(), torch.device("cpu"), Asked())
+    report.begin(0, False)
     for step, ms in enumerate((10, 20, 30)):
         now[0] += ms / 1000
         report.step(step, 1e-3, torch.tensor([2.0, 1.0, 0.0, 0.0]), types.SimpleNamespace(position=0, epoch=0.0))

@@ -2,10 +2,10 @@
 
 A checkpoint is written beside the training, by a thread on each rank, into a temporary folder; flushed to disk, marked DONE
 with the checksum of each file, and only then renamed to its place; older ones are removed after that. So whatever dies, and
-whenever, the last whole one stays. No pickle: tensors are safetensors named after the parameters, the rest is JSON. Where a
-rank holds all of the model, rank 0 writes model.safetensors and optimizer.safetensors; where the ranks hold shards, each
-writes its own into the folders model/ and optimizer/ (torch.distributed.checkpoint's layout). Either is read on any number of
-ranks.
+whenever, the last whole one stays; gpt/run_folder.py says which that is. No pickle: tensors are safetensors named after the
+parameters, the rest is JSON. Where a rank holds all of the model, rank 0 writes model.safetensors and optimizer.safetensors;
+where the ranks hold shards, each writes its own into the folders model/ and optimizer/ (torch.distributed.checkpoint's
+layout). Either is read on any number of ranks.
 """
 
 import json
@@ -17,18 +17,33 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.files import sync
 from gpt import GPT, GPTConfig
-from gpt.pretrained import config_json, entry, read_into, tensor_names, whole_checkpoints
+from gpt.pretrained import config_json, read_into, save_tensors, saved_shapes
+from gpt.run_folder import (
+    AGAIN,
+    DONE,
+    TEMPORARY,
+    Entry,
+    entry,
+    free_name,
+    remove,
+    step_folders,
+    step_of,
+    whole_checkpoints,
+    worth_keeping,
+)
 from train import parallel
 from train.parallel import World
 
-TEMPORARY = ".unfinished-"
 MARGIN_BYTES = 2**20  # for what is not tensors
+METRICS = "metrics.jsonl"
+ADAM = {"step", "exp_avg", "exp_avg_sq"}
+MOMENTS = {torch.optim.AdamW: [ADAM], torch.optim.Adam: [ADAM], torch.optim.SGD: [{"momentum_buffer"}, set()]}
 
 
 class Snapshot(NamedTuple):
@@ -41,6 +56,15 @@ class Snapshot(NamedTuple):
     model: GPTConfig
     state: dict[str, Any]
     tokenizer: dict[str, Any]
+
+
+def finite(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all weights and moments are finite numbers, on all ranks. All must call it."""
+    tensors = [*model.parameters(), *_moments(model, optimizer).values()]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    device = local[0].device
+    bad = sum((~t.detach().isfinite().all()).to(device) for t in local)
+    return not parallel.sum_over_ranks(torch.as_tensor(bad, device=device).float()).item()
 
 
 def copied(model: GPT, optimizer: torch.optim.Optimizer, w: World) -> tuple[dict[str, dict[str, Tensor]], bool]:
@@ -133,7 +157,7 @@ def _write_tensors(folder: Path, snapshot: Snapshot, w: World, group: dist.Proce
         if snapshot.sharded and part != "rng":
             _write_shards(folder / part, tensors, group)
         elif w.rank == 0:
-            save_file(tensors, folder / f"{part}.safetensors")
+            save_tensors(tensors, folder / f"{part}.safetensors")
 
 
 def _write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
@@ -146,7 +170,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessG
         raise OSError(next(iter(error.failures.values()))[0]) from error
 
 
-def _checksums(folder: Path, sharded: bool, w: World) -> dict[str, dict[str, Any]]:
+def _checksums(folder: Path, sharded: bool, w: World) -> dict[str, Entry]:
     """Of this rank's share of the files, once they are on disk: name -> bytes, sha256."""
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     mine = files[w.rank :: w.size] if sharded else files if w.rank == 0 else []
@@ -155,7 +179,7 @@ def _checksums(folder: Path, sharded: bool, w: World) -> dict[str, dict[str, Any
     return {f.relative_to(folder).as_posix(): entry(f) for f in mine}
 
 
-def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, dict[str, Any]]) -> None:
+def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, Entry]) -> None:
     """The rest of the folder, DONE, and its name."""
     texts = {"model": config_json(snapshot.model), "state": json.dumps(snapshot.state | {"step": snapshot.step}, indent=1),
              "tokenizer": json.dumps(snapshot.tokenizer)}
@@ -164,50 +188,79 @@ def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, 
         file.write_text(text)
         sync(file)
         entries[file.name] = entry(file)
-    done, place = folder / "DONE", out_dir / f"step-{snapshot.step:08d}"
+    done, place = folder / DONE, out_dir / f"step-{snapshot.step:08d}"
     done.write_text(json.dumps(entries, indent=1))
     for path in (done, *(f for f in folder.iterdir() if f.is_dir()), folder):
         sync(path)
     if place.exists():
-        shutil.rmtree(place)
+        place = place.with_name(place.name + AGAIN)
     folder.rename(place)
+    sync(out_dir)
+    _make_room(out_dir)
+
+
+def _make_room(out_dir: Path) -> None:
+    """Let a step that was saved again, with the loss that was not known before, take the place of the older folder.
+
+    At every moment there is a whole checkpoint of that step under a name that counts.
+    """
+    for newer in out_dir.glob(f"step-*{AGAIN}"):
+        place = newer.with_name(newer.name.removesuffix(AGAIN))
+        if not place.exists() or remove(place):
+            newer.rename(place)
     sync(out_dir)
 
 
 def prune(out_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints but the last `keep_last`, the one with the lowest validation loss, and multiples of keep_every."""
+    """Remove checkpoints but the last `keep_last`, the one with the lowest validation loss, and multiples of keep_every.
+
+    What somebody reads goes next time. A link was set by somebody, who may remove it.
+    """
     folders = whole_checkpoints(out_dir)
-    losses = {f: read_state(f)["val_loss"] for f in folders}
-    best = min((f for f in folders if losses[f] is not None), key=lambda f: losses[f], default=None)
-    for folder in folders[:-keep_last]:
-        step = int(folder.name.removeprefix("step-"))
-        if folder != best and not (keep_every and step % keep_every == 0):
-            doomed = folder.rename(out_dir / f"{TEMPORARY}{step}")  # first, so that half of it is never taken for whole
-            shutil.rmtree(doomed)
+    kept = worth_keeping(folders, keep_last) | {f for f in folders if keep_every and step_of(f) % keep_every == 0}
+    for folder in folders:
+        if folder not in kept and not folder.is_symlink():
+            remove(folder)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+def roll_back(out_dir: Path, step: int) -> Path | None:
+    """Set aside all checkpoints later than `step`, with the metrics up to them: a run goes on from there another way.
+
+    Else pruning, which keeps the latest steps, would take theirs for the newest. Gives the folder they are in, if any.
+    """
+    later = [folder for folder in step_folders(out_dir) if step_of(folder) > step]
+    if not later:
+        return None
+    aside = free_name(out_dir / "set-aside")
+    aside.mkdir()
+    if (out_dir / METRICS).exists():
+        shutil.copy(out_dir / METRICS, aside)
+    for folder in later[::-1]:  # the latest first: a kill here leaves a run that goes on from before them
+        folder.rename(aside / folder.name)
+    sync(out_dir)
+    return aside
 
 
 def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World) -> bool:
     """Put back weights, optimizer state and this rank's random number generators, exactly.
 
     False: the checkpoint is of another number of ranks, and the generators are left for the caller to seed.
+    Raises ValueError, before anything is placed, where names or shapes are not this run's.
     """
     parameters = dict(model.named_parameters())
+    _check_shapes(folder, "model", {name: tuple(p.shape) for name, p in parameters.items()})
+    shapes = saved_shapes(folder, "optimizer")
+    kinds = {key.rpartition(":")[2] for key in shapes}
+    if kinds not in MOMENTS[type(optimizer)]:
+        raise ValueError(f"{folder}: holds {sorted(kinds) or 'no moments'}, which {type(optimizer).__name__} cannot take over")
+    moments = {
+        f"{name}:{kind}": torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name])
+        for name in _names(model, optimizer) for kind in kinds
+    }
+    _check_shapes(folder, "optimizer", {key: tuple(t.shape) for key, t in moments.items()})
     read_into(folder, "model", {name: p.detach() for name, p in parameters.items()})
-    moments: dict[str, Tensor] = {}
-    for key in tensor_names(folder, "optimizer"):
-        name, _, moment = key.rpartition(":")
-        moments[key] = torch.zeros(()) if moment == "step" else torch.zeros_like(parameters[name])
     read_into(folder, "optimizer", moments)
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in moments.items():
-        name, _, moment = key.rpartition(":")
-        saved.setdefault(name, {})[moment] = tensor
-    positions = {i: name for i, name in enumerate(_names(model, optimizer)) if name in saved}
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: saved[name] for i, name in positions.items()}})
+    place_moments(model, optimizer, moments)
     rng = load_file(folder / "rng.safetensors")
     if len({key.partition(":")[0] for key in rng}) != w.size:
         return False
@@ -215,6 +268,21 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World
     if f"{w.rank}:cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng[f"{w.rank}:cuda"])
     return True
+
+
+def _check_shapes(folder: Path, part: str, needed: dict[str, tuple[int, ...]]) -> None:
+    found = saved_shapes(folder, part)
+    if odd := sorted(needed.items() ^ found.items()):
+        name = odd[0][0]
+        there, here = (shapes.get(name, "none") for shapes in (found, needed))
+        raise ValueError(f"{folder}: the shape of {name} is {there} in its {part}, this run's is {here}")
+
+
+def place_moments(model: GPT, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    """Make `moments`, `NAME:KIND` as in `copied`, each of its parameter's shape and sharding, the optimizer's."""
+    kinds = {key.rpartition(":")[2] for key in moments}
+    state = {i: {kind: moments[f"{name}:{kind}"] for kind in kinds} for i, name in enumerate(_names(model, optimizer))}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state if kinds else {}})
 
 
 def _names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -43,7 +43,8 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     """Print and return the figures, summed over all ranks. Raises ValueError or OSError for what the user can mend."""
     from data.tokenizer import load_tokenizer
     from gpt import hardware
-    from gpt.pretrained import find_checkpoint, from_pretrained, load_model, read_tokenizer
+    from gpt.pretrained import from_pretrained, load_model, read_tokenizer
+    from gpt.run_folder import reading
     from train import parallel
     from train.config import ParallelConfig
 
@@ -53,8 +54,8 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     device = hardware.resolve_device(c.device, world.local_rank)
     meta = None
     if c.init_from == "resume":
-        folder = find_checkpoint(c.out_dir)
-        model, meta = load_model(folder, device), read_tokenizer(folder)
+        with reading(c.out_dir) as folder:
+            model, meta = load_model(folder, device), read_tokenizer(folder)
     else:
         model = from_pretrained(c.init_from).to(device)
     if model.config.direction == "backward" and (c.hellaswag or c.lambada):

@@ -19,7 +19,11 @@ import torch.distributed as dist
 from train import parallel
 from train.parallel import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of torchrun and schedulers; of Slurm's --signal before the time is up
+# Of torchrun and schedulers; of Slurm's --signal before the time is up; of a terminal that is closed; of Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+SAME_PRESS_S = 1.0  # Ctrl-C reaches a rank twice: from the terminal, and from torchrun, which heard it too
+LOCK = ".lock"
+CLOSED = " is closed"
 HUNG = 86  # the exit code of a rank that ends because another one, or it, hangs
 
 
@@ -28,19 +32,30 @@ class Asked:
     """Whether this process was asked to stop, and by which signal. Ranks tell each other with the loss of each step."""
 
     by: str = ""
+    at: float = 0.0  # time.monotonic()
 
 
 @contextlib.contextmanager
 def listen(asked: Asked) -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 ask instead of kill. Only the main thread can hear signals; elsewhere nothing is asked."""
+    """Let SIGNALS ask instead of kill; Ctrl-C, pressed once more, is a KeyboardInterrupt.
+
+    What is ignored already, as nohup does with SIGHUP, stays so. Only the main thread hears signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def hear(number, _frame):
-        asked.by = signal.Signals(number).name
+        interrupted = number == signal.SIGINT
+        if interrupted and asked.by == signal.SIGINT.name and time.monotonic() - asked.at > SAME_PRESS_S:
+            raise KeyboardInterrupt
+        if interrupted and not asked.by:
+            with contextlib.suppress(OSError):  # not by print, which may be at work in what this interrupts
+                os.write(2, b"\nCtrl-C: saves after this step and ends; once more: ends without\n")
+        asked.by, asked.at = signal.Signals(number).name, time.monotonic()
 
-    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, hear) for number in heard}
     try:
         yield
     finally:
@@ -48,11 +63,29 @@ def listen(asked: Asked) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def detach_closed() -> str:
+    """Give stdout and stderr, where nobody can read them any more, to nobody; which those were, for a message.
+
+    A pipe's reader ended (`| head`), or a terminal was closed. Later writes would fail, too, at exit at the latest.
+    """
+    gone = []
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            nobody = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nobody, stream.fileno())
+            os.close(nobody)
+            gone.append(name)
+    return " and ".join(gone)
+
+
 @contextlib.contextmanager
 def only_run(out_dir: Path, w: World) -> Iterator[None]:
     """Hold out_dir against other runs. Raises ValueError, on all ranks, where one is at work in it.
 
-    The lock is the kernel's (flock): it goes with the process, however that ends.
+    The lock is the kernel's (flock): it goes with the process, however that ends. A folder made for it goes again
+    where nothing else came into it.
     """
     held = contextlib.ExitStack()
     with held:
@@ -61,8 +94,9 @@ def only_run(out_dir: Path, w: World) -> Iterator[None]:
 
 
 def _lock(out_dir: Path, held: contextlib.ExitStack) -> None:
+    made = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
-    file = held.enter_context((out_dir / ".lock").open("a+"))
+    file = held.enter_context((out_dir / LOCK).open("a+"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -70,9 +104,19 @@ def _lock(out_dir: Path, held: contextlib.ExitStack) -> None:
         raise ValueError(
             f"another run is at work in {out_dir} ({file.read().strip()}); wait for it, or give this one another --out_dir"
         ) from error
+    if not os.path.samestat(os.fstat(file.fileno()), os.stat(out_dir / LOCK)):
+        raise ValueError(f"another run in {out_dir} ended just now; give the same command again")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    if made:
+        held.callback(_unmake, out_dir)
+
+
+def _unmake(out_dir: Path) -> None:
+    if os.listdir(out_dir) == [LOCK]:
+        (out_dir / LOCK).unlink()
+        out_dir.rmdir()
 
 
 class Progress:

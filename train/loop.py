@@ -1,5 +1,8 @@
 """Training, from start to end. bench/ and the tests import these functions; nobody copies them."""
 
+import math
+import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,15 +17,19 @@ from train.start import Run, build, describe
 
 
 def train(config: Config) -> None:
-    """The run that `config` describes: start or resume, then evaluate, save and step until max_iters or a signal."""
+    """The run that `config` describes: start or resume, then evaluate, save and step until max_iters or a signal.
+
+    Raises KeyboardInterrupt after Ctrl-C, once all is saved.
+    """
     try:
-        run = build(config)
-        report = Report(run.config, run.world, run.device, run.step)
-        report.say(describe(run))
-        if run.config.run.eval_only:
-            report.evaluation(run.step, 0.0, evaluate(run))
-        else:
-            with (faults.only_run(Path(run.config.run.out_dir), run.world), faults.listen(run.asked),
+        with ExitStack() as held:
+            run = build(config, held)
+            report = Report(run.config, run.world, run.device, run.asked)
+            report.say(describe(run))
+            if run.config.run.eval_only:
+                report.evaluation(run.step, 0.0, evaluate(run))
+                return parallel.stop()
+            with (faults.listen(run.asked),
                   faults.watchdog(run.progress, run.store, run.world, run.config.parallel.hang_timeout)):
                 train_until_done(run, report, writer(run))
     except (ValueError, OSError, FloatingPointError):  # these are raised on all ranks together
@@ -31,6 +38,10 @@ def train(config: Config) -> None:
     except torch.OutOfMemoryError as error:
         raise ValueError(memory.advice(config, parallel.world(), error)) from error
     parallel.stop()
+    if run.asked.by == signal.SIGINT.name:
+        raise KeyboardInterrupt
+    if run.asked.by.endswith(faults.CLOSED):
+        raise OSError(f"{run.asked.by}, so the run ended at step {run.step}, saved; it goes on with --init_from=resume")
 
 
 def writer(run: Run) -> checkpoint.Writer:
@@ -44,9 +55,25 @@ def writer(run: Run) -> checkpoint.Writer:
 
 
 def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -> None:
-    """Evaluate and save when due, else step; once any rank was asked to stop, save at the next step and end."""
+    """Evaluate and save when due, else step; once any rank was asked to stop, save at the next step and end.
+
+    However it ends, the checkpoint that is being written becomes whole first.
+    """
+    out_dir = Path(run.config.run.out_dir)
+    aside = parallel.first_rank_decides(lambda: checkpoint.roll_back(out_dir, run.step), run.world)
+    if aside is not None:
+        report.say(f"set aside in {aside}: checkpoints later than step {run.step}, and the metrics up to them")
+    parallel.together(lambda: report.begin(run.step, run.evaluated), run.world)
+    try:
+        step_until_done(run, report, checkpoints)
+    finally:
+        run.progress.begins("save, the last")
+        checkpoints.wait()
+    report.finish()
+
+
+def step_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -> None:
     c = run.config
-    report.begin()
     while True:
         lr = optim.learning_rate(run.step, c.optim)
         last = run.step >= c.optim.max_iters
@@ -64,9 +91,6 @@ def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -
             break
         report.step(run.step, lr, train_step(run, lr), run.batches)
         run.step, run.evaluated = run.step + 1, False
-    run.progress.begins("save, the last")
-    checkpoints.wait()
-    report.finish()
 
 
 def train_step(run: Run, lr: float) -> Tensor:
@@ -143,6 +167,9 @@ def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoi
     due = run.step > 0 and (c.always_save_checkpoint or val_loss is None or val_loss < run.best_val_loss)
     run.best_val_loss = min(run.best_val_loss, float("inf") if val_loss is None else val_loss)
     if not due:
+        return
+    if not (val_loss is None or math.isfinite(val_loss)) or not checkpoint.finite(run.model, run.optimizer):
+        report.say(f"not saved: at step {run.step} the validation loss or a weight is no finite number")
         return
     run.progress.begins(f"save of step {run.step}")
     checkpoints.wait()

@@ -1,6 +1,7 @@
 """Where a run begins: from nothing, its own checkpoint, weights that others trained, or two models joined."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 from data.loader import eval_batches
 from data.tokens import Reversed, Tokens, check_vocabulary, open_split
 from gpt import GPT, SIZES, GPTConfig, hardware, nanogpt
-from gpt.pretrained import find_checkpoint, read_config, read_weights, verify, whole_checkpoints
+from gpt.pretrained import read_config, read_weights
+from gpt.run_folder import DONE, newest_sound, read_state, reading, whole_checkpoints
 from gpt.stitch import Trained, merge, stitch
 from train import checkpoint, parallel
 from train.config import Config, flatten
@@ -44,7 +46,7 @@ def find_origin(config: Config, w: World) -> Origin:
     """
     kind, source, said = parallel.first_rank_decides(lambda: choose(config, restarted=w.restarts > 0), w)
     if kind == "resume":
-        return continued(Path(source), said)
+        return continued(Path(source), said, w)
     if kind == "join":
         return joined(config)
     return Origin("scratch") if kind == "scratch" else Origin(*pretrained(source, config.model.block_size))
@@ -55,12 +57,13 @@ def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
     run, out_dir = config.run, Path(config.run.out_dir)
     there = whole_checkpoints(out_dir)
     if there and (restarted or run.init_from == "auto"):
-        return "resume", *newest_undamaged(out_dir, set_aside=not run.eval_only)
+        return "resume", *newest(out_dir)
     if run.init_from == "resume":
-        path = Path(run.resume_dir or out_dir)
-        if (path / nanogpt.FILE).is_file() and not whole_checkpoints(path):
-            return "resume", str(path), ""
-        return "resume", *newest_undamaged(path, set_aside=path == out_dir and not run.eval_only)
+        source, said = resumable(Path(run.resume_dir or out_dir))
+        if there and not run.eval_only and Path(source).resolve().parent != out_dir.resolve():
+            raise ValueError(f"{out_dir} already holds a run ({there[-1].name}), of which {source} is no checkpoint; "
+                             "give another --out_dir")
+        return "resume", source, said
     if there and not run.eval_only:
         raise ValueError(
             f"{out_dir} already holds a run ({there[-1].name}); continue it with --init_from=resume, "
@@ -78,26 +81,16 @@ def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
     return "pretrained", run.init_from, ""
 
 
-def newest_undamaged(path: Path, set_aside: bool) -> tuple[str, str]:
-    """The newest checkpoint at `path` whose checksums are right, and what was wrong with newer ones.
+def resumable(path: Path) -> tuple[str, str]:
+    """What at `path` a run can go on from: nanoGPT's checkpoint, or our newest sound one; what to say."""
+    if (path / nanogpt.FILE).is_file() and not whole_checkpoints(path):
+        return str(path), ""
+    return newest(path)
 
-    These are renamed, where asked, so that pruning never counts them as the newest. Raises ValueError if none is right.
-    """
-    newest, said, damaged = find_checkpoint(path), "", []
-    candidates = [newest] if newest == path else whole_checkpoints(path)[::-1]
-    for folder in candidates:
-        try:
-            verify(folder)
-        except ValueError as error:
-            said += f"; not from {error}"
-            if folder == candidates[-1]:
-                raise
-            damaged.append(folder)
-        else:
-            for bad in damaged if set_aside else ():
-                bad.rename(bad.with_name(f"damaged-{bad.name}"))
-            return str(folder), said
-    raise AssertionError
+
+def newest(path: Path) -> tuple[str, str]:
+    folder, faults = newest_sound(path)
+    return str(folder), "".join(f"; not from {fault}" for fault in faults)
 
 
 def pretrained(source: str, block_size: int) -> Trained:
@@ -138,13 +131,19 @@ def directed(tokens: Tokens, model: GPTConfig) -> Tokens:
     return Reversed(tokens.paths) if model.direction == "backward" else tokens
 
 
-def continued(path: Path, said: str) -> Origin:
+def continued(path: Path, said: str, w: World) -> Origin:
     """A run of ours, or of nanoGPT's, put back to where this checkpoint was written."""
-    if not (path / "DONE").is_file():
+    if not (path / DONE).is_file():
         theirs = nanogpt.read(path)
         return Origin(str(path), theirs.config, theirs.weights, lambda *run: _resume_nanogpt(path, theirs, *run))
-    compiled = checkpoint.read_state(path).get("compiled")
-    return Origin(str(path), read_config(path), None, lambda *run: _resume(path, said, *run), compiled)
+    held = ExitStack()  # until all is read: another run may be saving, and removing, where --resume_dir is
+
+    def resume(*run: Any) -> Begun:
+        with held:
+            return _resume(path, said, *run)
+
+    parallel.together(lambda: held.enter_context(reading(path)), w)
+    return Origin(str(path), read_config(path), None, resume, read_state(path).get("compiled"))
 
 
 def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Config:
@@ -168,17 +167,17 @@ def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Con
 
 def _resume(folder: Path, damaged: str, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler, w: World) -> Begun:
-    state = checkpoint.read_state(folder)
+    state = read_state(folder)
     before, now = state["config"], dict(flatten(config))
-    if before["optimizer"] != now["optimizer"]:
-        raise ValueError(f"{folder} was trained with --optimizer={before['optimizer']}, "
+    if before.get("optimizer") != now["optimizer"]:
+        raise ValueError(f"{folder} was trained with --optimizer={before.get('optimizer')}, "
                          f"whose state {now['optimizer']} cannot take over")
     same_ranks = checkpoint.restore(folder, model, optimizer, w)
     if not same_ranks:
         torch.manual_seed(config.run.seed + 7919 * state["step"] + w.rank)  # not the numbers that the run began with
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    same_data = (before["dataset"], before["data_dir"]) == (now["dataset"], now["data_dir"])
+    same_data = (before.get("dataset"), before.get("data_dir")) == (now["dataset"], now["data_dir"])
     said = f"{folder}, step {state['step']}" + "".join(
         f"; {k} was {before[k]}, is {v}" for k, v in now.items() if k in before and before[k] != v and k != "init_from"
     )

@@ -9,8 +9,10 @@ not known).
 
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.files import parsed, whole, write_json
 from data.loader import Loader
 from gpt import hardware
 from gpt.flops import mfu
-from train.config import Config, to_json
+from train.checkpoint import METRICS
+from train.config import Config, flatten, to_json
+from train.faults import CLOSED, Asked, detach_closed
 from train.parallel import World
+
+REMEDY = "remove that line"
 
 
 class Report:
     """The run's voice. Numbers of a step are read one step later, so that the device never waits for the host."""
 
-    def __init__(self, config: Config, world: World, device: torch.device, first_step: int = 0):
-        self.config, self.speaks = config, world.rank == 0
+    def __init__(self, config: Config, world: World, device: torch.device, asked: Asked):
+        """`asked` is asked to stop where the terminal, or what reads this run's output, is gone."""
+        self.config, self.speaks, self.asked = config, world.rank == 0, asked
         self.device_name, self.world_size = hardware.device_name(device), world.size
         self.out_dir, self.defers = Path(config.run.out_dir), device.type == "cuda"
         self.mfu: float | None = None
@@ -39,24 +47,34 @@ class Report:
         self.device = device
         self.bar: tqdm | None = None
         self.sinks: list[Callable[[dict[str, Any]], None]] = []
-        self.first_step, self.clock = first_step, time.perf_counter()
+        self.clock = time.perf_counter()
 
     def say(self, line: str) -> None:
         if self.speaks:
-            tqdm.write(line)
+            with self._terminal():
+                tqdm.write(line)
+                sys.stdout.flush()
 
-    def begin(self) -> None:
-        """Open the run's folder: config.json, and metrics.jsonl cut back to the step that is resumed from."""
+    @contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """For what is written to the terminal: where that is gone, the run is asked to stop, and saves."""
+        try:
+            yield
+        except OSError:
+            if not (gone := detach_closed()):
+                raise
+            self.asked.by = self.asked.by or gone + CLOSED
+
+    def begin(self, step: int, evaluated: bool) -> None:
+        """Open the run's folder: config.json, and metrics.jsonl cut back to the step that the run goes on from, with
+        that step's evaluation if it is not made again."""
         if self.speaks:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            (self.out_dir / "config.json").write_text(to_json(self.config))
-            log = self.out_dir / "metrics.jsonl"
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and _before(line, self.first_step)]
-            fresh = log.with_suffix(".tmp")
-            fresh.write_text("".join(kept))
-            fresh.replace(log)
-            self.bar = tqdm(total=self.config.optim.max_iters, initial=self.first_step, unit="step", disable=None,
+            write_json(self.out_dir / "config.json", dict(flatten(self.config)))
+            log = self.out_dir / METRICS
+            before = [e for e in read_metrics(log) if e["iter"] < step or (evaluated and "val/loss" in e and e["iter"] == step)]
+            with whole(log) as file:
+                file.writelines(json.dumps(entry).encode() + b"\n" for entry in before)
+            self.bar = tqdm(total=self.config.optim.max_iters, initial=step, unit="step", disable=None,
                             dynamic_ncols=True, smoothing=0.05)
             self.sinks = open_sinks(self.config, self.say)
         self.clock = time.perf_counter()
@@ -87,8 +105,9 @@ class Report:
         if not self.speaks:
             return
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s", refresh=False)
-            self.bar.update(1)
+            with self._terminal():
+                self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s", refresh=False)
+                self.bar.update(1)
         if step % self.config.run.log_interval == 0:
             percent = "n/a" if self.mfu is None else f"{self.mfu:.2f}%"
             self.say(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {percent}")
@@ -130,7 +149,7 @@ class Report:
 
     def _log(self, **values: Any) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with (self.out_dir / "metrics.jsonl").open("a") as log:
+        with (self.out_dir / METRICS).open("a") as log:
             log.write(json.dumps(finite) + "\n")
         for sink in self.sinks:
             sink(finite)
@@ -139,14 +158,28 @@ class Report:
         """Close the bar and draw loss.png."""
         self._write_pending()
         if self.bar is not None:
-            self.bar.close()
+            with self._terminal():
+                self.bar.close()
         if self.speaks:
             draw(self.out_dir)
 
 
-def _before(line: str, step: int) -> bool:
-    entry = json.loads(line)
-    return entry["iter"] < step or ("val/loss" in entry and entry["iter"] == step > 0)
+def read_metrics(log: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; none where there is no file. A last line that was cut short does not count.
+
+    Raises ValueError, with the line's number, for what is no entry.
+    """
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    entries = list[dict[str, Any]]()
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n") or not line.strip():
+            continue
+        entry = parsed(line, Any, f"{log}, line {number}", REMEDY)
+        if not (isinstance(entry, dict) and isinstance(entry.get("iter"), int)
+                and all(value is None or isinstance(value, int | float) for value in entry.values())):
+            raise ValueError(f"{log}, line {number}: no object of numbers with iter; {REMEDY}")
+        entries.append(entry)
+    return entries
 
 
 def open_sinks(config: Config, say: Callable[[str], None]) -> list[Callable[[dict[str, Any]], None]]:
@@ -185,7 +218,7 @@ def draw(out_dir: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    entries = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    entries = read_metrics(out_dir / METRICS)
     steps = [e for e in entries if "loss" in e]
     evaluations = [e for e in entries if "val/loss" in e]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")

@@ -1,6 +1,8 @@
 """What a run is made of, and where it starts: data, model and optimizer, from nothing or from a checkpoint."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from gpt import GPT, hardware
 from gpt.pretrained import fill
 from gpt.stitch import freeze
 from kernels import Choice, load, resolve
-from train import compiling, memory, optim, parallel
+from train import compiling, faults, memory, optim, parallel
 from train.config import Config, changed
 from train.faults import Asked, Progress
 from train.origin import Origin, complete, directed, find_origin
@@ -52,8 +54,11 @@ class Run:
     resumed: str = ""
 
 
-def build(config: Config) -> Run:
-    """Everything a run needs, on this rank's device: data, model, optimizer; resumed where that is asked for."""
+def build(config: Config, held: ExitStack | None = None) -> Run:
+    """Everything a run needs, on this rank's device: data, model, optimizer; resumed where that is asked for.
+
+    A run that is going to write gives `held`, which then holds its folder against others, from before it is looked at.
+    """
     world = parallel.world()
     device = hardware.resolve_device(config.run.device, world.local_rank)
     choice = resolve(config.kernel.kernels, device, attention=config.kernel.attention,
@@ -62,6 +67,8 @@ def build(config: Config) -> Run:
     if device.type == "cpu":
         hardware.keep_freed_memory()
     store = parallel.start(world, device, config.parallel)
+    if held is not None and not config.run.eval_only:
+        held.enter_context(faults.only_run(Path(config.run.out_dir), world))
     parallel.first_rank_decides(lambda: verify(config.data_dir), world)
     tokens = {split: open_split(config.data_dir, split) for split in ("train", "val")}
     meta = read_meta(config.data_dir)
