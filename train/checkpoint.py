@@ -200,7 +200,7 @@ def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, 
 
 
 def _make_room(out_dir: Path) -> None:
-    """Let a step that was saved again, with the loss that was not known before, take the place of the older folder.
+    """Let a step that was saved again, now with its validation loss, take the place of the older folder.
 
     At every moment there is a whole checkpoint of that step under a name that counts.
     """
@@ -228,6 +228,7 @@ def roll_back(out_dir: Path, step: int) -> Path | None:
 
     Else pruning, which keeps the latest steps, would take theirs for the newest. Gives the folder they are in, if any.
     """
+    _make_room(out_dir)  # a kill may have come before
     later = [folder for folder in step_folders(out_dir) if step_of(folder) > step]
     if not later:
         return None

@@ -5,6 +5,7 @@ import faulthandler
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -68,16 +69,15 @@ def detach_closed() -> str:
 
     A pipe's reader ended (`| head`), or a terminal was closed. Later writes would fail, too, at exit at the latest.
     """
-    gone = []
-    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            nobody = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nobody, stream.fileno())
-            os.close(nobody)
-            gone.append(name)
-    return " and ".join(gone)
+    poll, names = select.poll(), {1: "stdout", 2: "stderr"}
+    for descriptor in names:
+        poll.register(descriptor, 0)
+    gone = [descriptor for descriptor, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    nobody = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in gone:
+        os.dup2(nobody, descriptor)
+    os.close(nobody)
+    return " and ".join(names[descriptor] for descriptor in gone)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,312 @@
+"""Which checkpoint counts, and that none which does is lost: rollbacks, divergence, strange names, readers beside a run."""
+
+import json
+import os
+import shutil
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt import run_folder, sample
+from gpt.pretrained import read_part, save_tensors
+from gpt.run_folder import AGAIN, find_checkpoint, newest_sound, read_state, reading, whole_checkpoints
+from tests import ranks
+from train import checkpoint, faults, loop, run, start
+from train.config import parse
+from train.report import read_metrics
+
+
+@pytest.fixture
+def flags(tiny_flags):
+    """12 steps, a checkpoint every 2."""
+    return [*tiny_flags, "--eval_interval=2", "--keep_last=9"]
+
+
+@pytest.fixture
+def folder(flags, tmp_path):
+    assert run.main(flags) == 0
+    return tmp_path / "out"
+
+
+def names(folder):
+    return [f.name.removeprefix("step-000000") for f in whole_checkpoints(folder)]
+
+
+def evaluations(folder):
+    return [e["iter"] for e in read_metrics(folder / "metrics.jsonl") if "val/loss" in e]
+
+
+def edit_state(folder, **values):
+    """Change state.json as a run of an older version could have written it: whole, with its checksum."""
+    file, done = folder / "state.json", folder / "DONE"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    done.write_text(json.dumps(json.loads(done.read_text()) | {file.name: run_folder.entry(file)}))
+
+
+# -- going back -----------------------------------------------------------------------
+
+
+def test_going_back_sets_later_checkpoints_aside(flags, folder, capsys):
+    """Pruning, which keeps the latest steps, once deleted all that a run saved after it had gone back."""
+    before = (folder / "metrics.jsonl").read_bytes()
+    back = [*flags, "--init_from=resume", f"--resume_dir={folder / 'step-00000004'}", "--eval_interval=1", "--keep_last=2"]
+    assert run.main([*back, "--max_iters=7"]) == 0
+    assert "set aside in" in capsys.readouterr().out
+    assert names(folder)[-2:] == ["06", "07"] and names(folder / "set-aside-1") == ["06", "08", "10", "12"]
+    assert (folder / "set-aside-1" / "metrics.jsonl").read_bytes() == before
+    assert evaluations(folder) == [0, 2, 4, 5, 6, 7]
+    assert run.main([*flags, "--init_from=resume", "--max_iters=8"]) == 0
+    assert "step-00000007, step 7" in capsys.readouterr().out
+
+
+def test_a_run_is_not_mixed_with_another(flags, folder, tmp_path, capsys):
+    """--resume_dir of one run and --out_dir of another once cut the other's metrics and kept the checkpoints of both."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != faults.LOCK}
+    assert run.main([*flags, "--init_from=resume", f"--resume_dir={other}", "--max_iters=14"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "already holds a run (step-00000012)" in said and "another --out_dir" in said
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != faults.LOCK} == before
+
+
+# -- divergence -----------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_neither_saved_nor_the_best(flags, folder, monkeypatch, capsys):
+    """Checkpoints of a run that had diverged were the newest, and one with a loss of NaN displaced the best."""
+    train_step = loop.train_step
+
+    def diverge(run, lr):
+        numbers = train_step(run, lr)
+        if run.step == 14:
+            run.model.transformer.ln_f.weight.data.fill_(float("nan"))
+        return numbers
+
+    monkeypatch.setattr(loop, "train_step", diverge)
+    assert run.main([*flags, "--init_from=resume", "--max_iters=40", "--max_skipped=7"]) == 2
+    said = capsys.readouterr()
+    assert "not saved: at step 16" in said.out and "7 steps in a row" in said.err
+    assert names(folder)[-1] == "14"
+    monkeypatch.setattr(loop, "train_step", train_step)
+    assert run.main([*flags, "--init_from=resume", "--max_iters=16"]) == 0
+    assert "step-00000014, step 14" in capsys.readouterr().out and names(folder)[-1] == "16"
+
+
+@pytest.mark.parametrize("what", ["loss", "weight", "moment"])
+def test_a_run_does_not_go_on_from_what_is_not_finite(what, flags, folder, capsys):
+    """As older versions saved it: the newest is passed over, and set aside."""
+    newest = folder / "step-00000012"
+    if what == "loss":
+        edit_state(newest, val_loss=float("nan"))
+    else:
+        part = "model" if what == "weight" else "optimizer"
+        tensors = read_part(newest, part)
+        next(t for t in tensors.values() if t.dim()).view(-1)[3] = float("inf")
+        save_tensors(tensors, newest / f"{part}.safetensors")
+        edit_state(newest)
+        done = json.loads((newest / "DONE").read_text())
+        done[f"{part}.safetensors"] = run_folder.entry(newest / f"{part}.safetensors")
+        (newest / "DONE").write_text(json.dumps(done))
+    assert run.main([*flags, "--init_from=resume", "--max_iters=12"]) == 0
+    assert "step-00000010, step 10; not from" in capsys.readouterr().out
+    assert (folder / "set-aside-1" / "step-00000012").is_dir() and names(folder)[-1] == "12"
+
+
+def test_pruning_keeps_the_best_finite_one(flags, folder):
+    losses = {4: 1.0, 6: float("nan"), 8: 2.0, 10: float("nan"), 12: None}
+    for step, loss in losses.items():
+        edit_state(folder / f"step-{step:08d}", val_loss=loss)
+    checkpoint.prune(folder, keep_last=2, keep_every=0)
+    assert names(folder) == ["04", "08", "12"]
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(flags, monkeypatch, tmp_path):
+    """A run that ended by an error, or by Ctrl-C, just after "saving checkpoint" had lost it, even its only one."""
+    train_step, write, reached = loop.train_step, checkpoint._write_tensors, threading.Event()
+
+    def fail(run, lr):
+        if run.step == 2:
+            reached.set()
+            raise KeyboardInterrupt
+        return train_step(run, lr)
+
+    def late(*args):
+        assert reached.wait(60)
+        write(*args)
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    monkeypatch.setattr(checkpoint, "_write_tensors", late)
+    assert run.main(flags) == 130
+    assert names(tmp_path / "out") == ["02"]
+
+
+# -- names ------------------------------------------------------------------------------
+
+
+def test_names_that_are_not_ours_are_left_alone(flags, folder):
+    """A copy `step-00000004-old` ended every save with a traceback; a `step-best` was taken for the newest."""
+    for name in ("step-00000004-old", "step-best", "step-4"):
+        shutil.copytree(folder / "step-00000004", folder / name)
+    (folder / "step-notes.txt").write_text("mine")
+    moved = folder.parent / "moved"
+    (folder / "step-00000004").rename(moved)
+    (folder / "step-00000004").symlink_to(moved)
+    assert find_checkpoint(folder).name == "step-00000012"
+    assert run.main([*flags, "--init_from=resume", "--max_iters=16", "--keep_last=1"]) == 0
+    assert names(folder)[-1] == "16" and len(names(folder)) <= 3
+    assert {"step-00000004-old", "step-best", "step-4", "step-notes.txt"} < {p.name for p in folder.iterdir()}
+    assert (folder / "step-00000004").is_symlink() and read_state(moved)["step"] == 4
+
+
+def test_steps_beyond_eight_digits_come_last(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "DONE").write_text("{}")
+    assert find_checkpoint(tmp_path).name == "step-100000000"
+
+
+# -- saving a step again -----------------------------------------------------------------
+
+
+def stopping(flags, at):
+    """Train, asked to stop before step `at`, so that its checkpoint has no validation loss."""
+    train_step = loop.train_step
+
+    def ask(run, lr):
+        if run.step == at - 1:
+            run.asked.by = "a test"
+        return train_step(run, lr)
+
+    loop.train_step = ask
+    ranks.train(flags)
+
+
+def dying(flags, moment):
+    """Train, but die before the rename or removal number `moment` that touches a checkpoint."""
+    left = iter(range(moment))
+
+    def counted(real):
+        def call(*args, **kwargs):
+            if next(left, None) is None:
+                os._exit(9)
+            return real(*args, **kwargs)
+        return call
+
+    Path.rename, shutil.rmtree = counted(Path.rename), counted(shutil.rmtree)
+    ranks.train(flags)
+
+
+def test_saving_a_step_again_is_never_without_it(flags, tmp_path):
+    """The older folder was removed before the new one was renamed: a kill in between lost the step."""
+    folder, go_on = tmp_path / "out", [*flags, "--init_from=resume", "--max_iters=4", "--keep_last=1"]
+    assert ranks.run(stopping, ([*flags, "--keep_last=1"], 4), 1, tmp_path / "logs") == [0]
+    assert evaluations(folder) == [0, 2] and names(folder)[-1] == "04"
+    assert read_state(find_checkpoint(folder))["val_loss"] is None
+    saved = tmp_path / "saved"
+    shutil.copytree(folder, saved)
+    for moment in range(20):
+        shutil.rmtree(folder)
+        shutil.copytree(saved, folder)
+        (code,) = ranks.run(dying, (go_on, moment), 1, tmp_path / f"logs{moment}")
+        newest, wrong = newest_sound(folder)
+        assert read_state(newest)["step"] == 4 and not wrong
+        assert run.main(go_on) == 0
+        assert names(folder)[-1] == "04" and read_state(find_checkpoint(folder))["val_loss"] is not None
+        assert evaluations(folder) == [0, 2, 4]  # a kill after the evaluation's line once left it twice
+        assert not list(folder.glob(f"*{AGAIN}"))
+        if code == 0:
+            break
+    assert moment >= 3 and code == 0
+
+
+# -- beside others ------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_is_read_is_not_removed(folder):
+    """sample.py beside a run that saved fast failed: the checkpoint it had found was pruned under its hands."""
+    with reading(folder / "step-00000002") as held:
+        checkpoint.prune(folder, keep_last=1, keep_every=0)
+        assert held.is_dir() and names(folder)[0] == "02"
+    checkpoint.prune(folder, keep_last=1, keep_every=0)
+    assert not held.exists()
+
+
+def test_a_checkpoint_that_goes_while_it_is_opened_is_looked_for_again(folder, monkeypatch):
+    found = iter([folder / "step-00000002", folder / "step-00000012"])
+    shutil.rmtree(folder / "step-00000002")
+    monkeypatch.setattr(run_folder, "find_checkpoint", lambda path: next(found))
+    with reading(folder) as held:
+        assert held.name == "step-00000012"
+
+
+def test_text_is_sampled_beside_a_run_that_prunes_at_every_step(flags, tmp_path, capsys):
+    (busy,) = ranks.start(ranks.train, ([*flags, "--eval_interval=1", "--keep_last=1", "--max_iters=4000", "--eval_iters=1",
+                                         "--log_interval=4000"],), 1, tmp_path / "logs")
+    while not whole_checkpoints(tmp_path / "out"):
+        assert busy.is_alive()
+    ask = [f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--dtype=float32", "--num_samples=1", "--max_new_tokens=2", "--start=a"]
+    codes = [sample.main(ask) for _ in range(6)]
+    busy.kill()
+    busy.join()
+    assert codes == [0] * 6, capsys.readouterr().err
+
+
+def test_the_folder_is_held_before_it_is_looked_at(flags, folder, monkeypatch, capsys):
+    """A second run read what the first was about to prune, and ended with "No such file"."""
+    monkeypatch.setattr(start, "find_origin", lambda *_: pytest.fail("the folder was looked at"))
+    with faults.only_run(folder, start.World()):
+        assert run.main([*flags, "--init_from=resume"]) == 2
+    assert "another run is at work in" in capsys.readouterr().err
+
+
+def test_a_refused_start_leaves_no_folder(tiny_flags, tmp_path):
+    assert run.main([*tiny_flags, "--init_from=nothing-here"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+# -- what is in it -------------------------------------------------------------------------
+
+
+def test_files_have_the_mode_of_any_other_new_file(folder, tmp_path):
+    """safetensors makes its files 0600: a colleague could not sample from the run."""
+    (tmp_path / "usual").touch()
+    modes = {f.name: stat.S_IMODE(f.stat().st_mode) for f in find_checkpoint(folder).iterdir()}
+    assert set(modes.values()) == {stat.S_IMODE((tmp_path / "usual").stat().st_mode)}
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("\n", ""), ("{", "line 3: not JSON"), ("[1]\n", "line 3: no object of numbers with iter"),
+    ('{"iter": "5"}\n', "line 3: no object"), ('{"iter": 1, "loss": "low"}\n', "line 3: no object"),
+])
+def test_a_line_in_the_metrics_that_is_none_is_named(line, said, flags, folder, capsys):
+    """A blank line blocked the resume with a message that named no file."""
+    log = folder / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[:2], line if line.endswith("\n") else line + "\n", *lines[2:]]))
+    assert run.main([*flags, "--init_from=resume", "--max_iters=13"]) == (2 if said else 0)
+    error = capsys.readouterr().err
+    assert error.count("\n") == (1 if said else 0) and (not said or (said in error and str(log) in error))
+
+
+@pytest.mark.parametrize(("part", "change", "said"), [
+    ("optimizer", lambda t: t.pop("transformer.wpe.weight:exp_avg"), "the shape of transformer.wpe.weight:exp_avg is none in its opt"),
+    ("optimizer", lambda t: t.update({"transformer.wpe.weight:exp_avg": torch.zeros(29, 16)}), "(29, 16) in its optimizer, this run's is (16, 16)"),
+    ("optimizer", lambda t: [t.pop(k) for k in list(t) if k.endswith("sq")], "which AdamW cannot take over"),
+    ("model", lambda t: t.update({"transformer.wpe.weight": torch.zeros(16, 17)}), "(16, 17) in its model, this run's is (16, 16)"),
+    ("model", lambda t: t.pop("transformer.ln_f.weight"), "the shape of transformer.ln_f.weight is none in its model"),
+])
+def test_names_and_shapes_are_compared_before_anything_is_placed(part, change, said, flags, folder):
+    newest = find_checkpoint(folder)
+    tensors = read_part(newest, part)
+    change(tensors)
+    save_tensors(tensors, newest / f"{part}.safetensors")
+    built = start.build(parse([*flags, "--out_dir=unused"]))
+    before = {name: p.clone() for name, p in built.model.named_parameters()}
+    with pytest.raises(ValueError) as caught:
+        checkpoint.restore(newest, built.model, built.optimizer, built.world)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert all(torch.equal(p, before[name]) for name, p in built.model.named_parameters())
