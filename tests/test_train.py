@@ -2,8 +2,6 @@
 
 import json
 import math
-import random
-import subprocess
 import sys
 import time
 import types
@@ -233,18 +231,3 @@ def test_loggers_get_nanogpts_keys_and_a_missing_one_is_a_warning(tiny_flags, tm
     assert (logged[0]["project"], logged[0]["name"], logged[0]["config"]["n_layer"]) == ("owt", "me", 2)
     assert {"iter", "train/loss", "val/loss", "lr", "mfu"} <= logged[1].keys()
     assert capsys.readouterr().out.count("warning: --tensorboard=True, but tensorboard is not installed") == 1
-
-
-@pytest.mark.slow
-def test_many_kills(tiny_flags, tmp_path):
-    """30 kills at random moments, saves included; it ends with the weights of the run that was never killed."""
-    flags = [*tiny_flags, "--max_iters=400", "--lr_decay_iters=400", "--eval_interval=2"]
-    assert run.main(flags) == 0
-    killed = [f for f in flags if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'killed'}", "--init_from=auto"]
-    for _ in range(30):
-        process = subprocess.Popen([sys.executable, str(ROOT / "train" / "run.py"), *killed], stdout=subprocess.DEVNULL, cwd="/")
-        time.sleep(random.uniform(3.0, 6.0))
-        process.kill()
-        process.wait()
-    assert run.main(killed) == 0
-    assert_same_run(out(flags), tmp_path / "killed")
