@@ -96,6 +96,20 @@ def test_what_is_not_finite_is_neither_saved_nor_the_best(flags, folder, monkeyp
     assert "step-00000014, step 14" in capsys.readouterr().out and names(folder)[-1] == "16"
 
 
+def test_a_signal_after_a_weight_became_nan_saves_nothing(flags, folder, monkeypatch, capsys):
+    """A save on a signal has no validation loss that would tell it."""
+    train_step = loop.train_step
+
+    def diverge(run, lr):
+        run.asked.by = "a test"
+        run.model.transformer.ln_f.weight.data[3] = float("nan")
+        return train_step(run, lr)
+
+    monkeypatch.setattr(loop, "train_step", diverge)
+    assert run.main([*flags, "--init_from=resume", "--max_iters=40"]) == 0
+    assert "not saved: at step 13" in capsys.readouterr().out and names(folder)[-1] == "12"
+
+
 @pytest.mark.parametrize("what", ["loss", "weight", "moment"])
 def test_a_run_does_not_go_on_from_what_is_not_finite(what, flags, folder, capsys):
     """As older versions saved it: the newest is passed over, and set aside."""
