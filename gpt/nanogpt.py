@@ -69,8 +69,8 @@ def _load(file: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of pickle's versions, beside the error
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
-            AttributeError, AssertionError, struct.error) as error:  # as damaged pickles do
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError,
+            ValueError, AttributeError, AssertionError, struct.error) as error:  # damaged: any of them
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file}: not a nanoGPT checkpoint that can be read safely ({why:.200}); "
                          f"{REMEDY}") from None

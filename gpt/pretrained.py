@@ -211,8 +211,8 @@ def tokenizer_of(trained: Trained) -> Tokenizer:
     tokenizer = load_tokenizer(trained.meta)
     if not has_rows_for(trained.config, tokenizer):
         rows = trained.config.vocab_size
-        raise ValueError(f"{trained.name}: no tokenizer is known for its {rows} ids; put the meta.pkl or "
-                         "meta.json of its training data into that folder")
+        raise ValueError(f"{trained.name}: no tokenizer is known for its {rows} ids; put "
+                         "the meta.pkl or meta.json of its training data into that folder")
     return tokenizer
 
 

@@ -81,5 +81,5 @@ def fitting(config: GPTConfig, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     shapes = shapes_of(config)
     if odd := sorted(shapes.keys() ^ weights.keys()):
         what = "missing" if odd[0] in shapes else "no parameter of such a model"
-        raise ValueError(f"{shown(odd[0])} is {what}" + f" ({len(odd)} such names)" * (len(odd) > 1))
+        raise ValueError(f"{shown(odd[0])} is {what}, and so are {len(odd) - 1} more")
     return {name: finite(weights[name], shape, name) for name, shape in shapes.items()}

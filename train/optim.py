@@ -71,7 +71,7 @@ def place(moments: dict[str, dict[str, Tensor]], model: nn.Module,
         needed = set()  # sgd without momentum remembers nothing
     for name in names:
         if moments[name].keys() != needed:
-            has, wants = (" and ".join(sorted(keys)) or "nothing" for keys in (moments[name], needed))
+            has, wants = (" and ".join(sorted(k)) or "nothing" for k in (moments[name], needed))
             raise ValueError(f"the state has {has} of {name}; the optimizer needs {wants}")
         for key, tensor in moments[name].items():
             shape = torch.Size(()) if key == "step" else parameters[name].shape

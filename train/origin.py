@@ -251,7 +251,7 @@ def _resume_nanogpt(path: Path, theirs: nanogpt.NanoGPT, config: Config, model: 
                          "starts from its weights alone, with a fresh optimizer") from None
     windows = step * config.optim.gradient_accumulation_steps * config.data.batch_size
     said = f"{path / nanogpt.FILE}, nanoGPT's, step {step}; its data order is not in it"
-    before, now = theirs.settings, asdict(config.optim) | asdict(config.data)
+    before, now = theirs.settings, asdict(config.optim) | {"batch_size": config.data.batch_size}
     said += "".join(f"; {key} was {before[key]}, is {value}" for key, value in now.items()
                     if type(before.get(key)) is type(value) and before[key] != value)
     if config.optim.weight_decay and nanogpt.by_module(state, shapes):
