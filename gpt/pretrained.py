@@ -184,15 +184,16 @@ def _is_huggingface(file: Path) -> bool:
 
 
 def nanogpt_meta(folder: Path, found: nanogpt.NanoGPT) -> dict[str, Any] | None:
-    """The meta of the data set it was trained on, where one with as many ids is found.
+    """The meta of the data it was trained on, where one is found.
 
-    Looked for beside its ckpt.pt, in data/DATASET beside its folder, as in a checkout of nanoGPT,
-    and in ours.
+    Looked for beside its ckpt.pt, and, with as many ids, in data/DATASET beside that folder, as in
+    a checkout of nanoGPT, or in ours.
     """
-    dataset, folders = found.settings.get("dataset"), [folder]
-    if isinstance(dataset, str) and dataset == Path(dataset).name != "..":
-        folders += [folder.parent / "data" / dataset, DATA / dataset] if dataset else []
-    metas, rows = (read_meta(place) for place in folders), found.config.vocab_size
+    meta, dataset = read_meta(folder), found.settings.get("dataset")
+    if meta or not isinstance(dataset, str) or dataset != Path(dataset).name or dataset == "..":
+        return meta
+    metas = (read_meta(place / dataset) for place in (folder.parent / "data", DATA) if dataset)
+    rows = found.config.vocab_size
     return next((meta for meta in metas if meta and meta.get("vocab_size") == rows), None)
 
 
