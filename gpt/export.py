@@ -74,7 +74,7 @@ def to_huggingface(checkpoint: Path, folder: Path) -> list[str]:
         encoder, merges = vocabulary_files()
         GPT2TokenizerFast(str(encoder), str(merges)).save_pretrained(folder)
     else:
-        (folder / "tokenizer_meta.json").write_text((checkpoint / "tokenizer.json").read_text())
+        (folder / huggingface.META).write_text((checkpoint / "tokenizer.json").read_text())
     return []
 
 

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from data.files import regular
 from gpt.config import GPTConfig
-from gpt.tensors import EMBEDDING, HEAD, POSITIONS, described, finite, fitting, floats, shown
+from gpt.tensors import (
+    EMBEDDING,
+    HEAD,
+    POSITIONS,
+    about,
+    described,
+    finite,
+    fitting,
+    floats,
+    shown,
+)
 
 FILE = "ckpt.pt"
 REMEDY = "give the ckpt.pt of nanoGPT's train.py, or its folder"
@@ -59,10 +69,8 @@ def read(path: str | Path) -> NanoGPT:
     """The checkpoint at `path`, the file or its folder. Raises ValueError for what is not one."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     content = _load(regular(file, REMEDY))
-    try:
+    with about(file, REMEDY):
         return _parsed(content)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}; {REMEDY}") from None
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, read_meta
 from gpt import nanogpt
 from gpt.config import SIZES, GPTConfig
 from gpt.model import GPT
-from gpt.tensors import DTYPES, dtype_of, fitting
+from gpt.tensors import DTYPES, about, dtype_of, fitting
 from kernels import Kernels
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -162,7 +162,7 @@ def read_source(source: str) -> Trained:
     if (path / nanogpt.FILE).exists():
         found = nanogpt.read(path)
         return Trained(source, found.config, found.weights, nanogpt_meta(path, found), found.untold)
-    if source in SIZES or _is_huggingface(path / "config.json"):
+    if _is_huggingface(path / "config.json") or (source in SIZES and not path.is_dir()):
         from gpt import huggingface
 
         return Trained(source, *huggingface.read(source))
@@ -171,10 +171,8 @@ def read_source(source: str) -> Trained:
     folder = find_checkpoint(path)
     verify(folder)
     config, weights = read_config(folder), read_part(folder, "model")
-    try:
+    with about(folder, "go back to an older checkpoint"):
         return Trained(source, config, fitting(config, weights), read_tokenizer(folder))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}; go back to an older checkpoint") from None
 
 
 def _is_huggingface(file: Path) -> bool:

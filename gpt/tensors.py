@@ -1,7 +1,8 @@
 """Tensors from files that others wrote: what they must be before they are computed with."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from gpt.model import GPT
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EMBEDDING, POSITIONS, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
+
+
+@contextmanager
+def about(source: object, remedy: str) -> Iterator[None]:
+    """Put what it is about before a ValueError of the block, and what to do after it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}; {remedy}") from None
 
 
 def shown(value: Any) -> str:
@@ -81,5 +91,6 @@ def fitting(config: GPTConfig, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     shapes = shapes_of(config)
     if odd := sorted(shapes.keys() ^ weights.keys()):
         what = "missing" if odd[0] in shapes else "no parameter of such a model"
-        raise ValueError(f"{shown(odd[0])} is {what}, and so are {len(odd) - 1} more")
+        more = f" ({len(odd)} such names)" if len(odd) > 1 else ""
+        raise ValueError(f"{shown(odd[0])} is {what}{more}")
     return {name: finite(weights[name], shape, name) for name, shape in shapes.items()}

@@ -24,7 +24,7 @@ from gpt.pretrained import (
     whole_checkpoints,
 )
 from gpt.stitch import merge, stitch
-from gpt.tensors import POSITIONS
+from gpt.tensors import POSITIONS, about
 from train import checkpoint, optim, parallel
 from train.config import Config, flatten
 from train.parallel import World
@@ -239,16 +239,14 @@ def _resume_nanogpt(path: Path, theirs: nanogpt.NanoGPT, config: Config, model: 
                     _scaler: torch.amp.GradScaler, _world: World) -> Begun:
     parameters, state = dict(model.named_parameters()), theirs.content.get("optimizer")
     shapes = {name: p.shape for name, p in parameters.items()}
-    try:
+    with about(f"{path / nanogpt.FILE} cannot be resumed", f"--init_from={path} starts from its "
+               "weights alone, with a fresh optimizer"):
         step, best_val_loss = nanogpt.progress(theirs.content)
         moments = nanogpt.moments(state, shapes, optim.numbered(model, optimizer),
                                   config.optim.optimizer)
         for name, known in moments.items():
             moments[name] = {k: parallel.shard_like(t, parameters[name]) for k, t in known.items()}
         optim.place(moments, model, optimizer)
-    except ValueError as error:
-        raise ValueError(f"{path / nanogpt.FILE} cannot be resumed: {error}; --init_from={path} "
-                         "starts from its weights alone, with a fresh optimizer") from None
     windows = step * config.optim.gradient_accumulation_steps * config.data.batch_size
     said = f"{path / nanogpt.FILE}, nanoGPT's, step {step}; its data order is not in it"
     before, now = theirs.settings, asdict(config.optim) | {"batch_size": config.data.batch_size}
