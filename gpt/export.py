@@ -1,8 +1,10 @@
 """Hand a trained model on: `python gpt/export.py --out_dir=out --to=hf --folder=DIR`, or --to=nanogpt, --to=safetensors.
 
-hf: config, safetensors and tokenizer for transformers' AutoModelForCausalLM, without the padding rows of the vocabulary,
-reloaded and compared. nanogpt: a ckpt.pt that its train.py resumes and its sample.py reads. safetensors: the model alone, in one
-file, also where the ranks of a run under FSDP saved a shard each; our commands read it with --init_from=FOLDER or --out_dir.
+hf: config, safetensors and tokenizer for transformers' AutoModelForCausalLM, without the padding
+rows of the vocabulary, reloaded and compared. nanogpt: a ckpt.pt that its train.py resumes and its
+sample.py reads, with a meta.pkl for a model of characters. safetensors: the model alone, in one
+file, also where the ranks of a run under FSDP saved a shard each; our commands read it with
+--init_from=FOLDER or --out_dir.
 """
 
 import sys
@@ -27,7 +29,10 @@ class Export:
 
 
 def export(c: Export) -> Path:
-    """The folder written. Raises ValueError or OSError; a folder that is not whole is not left under its name."""
+    """Write the folder, and print where it is and what its user must know.
+
+    Raises ValueError or OSError; a folder that is not whole is not left under its name.
+    """
     import shutil
 
     from gpt.run_folder import reading
@@ -41,10 +46,12 @@ def export(c: Export) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            {"hf": to_huggingface, "nanogpt": to_nanogpt, "safetensors": to_safetensors}[c.to](checkpoint, partial)
+            write = {"hf": to_huggingface, "nanogpt": to_nanogpt, "safetensors": to_safetensors}[c.to]
+            notes = write(checkpoint, partial)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    print(f"written to {folder}", *notes, sep="\n")
     return folder
 
 
@@ -59,7 +66,7 @@ def check_expressible(checkpoint: Path, to: str) -> None:
                              f"only a model with {key}={value} can be exported")
 
 
-def to_huggingface(checkpoint: Path, folder: Path) -> None:
+def to_huggingface(checkpoint: Path, folder: Path) -> list[str]:
     from data.tokenizer import load_tokenizer
     from gpt import huggingface
     from gpt.pretrained import load_model, read_tokenizer
@@ -74,21 +81,34 @@ def to_huggingface(checkpoint: Path, folder: Path) -> None:
         encoder, merges = vocabulary_files()
         GPT2TokenizerFast(str(encoder), str(merges)).save_pretrained(folder)
     else:
-        (folder / "tokenizer_meta.json").write_text((checkpoint / "tokenizer.json").read_text())
+        (folder / huggingface.META).write_text((checkpoint / "tokenizer.json").read_text())
+    return []
 
 
-def to_nanogpt(checkpoint: Path, folder: Path) -> None:
+def to_nanogpt(checkpoint: Path, folder: Path) -> list[str]:
+    from data.tokenizer import write_meta
     from gpt import nanogpt
-    from gpt.pretrained import load_model, read_optimizer
+    from gpt.pretrained import load_model, read_optimizer, read_tokenizer
     from gpt.run_folder import read_state
 
     model, state = load_model(checkpoint), read_state(checkpoint)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    nanogpt.write(folder / nanogpt.FILE, model.config, weights, read_optimizer(checkpoint, model), state["step"],
-                  state["best_val_loss"], state["config"])
+    settings, meta, notes = state["config"], read_tokenizer(checkpoint), []
+    if data_dir := str(settings.get("data_dir", "")):  # nanoGPT knows data by folders' names alone
+        settings["dataset"] = Path(data_dir).absolute().name
+    nanogpt.write(folder / nanogpt.FILE, model.config, weights, read_optimizer(checkpoint, model),
+                  state["step"], state["best_val_loss"], settings)
+    if settings.get("optimizer") == "sgd":
+        notes.append("without sgd's momentum: nanoGPT's AdamW starts afresh")
+    if meta["kind"] != "gpt2":
+        write_meta(folder, meta["kind"], meta["vocab_size"], meta.get("chars", ""))
+    if meta["kind"] == "char":
+        notes.append("for nanoGPT's sample.py, copy its meta.pkl to "
+                     f"data/{settings['dataset']}/meta.pkl in a checkout of nanoGPT")
+    return notes
 
 
-def to_safetensors(checkpoint: Path, folder: Path) -> None:
+def to_safetensors(checkpoint: Path, folder: Path) -> list[str]:
     import json
     import shutil
 
@@ -101,11 +121,12 @@ def to_safetensors(checkpoint: Path, folder: Path) -> None:
         shutil.copy(checkpoint / name, folder)
     files = {f.name: entry(f) for f in sorted(folder.iterdir())}
     (folder / "DONE").write_text(json.dumps(files, indent=1))
+    return []
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 when it is written; 2, after one line on stderr, for what the user can mend."""
-    return cli.run(lambda c: print(f"written to {export(c)}"), Export, argv)
+    return cli.run(export, Export, argv)
 
 
 if __name__ == "__main__":

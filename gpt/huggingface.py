@@ -1,48 +1,126 @@
-"""Hugging Face's GPT-2, in and out: `GPT2LMHeadModel` checkpoints from the Hub or a folder, and folders that it loads."""
+"""Hugging Face's GPT-2, in and out: the Hub's, folders of GPT2LMHeadModel, and ones that it loads.
+
+What is read is read here, as JSON and safetensors: transformers would import, download or unpickle
+what a stranger's config.json asks for (_attn_implementation, auto_map, quantization_config, ...).
+"""
 
 from pathlib import Path
+from typing import Any, Required, TypedDict
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from gpt.config import SIZES, GPTConfig
+from data.files import read_json, regular
+from gpt.config import GPTConfig
 from gpt.model import GPT
+from gpt.tensors import EMBEDDING, HEAD, about, described, fitting, floats, shown
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out) there
-EXPECTED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-            "tie_word_embeddings": True, "model_type": "gpt2"}
+TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
+          "mlp.c_proj.weight")  # stored (in, out) there
+BUFFERS = (".attn.bias", ".attn.masked_bias")
+SAID = {"n_layer": "n_layer", "n_embd": "n_embd", "n_positions": "block_size",
+        "vocab_size": "vocab_size"}
+EXPECTED = {
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True, "model_type": "gpt2", "quantization_config": None,
+}
+REMEDY = "give a folder that `save_pretrained` wrote"
+META = "tokenizer_meta.json"  # of a model whose tokenizer is not GPT-2's, written by our export
 
 
-def read(source: str) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the weights, under our names, of a published size (SIZES) or a folder.
+class Index(TypedDict, total=False):
+    """model.safetensors.index.json: where weights lie that are in several files."""
 
-    Raises ValueError, in one line, where they cannot be had or are of another kind of model.
+    metadata: dict[str, Any]
+    weight_map: Required[dict[str, str]]
+
+
+def read(source: str) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any] | None]:
+    """The shape, the weights under our names, and the tokenizer's meta, None for GPT-2's.
+
+    `source`: a folder, or a published size (SIZES). Raises ValueError, in one line, where they
+    cannot be had or are of another kind of model.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
+    folder = Path(source) if Path(source).is_dir() else downloaded(source)
+    theirs = read_json(folder / "config.json", dict[str, Any], REMEDY)
+    with about(source, REMEDY):
+        _check(theirs)
+    tensors = _tensors(folder)
+    with about(source, REMEDY):
+        config, weights = _parsed(theirs, tensors)
+    meta = read_json(folder / META, dict[str, Any], REMEDY) if (folder / META).exists() else None
+    return config, weights, meta
+
+
+def downloaded(size: str) -> Path:
+    """The folder of a published size in the user's cache, downloaded where it is not there."""
+    from transformers.utils import cached_file, logging
 
     logging.disable_progress_bar()
     try:
-        theirs = GPT2Config.from_pretrained(source)
-        for key, value in EXPECTED.items():
-            if getattr(theirs, key, value) != value:
-                raise ValueError(f"{source}: {key}={getattr(theirs, key)}, this trainer's GPT-2 has {value}")
-        if theirs.activation_function not in ACTIVATIONS or theirs.n_inner not in (None, 4 * theirs.n_embd):
-            raise ValueError(f"{source}: activation {theirs.activation_function}, inner width {theirs.n_inner}; "
-                             f"this trainer's GPT-2 has {', '.join(ACTIVATIONS)} and 4 * n_embd")
-        model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+        cached_file(size, "model.safetensors")
+        return Path(cached_file(size, "config.json")).parent
     except OSError as error:
-        where = "there is no network and no cached copy" if source in SIZES else str(error).splitlines()[0]
-        raise ValueError(f"--init_from={source}: its weights cannot be loaded ({where}); "
-                         "give a folder that `save_pretrained` wrote") from error
-    config = GPTConfig(
-        block_size=theirs.n_positions, vocab_size=theirs.vocab_size, n_layer=theirs.n_layer, n_head=theirs.n_head,
-        n_embd=theirs.n_embd, bias=True, activation=ACTIVATIONS[theirs.activation_function],  # type: ignore[arg-type]
-    )
-    state = {k: v for k, v in model.state_dict().items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    state.pop("lm_head.weight")
-    return config, {k: (v.T if k.endswith(TURNED) else v).contiguous() for k, v in state.items()}
+        raise ValueError(f"--init_from={size}: its weights cannot be loaded (there is no network "
+                         f"and no cached copy); {REMEDY}") from error
+
+
+def _check(theirs: dict[str, Any]) -> None:
+    """Raise ValueError where a config.json is of a model that is not this trainer's GPT-2."""
+    for key, value in EXPECTED.items():
+        if theirs.get(key, value) != value:
+            raise ValueError(f"{key}={shown(theirs[key])}, this trainer's GPT-2 has {value}")
+    if _activation(theirs) not in ACTIVATIONS:
+        raise ValueError(f"activation {shown(_activation(theirs))}, this trainer's GPT-2 has one "
+                         f"of {', '.join(ACTIVATIONS)}")
+    inner, width, heads = theirs.get("n_inner"), theirs.get("n_embd", 768), theirs.get("n_head", 12)
+    if inner is not None and not (type(width) is int and inner == 4 * width):
+        raise ValueError(f"inner width {shown(inner)}, this trainer's GPT-2 has 4 * n_embd")
+    if type(heads) is not int:
+        raise ValueError(f"n_head={shown(heads)}; an int is needed")
+
+
+def _activation(theirs: dict[str, Any]) -> str:
+    return str(theirs.get("activation_function", "gelu_new"))
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if index.exists():
+        names = read_json(index, Index, REMEDY)["weight_map"].values()
+        files = [folder / Path(name).name for name in sorted(set(names))]
+    pickled = "its pytorch_model.bin, a pickle that may run code, is not read; "
+    remedy = pickled * (folder / "pytorch_model.bin").exists() + REMEDY
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(regular(file, remedy))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged ({error!s:.200}); {REMEDY}") from None
+    return tensors
+
+
+def _parsed(theirs: dict[str, Any],
+            tensors: dict[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Shape and weights, under our names. Raises ValueError where the two do not fit."""
+    whole = any(name.startswith("transformer.") for name in tensors)  # else a GPT2Model's, no head
+    named = {name if whole or name == HEAD else f"transformer.{name}": tensor
+             for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
+    shape, head = described(named), named.pop(HEAD, None)
+    if head is not None and not torch.equal(floats(head, HEAD).float(), named[EMBEDDING].float()):
+        raise ValueError(f"{HEAD} is not the embedding, which this trainer's GPT-2 has as its head")
+    weights = {name: tensor.t().contiguous() if name.endswith(TURNED) and tensor.dim() == 2
+               else tensor for name, tensor in named.items()}
+    for key, name in SAID.items():
+        if theirs.get(key, shape[name]) != shape[name]:
+            raise ValueError(f"config.json says {key}={shown(theirs[key])}, its weights "
+                             f"{shape[name]}")
+    activation: Any = ACTIVATIONS[_activation(theirs)]
+    config = GPTConfig(**shape, n_head=theirs.get("n_head", 12), activation=activation)
+    return config, fitting(config, weights)
 
 
 @torch.no_grad()

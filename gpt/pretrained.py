@@ -5,18 +5,34 @@ import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict, get_type_hints
+from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.files import read_json
+from data.tokenizer import Tokenizer, load_tokenizer, read_meta
 from gpt import nanogpt, run_folder
 from gpt.config import SIZES, GPTConfig
 from gpt.model import GPT
 from gpt.run_folder import read_state, reading, tensor_files, verify
+from gpt.tensors import DTYPES, about, dtype_of, fitting
 from kernels import Kernels
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+class Trained(NamedTuple):
+    """A model that someone trained, and what messages call it."""
+
+    name: str
+    config: GPTConfig
+    weights: dict[str, Tensor]
+    meta: dict[str, Any] | None = None
+    """its tokenizer's, for load_tokenizer; None where its files do not say, as GPT-2's do not"""
+    untold: tuple[str, ...] = ()
+    """fields of config that its files do not say"""
 
 
 def read_part(folder: Path, part: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -86,9 +102,11 @@ def fill(model: GPT, tensors: dict[str, Tensor]) -> None:
         odd = sorted(parameters.keys() ^ tensors.keys())
         raise ValueError(f"not this model's weights: {odd[0]} is in only one of the two ({len(odd)} such names)")
     for name, p in parameters.items():
-        if p.shape != tensors[name].shape:
-            raise ValueError(f"not this model's weights: {name} is {tuple(tensors[name].shape)}, the model's {tuple(p.shape)}")
-        p.copy_(tensors[name])
+        tensor = tensors[name]
+        if p.shape != tensor.shape or tensor.dtype not in DTYPES:
+            raise ValueError(f"not this model's weights: {name} is {tuple(tensor.shape)} "
+                             f"{dtype_of(tensor)}, the model's {tuple(p.shape)} {dtype_of(p)}")
+        p.copy_(tensor)
 
 
 def read_optimizer(folder: Path, model: GPT) -> dict:
@@ -112,30 +130,78 @@ def read_optimizer(folder: Path, model: GPT) -> dict:
     return {"state": state, "param_groups": groups}
 
 
-def read_weights(source: str) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the weights of a published size, a Hugging Face folder, a nanoGPT checkpoint, or one of ours."""
+def read_source(source: str) -> Trained:
+    """A published size, a Hugging Face folder, a nanoGPT checkpoint, or one of ours; in fp32.
+
+    Raises ValueError, in one line, for what is none of them.
+    """
     path = Path(source)
-    if (path / nanogpt.FILE).is_file():
+    if (path / nanogpt.FILE).exists():
         found = nanogpt.read(path)
-        return found.config, found.weights
-    theirs = path / "config.json"
-    if source in SIZES or (theirs.is_file() and "model_type" in json.loads(theirs.read_text())):
+        return Trained(source, found.config, found.weights, nanogpt_meta(path, found), found.untold)
+    if _is_huggingface(path / "config.json") or (source in SIZES and not path.is_dir()):
         from gpt import huggingface
 
-        return huggingface.read(source)
+        return Trained(source, *huggingface.read(source))
     if not path.is_dir():
         raise ValueError(f"{source!r} is no folder and no published size ({', '.join(SIZES)})")
     with reading(path) as folder:
         verify(folder)
-        return read_config(folder), read_part(folder, "model")
+        config, weights = read_config(folder), read_part(folder, "model")
+        with about(folder, "go back to an older checkpoint"):
+            return Trained(source, config, fitting(config, weights), read_tokenizer(folder))
+
+
+def _is_huggingface(file: Path) -> bool:
+    """Whether it is its config.json; a run's folder of ours has one, too."""
+    remedy = "give a folder that `save_pretrained` wrote"
+    return file.exists() and "model_type" in read_json(file, dict[str, Any], remedy)
+
+
+def nanogpt_meta(folder: Path, found: nanogpt.NanoGPT) -> dict[str, Any] | None:
+    """The meta of the data it was trained on, where one is found.
+
+    Looked for beside its ckpt.pt, and, with as many ids, in data/DATASET beside that folder, as in
+    a checkout of nanoGPT, or in ours.
+    """
+    meta, dataset = read_meta(folder), found.settings.get("dataset")
+    if meta or not isinstance(dataset, str) or dataset != Path(dataset).name or dataset == "..":
+        return meta
+    metas = (read_meta(place / dataset) for place in (folder.parent / "data", DATA) if dataset)
+    rows = found.config.vocab_size
+    return next((meta for meta in metas if meta and meta.get("vocab_size") == rows), None)
+
+
+def same_vocabulary(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two metas give the same ids to the same text."""
+    return all(a.get(key) == b.get(key) for key in ("kind", "chars"))
+
+
+def has_rows_for(config: GPTConfig, tokenizer: Tokenizer) -> bool:
+    """Whether a model's vocabulary may be this tokenizer's, with some rows of padding."""
+    return tokenizer.vocab_size <= config.vocab_size < tokenizer.vocab_size + 1024
+
+
+def tokenizer_of(trained: Trained) -> Tokenizer:
+    """A model's tokenizer, GPT-2's where its files name none. Raises ValueError where none fits."""
+    tokenizer = load_tokenizer(trained.meta)
+    if not has_rows_for(trained.config, tokenizer):
+        rows = trained.config.vocab_size
+        raise ValueError(f"{trained.name}: no tokenizer is known for its {rows} ids; put "
+                         "the meta.pkl or meta.json of its training data into that folder")
+    return tokenizer
+
+
+def model_of(trained: Trained, kernels: Kernels | None = None) -> GPT:
+    """The model itself, on the CPU, in eval mode."""
+    model = GPT(trained.config, kernels)
+    fill(model, trained.weights)
+    return model.eval()
 
 
 def from_pretrained(source: str, kernels: Kernels | None = None) -> GPT:
-    """The model of anything `read_weights` reads, on the CPU, in eval mode."""
-    config, weights = read_weights(source)
-    model = GPT(config, kernels)
-    fill(model, weights)
-    return model.eval()
+    """The model of anything `read_source` reads, on the CPU, in eval mode."""
+    return model_of(read_source(source), kernels)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: Kernels | None = None) -> GPT:

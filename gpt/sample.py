@@ -23,7 +23,7 @@ class Sample:
     out_dir: str = "out"
     """a run's folder, or one checkpoint in it"""
     init_from: str = "resume"
-    """resume: from out_dir; else gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a model of GPT-2's vocabulary"""
+    """resume: out_dir; else gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a model"""
     start: str = "\n"
     """the prompt, or FILE:path; of a backward model, the ending"""
     num_samples: int = 10
@@ -51,7 +51,7 @@ def sample(c: Sample) -> None:
     from data.tokenizer import load_tokenizer
     from gpt import hardware
     from gpt.generate import generate
-    from gpt.pretrained import from_pretrained, load_model, read_tokenizer
+    from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
     from gpt.run_folder import reading
 
     if c.num_samples < 1 or c.max_new_tokens < 1:
@@ -61,7 +61,8 @@ def sample(c: Sample) -> None:
         with reading(c.out_dir) as folder:
             model, tokenizer = load_model(folder, device), load_tokenizer(read_tokenizer(folder))
     else:
-        model, tokenizer = from_pretrained(c.init_from).to(device), load_tokenizer(None)
+        trained = read_source(c.init_from)
+        model, tokenizer = model_of(trained).to(device), tokenizer_of(trained)
     prompt = Path(c.start[5:]).read_text(encoding="utf-8") if c.start.startswith("FILE:") else c.start
     model.to(weights_dtype(c, model, len(tokenizer.encode(prompt))))
     idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)

@@ -10,25 +10,16 @@ least-squares start: Csiszarik et al., "Similarity and matching of neural networ
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gpt.config import GPTConfig
 from gpt.model import GPT
-from gpt.pretrained import fill
+from gpt.pretrained import Trained, fill
 
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "direction")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-
-
-class Trained(NamedTuple):
-    """A trained model, as `gpt.pretrained.read_weights` reads it, and what messages call it."""
-
-    name: str
-    config: GPTConfig
-    weights: dict[str, Tensor]
 
 
 def merge(a: Trained, b: Trained, i: int, original_head: bool = True) -> tuple[GPTConfig, dict[str, Tensor]]:

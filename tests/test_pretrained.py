@@ -58,7 +58,7 @@ def test_hugging_face_logits_are_the_same(hf_tiny):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"), ({"activation_function": "relu"}, "activation relu"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"), ({"activation_function": "relu"}, "activation 'relu'"),
     ({"n_inner": 100}, "inner width 100"), ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
 ])
 def test_another_kind_of_gpt2_is_refused(hf_tiny, tmp_path, change, message):

@@ -309,7 +309,7 @@ def test_a_line_in_the_metrics_that_is_none_is_named(line, said, flags, folder, 
 @pytest.mark.parametrize(("part", "change", "said"), [
     ("optimizer", lambda t: t.pop("transformer.wpe.weight:exp_avg"), "the shape of transformer.wpe.weight:exp_avg is none in its opt"),
     ("optimizer", lambda t: t.update({"transformer.wpe.weight:exp_avg": torch.zeros(29, 16)}), "(29, 16) in its optimizer, this run's is (16, 16)"),
-    ("optimizer", lambda t: [t.pop(k) for k in list(t) if k.endswith("sq")], "which AdamW cannot take over"),
+    ("optimizer", lambda t: [t.pop(k) for k in list(t) if k.endswith("sq")], "the state has exp_avg and step of transformer.wte.weight; the optimizer needs"),
     ("model", lambda t: t.update({"transformer.wpe.weight": torch.zeros(16, 17)}), "(16, 17) in its model, this run's is (16, 16)"),
     ("model", lambda t: t.pop("transformer.ln_f.weight"), "the shape of transformer.ln_f.weight is none in its model"),
 ])

@@ -37,13 +37,12 @@ from gpt.run_folder import (
     whole_checkpoints,
     worth_keeping,
 )
-from train import parallel
+from gpt.tensors import about
+from train import optim, parallel
 from train.parallel import World
 
 MARGIN_BYTES = 2**20  # for what is not tensors
 METRICS = "metrics.jsonl"
-ADAM = {"step", "exp_avg", "exp_avg_sq"}
-MOMENTS = {torch.optim.AdamW: [ADAM], torch.optim.Adam: [ADAM], torch.optim.SGD: [{"momentum_buffer"}, set()]}
 
 
 class Snapshot(NamedTuple):
@@ -248,20 +247,19 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World
     False: the checkpoint is of another number of ranks, and the generators are left for the caller to seed.
     Raises ValueError, before anything is placed, where names or shapes are not this run's.
     """
-    parameters = dict(model.named_parameters())
-    _check_shapes(folder, "model", {name: tuple(p.shape) for name, p in parameters.items()})
-    shapes = saved_shapes(folder, "optimizer")
-    kinds = {key.rpartition(":")[2] for key in shapes}
-    if kinds not in MOMENTS[type(optimizer)]:
-        raise ValueError(f"{folder}: holds {sorted(kinds) or 'no moments'}, which {type(optimizer).__name__} cannot take over")
+    parameters, names = dict(model.named_parameters()), optim.numbered(model, optimizer)
+    kinds = sorted({key.rpartition(":")[2] for key in saved_shapes(folder, "optimizer")})
     moments = {
-        f"{name}:{kind}": torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name])
-        for name in _names(model, optimizer) for kind in kinds
+        name: {kind: torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name]) for kind in kinds}
+        for name in names
     }
-    _check_shapes(folder, "optimizer", {key: tuple(t.shape) for key, t in moments.items()})
+    flat = {f"{name}:{kind}": t for name, known in moments.items() for kind, t in known.items()}
+    for part, needed in (("model", parameters), ("optimizer", flat)):
+        _check_shapes(folder, part, {name: tuple(t.shape) for name, t in needed.items()})
+    read_into(folder, "optimizer", flat)
+    with about(folder, "start from its weights alone with --init_from=FOLDER"):
+        optim.place(moments, model, optimizer)
     read_into(folder, "model", {name: p.detach() for name, p in parameters.items()})
-    read_into(folder, "optimizer", moments)
-    place_moments(model, optimizer, moments)
     rng = load_file(folder / "rng.safetensors")
     if len({key.partition(":")[0] for key in rng}) != w.size:
         return False
@@ -279,21 +277,8 @@ def _check_shapes(folder: Path, part: str, needed: dict[str, tuple[int, ...]]) -
         raise ValueError(f"{folder}: the shape of {name} is {there} in its {part}, this run's is {here}")
 
 
-def place_moments(model: GPT, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    """Make `moments`, `NAME:KIND` as in `copied`, each of its parameter's shape and sharding, the optimizer's."""
-    kinds = {key.rpartition(":")[2] for key in moments}
-    state = {i: {kind: moments[f"{name}:{kind}"] for kind in kinds} for i, name in enumerate(_names(model, optimizer))}
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state if kinds else {}})
-
-
-def _names(model: GPT, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Parameter names in the optimizer's order, which is how its state_dict numbers them."""
-    names = {p: name for name, p in model.named_parameters()}
-    return [names[p] for group in optimizer.param_groups for p in group["params"]]
-
-
 def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names, state = _names(model, optimizer), optimizer.state_dict()["state"]
+    names, state = optim.numbered(model, optimizer), optimizer.state_dict()["state"]
     return {
         f"{names[i]}:{key}": value
         for i, moments in state.items() for key, value in moments.items() if isinstance(value, Tensor)

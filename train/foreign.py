@@ -9,28 +9,116 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, unflatten
+from train.config import Config, flatten, unflatten
 
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-              ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow, ast.Mod: operator.mod}
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow,
+              ast.Mod: operator.mod}
+_CHANGERS = {"exec", "eval", "globals", "locals", "vars", "setattr", "__import__"}
+_LARGEST, _LONGEST = 2**63, 1000  # a number and a text that is computed; 9**9**9 would take hours
+
+_DEEP = "nested too deep; write plain assignments"
+
+
+class _NotRead(Exception):
+    """A value that is computed in a way that is not read."""
+
+
+def is_nanogpt(source: str, path: Path) -> bool:
+    """Whether a Python file is nanoGPT's config and not one of ours, which gives a `config`."""
+    nodes = list(ast.walk(_parsed(source, path)))
+    names = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return "config" not in names | {n.asname or n.name for n in nodes if isinstance(n, ast.alias)}
 
 
 def read_nanogpt(source: str, path: Path) -> Config:
     """The Config of a nanoGPT config file: its assignments are read, nothing in it is run.
 
-    A value may be a literal, arithmetic on literals, or a name assigned before. What is computed otherwise (nanoGPT's
-    own do it for a run's name, from the clock) keeps its default, and stderr says so.
+    A value may be a literal, arithmetic, an f-string of names, or a name: as assigned before, or as
+    the defaults have it. What is computed otherwise (nanoGPT's own do it for a run's name, from the
+    clock) keeps its default, and stderr says so. Raises ValueError for any other statement.
     """
-    leaves: dict[str, Any] = {}
-    for node in ast.parse(source, str(path)).body:
-        if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
-            continue
-        name = node.targets[0].id
+    defaults, given, used = dict(flatten(Config())), dict[str, Any](), set[str]()
+    known: dict[str, Any] = defaults | {"backward": False}
+    for node in _parsed(source, path).body:
         try:
-            leaves[name] = _value(node.value, leaves)
+            used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and _is_read(n)}
+            if used & _CHANGERS or any(isinstance(n, ast.NamedExpr) for n in ast.walk(node)):
+                raise ValueError(_not_read(node))
+            for name, value in _assigned(node, known):
+                given[name] = value
+                known[name] = value
+        except _NotRead as error:
+            for name in _targets(node):
+                print(f"{path}, line {node.lineno}: {name} keeps its default, {error} is not read",
+                      file=sys.stderr)
+                given.pop(name, None)
+                known.pop(name, None)  # nor is what is computed from it
+        except RecursionError:
+            raise ValueError(f"{path}, line {node.lineno}: {_DEEP}") from None
         except ValueError as error:
-            print(f"{path}, line {node.lineno}: {name} keeps its default, {error} is not read", file=sys.stderr)
-    return unflatten(leaves, str(path))
+            raise ValueError(f"{path}, line {node.lineno}: {error}") from None
+    settings = {k: v for k, v in given.items() if k in defaults or k == "backward" or k not in used}
+    return _config(settings, str(path))
+
+
+def _parsed(source: str, path: Path) -> ast.Module:
+    try:
+        return ast.parse(source, str(path))
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno or 1}: {error.msg}") from None
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{path}: {_DEEP}") from None
+
+
+def _is_read(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Load)
+
+
+def _not_read(node: ast.stmt) -> str:
+    line = ast.unparse(node).splitlines()[0]
+    return f"`{line:.60}` is not read; write plain assignments, or a config of ours (configs/)"
+
+
+def _targets(node: ast.stmt) -> list[str]:
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not _is_read(n)]
+
+
+def _assigned(node: ast.stmt, known: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The names that a statement assigns, and their values. Raises ValueError if it may do else."""
+    if isinstance(node, ast.Assign):
+        value = _value(node.value, known)
+        return [pair for target in node.targets for pair in _unpacked(node, target, value)]
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return [(node.target.id, _value(node.value, known))] if node.value else []
+    if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+        name = ast.Name(node.target.id, ast.Load())
+        return [(name.id, _value(ast.BinOp(name, node.op, node.value), known))]
+    if not _changes_nothing(node, known):
+        raise ValueError(_not_read(node))
+    return []
+
+
+def _unpacked(node: ast.stmt, target: ast.expr, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(target, ast.Name):
+        return [(target.id, value)]
+    names = target.elts if isinstance(target, ast.Tuple | ast.List) else []
+    if not isinstance(value, tuple) or len(names) != len(value):
+        raise ValueError(_not_read(node))
+    pairs = zip(names, value, strict=True)
+    return [pair for name, part in pairs for pair in _unpacked(node, name, part)]
+
+
+def _changes_nothing(node: ast.stmt, settings: dict[str, Any]) -> bool:
+    """Whether it is a comment in effect: a text, a print, or an import of what is no setting."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        bound = {alias.asname or alias.name for alias in node.names}
+        return "*" not in bound and not bound & settings.keys()
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        calls = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
+        return [ast.unparse(function) for function in calls] == ["print"]
+    text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return text or isinstance(node, ast.Pass)
 
 
 def _value(node: ast.expr, known: dict[str, Any]) -> Any:
@@ -38,35 +126,83 @@ def _value(node: ast.expr, known: dict[str, Any]) -> Any:
         return node.value
     if isinstance(node, ast.Name) and node.id in known:
         return known[node.id]
+    if isinstance(node, ast.Tuple | ast.List):
+        return tuple(_value(part, known) for part in node.elts)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(_value(part, known)) for part in node.values)
+    if isinstance(node, ast.FormattedValue) and node.conversion == -1 and not node.format_spec:
+        return _value(node.value, known)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand, known)
+        return _computed(node, operator.sub, 0, _value(node.operand, known))
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_value(node.left, known), _value(node.right, known))
-    raise ValueError(f"`{ast.unparse(node)}`")
+        left, right = _value(node.left, known), _value(node.right, known)
+        return _computed(node, _OPERATORS[type(node.op)], left, right)
+    raise _NotRead(f"`{ast.unparse(node):.60}`")
+
+
+def _computed(node: ast.expr, apply: Any, left: Any, right: Any) -> Any:
+    """Numbers, or texts joined, that are not too large. Raises ValueError for anything else."""
+    numbers = all(isinstance(side, int | float) for side in (left, right))
+    texts = isinstance(left, str) and isinstance(right, str) and apply is operator.add
+    what = f"`{ast.unparse(node):.60}`"
+    if not numbers and not texts:
+        raise ValueError(f"{what} is neither arithmetic on numbers nor texts joined")
+    if apply is operator.pow and abs(right) > 64:
+        raise ValueError(f"{what} has an exponent beyond 64")
+    try:
+        found = apply(left, right)
+    except ArithmeticError as error:
+        raise ValueError(f"{what}: {error}") from None
+    fits = len(found) <= _LONGEST if texts else not abs(found) >= _LARGEST
+    if not fits or isinstance(found, complex):
+        raise ValueError(f"{what} is too large")
+    return found
+
+
+def _config(leaves: dict[str, Any], origin: str) -> Config:
+    """The Config with these leaves, and Stitch-LLMs' `backward` as a direction."""
+    for name, value in leaves.items():
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"{origin}: {name}={value!r:.60}; a text, a number or a bool is "
+                             "needed")
+    if "backward" in leaves:
+        if not isinstance(leaves["backward"], bool) or "direction" in leaves:
+            raise ValueError(f"{origin}: backward={leaves['backward']!r:.60}; give True or False, "
+                             "or direction alone")
+        direction = "backward" if leaves["backward"] else "forward"
+        leaves = {k: v for k, v in leaves.items() if k != "backward"} | {"direction": direction}
+    return unflatten(leaves, origin)
 
 
 def compose_yaml(config_path: str, config_name: str, overrides: list[str]) -> Config:
-    """The Config of a YAML file composed by hydra: defaults, _self_, ${a.b}, and dotted overrides (`model.n_layer=4`).
+    """The Config of a YAML file composed by hydra, with its overrides (`model.n_layer=4`).
 
-    Groups (system, model, data, algorithm, ...) are only for order: leaves go by their own names, which are unique.
+    Groups (system, model, data, algorithm, ...) are only for order: leaves go by their own names,
+    which are unique.
     """
     try:
         from hydra import compose, initialize_config_dir
         from hydra.errors import HydraException
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
     except ImportError:
-        raise ValueError("--config-path and --config-name need hydra-core; pip install hydra-core") from None
+        raise ValueError("--config-path and --config-name need hydra-core; "
+                         "pip install hydra-core") from None
     folder = Path(config_path).resolve()
     if not folder.is_dir():
         raise ValueError(f"--config-path={config_path}: no such folder")
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             composed = OmegaConf.to_container(compose(config_name, overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{folder / config_name}: {' '.join(str(error).split())}") from error
-    assert isinstance(composed, dict)
-    return unflatten(dict(_leaves(composed, config_name)), config_name)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError,
+            RecursionError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{folder / config_name}: {why}") from error
+    if not isinstance(composed, dict):
+        raise ValueError(f"{folder / config_name} is a {type(composed).__name__}; settings by name "
+                         "are needed")
+    return _config(dict(_leaves(composed, config_name)), config_name)
 
 
 def _leaves(tree: dict, path: str) -> list[tuple[str, Any]]:

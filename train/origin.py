@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from data.loader import eval_batches
+from data.tokenizer import load_tokenizer
 from data.tokens import Reversed, Tokens, check_vocabulary, open_split
 from gpt import GPT, SIZES, GPTConfig, hardware, nanogpt
-from gpt.pretrained import read_config, read_weights
+from gpt.pretrained import Trained, has_rows_for, nanogpt_meta, read_config, read_source, same_vocabulary
 from gpt.run_folder import DONE, newest_sound, read_state, reading, whole_checkpoints
-from gpt.stitch import Trained, merge, stitch
-from train import checkpoint, parallel
+from gpt.stitch import merge, stitch
+from gpt.tensors import POSITIONS, about
+from train import checkpoint, optim, parallel
 from train.config import Config, flatten
 from train.parallel import World
 
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "tie_weights",
                 "direction", "seam")
-GPT2_PADDED_VOCAB = 50304
+GPT2_PADDED_VOCAB = 50304  # its 50,257 ids, up to a multiple of 64, as in nanoGPT
 
 # step, best validation loss, data position, whether the step was evaluated, what to say
 Begun = tuple[int, float, int, bool, str]
@@ -37,6 +39,7 @@ class Origin:
     weights: dict[str, Tensor] | None = None
     resume: Resume | None = None
     compiled: bool | None = None  # whether the run to put back was
+    trained: Trained | None = None  # whose vocabulary the data must have
 
 
 def find_origin(config: Config, w: World) -> Origin:
@@ -46,10 +49,13 @@ def find_origin(config: Config, w: World) -> Origin:
     """
     kind, source, said = parallel.first_rank_decides(lambda: choose(config, restarted=w.restarts > 0), w)
     if kind == "resume":
-        return continued(Path(source), said, w)
+        return continued(Path(source), said, config.model, w)
     if kind == "join":
         return joined(config)
-    return Origin("scratch") if kind == "scratch" else Origin(*pretrained(source, config.model.block_size))
+    if kind == "scratch":
+        return Origin("scratch")
+    trained = pretrained(source, config.model)
+    return Origin(trained.name, trained.config, trained.weights, trained=trained)
 
 
 def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
@@ -83,7 +89,7 @@ def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
 
 def resumable(path: Path) -> tuple[str, str]:
     """What at `path` a run can go on from: nanoGPT's checkpoint, or our newest sound one; what to say."""
-    if (path / nanogpt.FILE).is_file() and not whole_checkpoints(path):
+    if (path / nanogpt.FILE).exists() and not whole_checkpoints(path):
         return str(path), ""
     return newest(path)
 
@@ -93,13 +99,20 @@ def newest(path: Path) -> tuple[str, str]:
     return str(folder), "".join(f"; not from {fault}" for fault in faults)
 
 
-def pretrained(source: str, block_size: int) -> Trained:
+def pretrained(source: str, asked: GPTConfig) -> Trained:
     """Someone's weights, with fewer positions where fewer are asked for."""
-    model, weights = read_weights(source)
-    if block_size < model.block_size:
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
-        model = replace(model, block_size=block_size)
-    return Trained(source, model, weights)
+    trained = told(read_source(source), asked)
+    if asked.block_size >= trained.config.block_size:
+        return trained
+    cropped = {POSITIONS: trained.weights[POSITIONS][: asked.block_size]}
+    model = replace(trained.config, block_size=asked.block_size)
+    return trained._replace(config=model, weights=trained.weights | cropped)
+
+
+def told(trained: Trained, asked: GPTConfig) -> Trained:
+    """The model with what its files do not say as it is asked for."""
+    model = replace(trained.config, **{key: getattr(asked, key) for key in trained.untold})
+    return trained._replace(config=model)
 
 
 def joined(config: Config) -> Origin:
@@ -108,13 +121,14 @@ def joined(config: Config) -> Origin:
     if not c.merge_dir:
         raise ValueError(f"--init_from={run.init_from} joins two models; give the upper one, --merge_dir=DIR, "
                          "beside --resume_dir")
-    a, b = (pretrained(source, config.model.block_size) for source in (run.resume_dir or run.out_dir, c.merge_dir))
+    sources = (run.resume_dir or run.out_dir, c.merge_dir)
+    a, b = (pretrained(source, config.model) for source in sources)
     cut, head = c.stitch_layer_index, (a if c.use_original_head else b).name
     name = f"{a.name} below block {cut}, {b.name} from there on, the head of {head}"
     if run.init_from == "merge":
-        return Origin(name, *merge(a, b, cut, c.use_original_head))
+        return Origin(name, *merge(a, b, cut, c.use_original_head), trained=a)
     idx = None if c.use_original_head else alignment(config, a.config)
-    return Origin(name, *stitch(a, b, cut, c.use_original_head, idx))
+    return Origin(name, *stitch(a, b, cut, c.use_original_head, idx), trained=a)
 
 
 def alignment(config: Config, model: GPTConfig) -> Tensor:
@@ -131,11 +145,10 @@ def directed(tokens: Tokens, model: GPTConfig) -> Tokens:
     return Reversed(tokens.paths) if model.direction == "backward" else tokens
 
 
-def continued(path: Path, said: str, w: World) -> Origin:
+def continued(path: Path, said: str, asked: GPTConfig, w: World) -> Origin:
     """A run of ours, or of nanoGPT's, put back to where this checkpoint was written."""
     if not (path / DONE).is_file():
-        theirs = nanogpt.read(path)
-        return Origin(str(path), theirs.config, theirs.weights, lambda *run: _resume_nanogpt(path, theirs, *run))
+        return _continued_nanogpt(path, asked)
     held = ExitStack()  # until all is read: another run may be saving, and removing, where --resume_dir is
 
     def resume(*run: Any) -> Begun:
@@ -149,11 +162,12 @@ def continued(path: Path, said: str, w: World) -> Origin:
 def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Config:
     """The config with its model completed: by its origin, else by the data set's vocabulary.
 
-    Raises ValueError where the config asks for another architecture than its origin has. What it leaves at the default
-    is not asked for.
+    Raises ValueError where the config asks for another architecture than its origin has, or the
+    data for another vocabulary. What the config leaves at the default is not asked for.
     """
     if origin.model is None:
-        vocab = config.model.vocab_size or (meta["vocab_size"] if meta else GPT2_PADDED_VOCAB)
+        of_data = meta["vocab_size"] if meta and meta["kind"] != "gpt2" else GPT2_PADDED_VOCAB
+        vocab = config.model.vocab_size or of_data
         return replace(config, model=replace(config.model, vocab_size=vocab))
     default = Config().model
     wrong = [
@@ -162,7 +176,22 @@ def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Con
     ]
     if wrong:
         raise ValueError(f"{origin.name} is a checkpoint of another architecture: {', '.join(wrong)}")
+    if origin.trained:
+        _check_data(config, origin.trained, meta)
     return replace(config, model=replace(origin.model, dropout=config.model.dropout))
+
+
+def _check_data(config: Config, trained: Trained, meta: dict[str, Any] | None) -> None:
+    """Raise ValueError where the data's ids do not mean what they meant to the model."""
+    tokenizer, kind = load_tokenizer(meta), meta["kind"] if meta else "gpt2"
+    same = same_vocabulary(trained.meta, meta or {"kind": "gpt2"}) if trained.meta else True
+    if not same or not has_rows_for(trained.config, tokenizer):
+        was = f", of kind {trained.meta['kind']}" if trained.meta else ""
+        raise ValueError(
+            f"{config.data_dir} has another vocabulary ({tokenizer.vocab_size:,} ids, of kind "
+            f"{kind}) than {trained.name} ({trained.config.vocab_size:,}{was}); prepare the data "
+            "with that one"
+        )
 
 
 def _resume(folder: Path, damaged: str, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
@@ -187,14 +216,31 @@ def _resume(folder: Path, damaged: str, config: Config, model: GPT, optimizer: t
     return state["step"], state["best_val_loss"], position, state["val_loss"] is not None, said + damaged
 
 
+def _continued_nanogpt(path: Path, asked: GPTConfig) -> Origin:
+    theirs = nanogpt.read(path)
+    trained = told(Trained(str(path), theirs.config, theirs.weights, nanogpt_meta(path, theirs),
+                           theirs.untold), asked)
+    return Origin(trained.name, trained.config, trained.weights, trained=trained,
+                  resume=lambda *run: _resume_nanogpt(path, theirs, *run))
+
+
 def _resume_nanogpt(path: Path, theirs: nanogpt.NanoGPT, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
                     _scaler: torch.amp.GradScaler, _world: World) -> Begun:
-    if config.optim.optimizer != "adamw":
-        raise ValueError(f"{path} was trained with AdamW, whose state {config.optim.optimizer} cannot take over")
-    moments = theirs.optimizer.get("state", {})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    placed = {i: {k: parallel.shard_like(v, parameters[i]) for k, v in state.items()} for i, state in moments.items()}
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": placed})
-    windows = theirs.step * config.optim.gradient_accumulation_steps * config.data.batch_size
-    said = f"{path / nanogpt.FILE}, nanoGPT's, step {theirs.step}; its data order is not in it"
-    return theirs.step, theirs.best_val_loss, windows, True, said
+    parameters, state = dict(model.named_parameters()), theirs.content.get("optimizer")
+    shapes = {name: p.shape for name, p in parameters.items()}
+    with about(f"{path / nanogpt.FILE} cannot be resumed", f"--init_from={path} starts from its "
+               "weights alone, with a fresh optimizer"):
+        step, best_val_loss = nanogpt.progress(theirs.content)
+        moments = nanogpt.moments(state, shapes, optim.numbered(model, optimizer),
+                                  config.optim.optimizer)
+        for name, known in moments.items():
+            moments[name] = {k: parallel.shard_like(t, parameters[name]) for k, t in known.items()}
+        optim.place(moments, model, optimizer)
+    windows = step * config.optim.gradient_accumulation_steps * config.data.batch_size
+    said = f"{path / nanogpt.FILE}, nanoGPT's, step {step}; its data order is not in it"
+    before, now = theirs.settings, asdict(config.optim) | {"batch_size": config.data.batch_size}
+    said += "".join(f"; {key} was {before[key]}, is {value}" for key, value in now.items()
+                    if type(before.get(key)) is type(value) and before[key] != value)
+    if config.optim.weight_decay and nanogpt.by_module(state, shapes):
+        said += "; the embeddings, which did not decay there, do here"
+    return step, best_val_loss, windows, True, said

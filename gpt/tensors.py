@@ -1,0 +1,96 @@
+"""Tensors from files that others wrote: what they must be before they are computed with."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt.config import GPTConfig
+from gpt.model import GPT
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+EMBEDDING, POSITIONS, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
+
+
+@contextmanager
+def about(source: object, remedy: str) -> Iterator[None]:
+    """Put what it is about before a ValueError of the block, and what to do after it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}; {remedy}") from None
+
+
+def shown(value: Any) -> str:
+    """A stranger's value in a message: one short line, whatever it is."""
+    short = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**64)
+    return f"{value!r:.80}" if short else f"a {type(value).__name__}"
+
+
+def dtype_of(tensor: Tensor) -> str:
+    """float32, and the like."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def shapes_of(config: GPTConfig) -> dict[str, torch.Size]:
+    """The shape of each parameter of such a model, in its order; no memory is taken."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def floats(tensor: Any, name: str) -> Tensor:
+    """`tensor` itself, which holds a float for each element. Raises ValueError for all else."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        what = "missing" if tensor is None else shown(tensor)
+        raise ValueError(f"{name} is {what}; a tensor is needed")
+    if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(f"{name} is a nested, meta or sparse tensor; a dense one is needed")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} holds {dtype_of(tensor)}; floats are needed")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name} has elements that share memory; each needs its own")
+    return tensor.detach()
+
+
+def finite(tensor: Any, shape: torch.Size, name: str) -> Tensor:
+    """`tensor` in fp32. Raises ValueError unless it has this shape and no element is inf or nan."""
+    found = floats(tensor, name)
+    if found.shape != shape:
+        raise ValueError(f"{name} is {tuple(found.shape)}; {tuple(shape)} is needed")
+    found = found.float()
+    if not found.isfinite().all():
+        raise ValueError(f"{name} is not finite everywhere")
+    return found
+
+
+def described(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What a GPT-2's weights say of its shape. Raises ValueError for those of anything else.
+
+    The sizes are those of tensors in memory: what is made of them is no larger than the file was.
+    """
+    sizes = []
+    for name in (EMBEDDING, POSITIONS):
+        table = floats(weights.get(name), name)
+        if table.dim() != 2:
+            raise ValueError(f"{name} has {table.dim()} dimensions; 2 are needed")
+        sizes.append(tuple(table.shape))
+    (vocab_size, n_embd), (block_size, _) = sizes
+    layers = {m[1] for m in map(re.compile(r"transformer\.h\.(\d+)\.").match, weights) if m}
+    return {"vocab_size": vocab_size, "block_size": block_size, "n_embd": n_embd,
+            "n_layer": len(layers), "bias": "transformer.ln_f.bias" in weights}
+
+
+def fitting(config: GPTConfig, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights in fp32, in the model's order.
+
+    Raises ValueError where one is missing, one too many, of another shape, or not finite.
+    """
+    shapes = shapes_of(config)
+    if odd := sorted(shapes.keys() ^ weights.keys()):
+        what = "missing" if odd[0] in shapes else "no parameter of such a model"
+        more = f" ({len(odd)} such names)" if len(odd) > 1 else ""
+        raise ValueError(f"{shown(odd[0])} is {what}{more}")
+    return {name: finite(weights[name], shape, name) for name, shape in shapes.items()}
