@@ -68,7 +68,7 @@ def test_any_text_goes_and_gives_the_same_files_each_time(tmp_path, closed_netwo
     assert load_tokenizer(read_meta(tmp_path / "a")).decode(ids) == "日本語\r\nétude 🙂\n"
 
 
-@pytest.mark.parametrize("content, says", [(None, "No such file"), (b"", "holds no text"),
+@pytest.mark.parametrize("content, says", [(None, "no such file"), (b"", "holds no text"),
                                            (b"ab\xff", "not UTF-8 at byte 2")])
 def test_a_bad_input_is_one_line_and_exit_code_2(tmp_path, content, says):
     if content is not None:
