@@ -22,6 +22,7 @@ def _is_bare_name(name: str) -> bool:
 
 Positive = Annotated[int, Must("be at least 1", lambda n: n >= 1)]
 NonNegative = Annotated[int, Must("be at least 0", lambda n: n >= 0)]
+Processes = Annotated[int, Must("be from 1 to 1024", lambda n: 1 <= n <= 1024)]
 PositiveFloat = Annotated[float, Must("be more than 0", lambda x: x > 0)]
 NonNegativeFloat = Annotated[float, Must("be at least 0", lambda x: x >= 0)]
 Fraction = Annotated[float, Must("be from 0 to 1", lambda x: 0 <= x <= 1)]

@@ -19,11 +19,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from data.bounds import Must
 from data.files import read_json, write_json
 from data.gpt2 import END_OF_TEXT, encode_ordinary
 from data.manifest import NAME as MANIFEST
@@ -35,6 +36,7 @@ from data.tokenizer import write_meta
 from data.tokens import DTYPE
 
 Format = Literal["raw", "shards"]
+Workers = Annotated[int, Must("be from 0 to 1024", lambda n: 0 <= n <= 1024)]  # all are started
 _TASK = 1 << 20  # characters
 _COMMIT_SECONDS = 5.0
 
@@ -161,8 +163,6 @@ def prepare(source: Source, split: Split, out: Path, *, name: str, format: Forma
     header; meta.json and the manifest come last. `workers` is the number of worker processes, 0 for one a core.
     """
     workers = workers or _cores()
-    if workers < 0 or shard_tokens < 1:
-        raise ValueError(f"--workers={workers} must not be negative, and --shard_tokens={shard_tokens} at least 1")
     if split.fraction and (source.documents or 0) < 2:
         known = "is not known" if source.documents is None else f"is {source.documents}"
         raise ValueError(f"the number of documents {known}: a share of them for validation cannot be told; give "
