@@ -28,6 +28,7 @@ from bench.cases import Case
 from bench.offline import name_of, offline
 from bench.timing import ROOT, environment, write_result
 from data import cli
+from data.bounds import NotEmpty, Processes
 
 MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy", "linear_cross_entropy")
 
@@ -39,8 +40,8 @@ class Options:
     arch: str = "80,86,90,100"  # compute capabilities without the dot, with commas between
     quick: bool = False  # only GPT-2's four sizes, in bf16
     family: str = ""  # only this family of operators (attention, layernorm, cross_entropy)
-    out: str = str(ROOT / "bench" / "results" / "ahead.json")  # where the JSON goes
-    processes: int = 2  # how many cores to use
+    out: NotEmpty = str(ROOT / "bench" / "results" / "ahead.json")  # where the JSON goes
+    processes: Processes = 2  # how many cores to use
 
 
 # -- compiling (in a worker process without TRITON_INTERPRET) ------------------

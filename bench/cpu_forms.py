@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.timing import ROOT, environment, machine, measure, write_result
 from data import cli
+from data.bounds import Positive
 from gpt import hardware
 from kernels import dropout, reference
 from kernels.cpu_attention import attention_qkv
@@ -32,7 +33,7 @@ P = 0.2
 class Options:
     """Measure the forms of attention and dropout on a CPU."""
 
-    repeats: int = 9
+    repeats: Positive = 9
     out: str = ""
     """JSON file for the result; empty: bench/results/forms-MACHINE.json"""
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bench.timing import ROOT, environment, write_result
 from data import cli
+from data.bounds import BelowOne, NotEmpty, Positive
 from data.loader import Loader, eval_batches
 from data.tokens import open_split, open_tokens, write_tokens
 from gpt import GPT, GPTConfig
@@ -31,12 +32,12 @@ from train.config import OptimConfig
 class Options:
     """Compare forms of attention dropout."""
 
-    data_dir: str = "data/shakespeare_char"
-    train_tokens: int = 50_000
-    dropout: float = 0.2
-    max_iters: int = 800
-    seeds: int = 3
-    out: str = str(ROOT / "bench" / "results" / "dropout-forms.json")
+    data_dir: NotEmpty = "data/shakespeare_char"
+    train_tokens: Positive = 50_000
+    dropout: BelowOne = 0.2
+    max_iters: Positive = 800
+    seeds: Positive = 3
+    out: NotEmpty = str(ROOT / "bench" / "results" / "dropout-forms.json")
 
 
 def on_probabilities(qkv: Tensor, *, dropout: float = 0.0, **_: object) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from bench import peers
 from bench.timing import ROOT, environment, machine, measure, write_result
 from data import cli
+from data.bounds import Positive
 from gpt import GPT, SIZES, hardware
 from gpt.sample import Sample, weights_dtype
 
@@ -29,10 +30,10 @@ class Options:
     device: str = "auto"
     size: str = "gpt2"
     """gpt2, gpt2-medium, gpt2-large, gpt2-xl, with random weights"""
-    new_tokens: int = 128
+    new_tokens: Positive = 128
     nanogpt: str = ""
     """folder of a nanoGPT checkout to measure against"""
-    repeats: int = 3
+    repeats: Positive = 3
     out: str = ""
     """JSON file for the result; empty: bench/results/generation-MACHINE.json"""
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from bench.peers import Peer
 from bench.profile_step import profile_all
 from bench.timing import ROOT, environment, machine, measure, write_result
 from data import cli
+from data.bounds import Must, Positive
 from gpt import GPT, GPTConfig, hardware
 from gpt.flops import mfu
 from kernels import FAMILIES, resolve
@@ -51,6 +52,9 @@ CPU_CASES = {
 CASES = GPU_CASES | CPU_CASES
 
 
+BatchSize = Annotated[int | Literal["auto"], Must("be auto or at least 0", lambda n: n == "auto" or n >= 0)]
+
+
 @dataclass(frozen=True)
 class Options:
     """Measure training steps."""
@@ -64,11 +68,11 @@ class Options:
     """kernel suites of ours, with commas; empty: on a GPU torch, triton and each family's replacement, on a CPU torch"""
     peers: str = "transformers,liger"
     """what else is measured where it is installed, with commas; empty: nothing"""
-    batch_size: int | Literal["auto"] = 0
+    batch_size: BatchSize = 0
     """sequences in a step; 0: the case's own; auto: on a GPU the most that every eager variant can hold"""
     nanogpt: str = ""
     """folder of a nanoGPT checkout to measure against"""
-    steps: int = 10
+    steps: Positive = 10
     """timed steps of each"""
     compile: bool = True
     """measure compiled variants, too"""

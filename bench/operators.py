@@ -25,6 +25,7 @@ from bench.floors import Rates, Work
 from bench.operator_peers import OURS, implementations
 from bench.timing import ROOT, Timing, environment, measure, write_result
 from data import cli
+from data.bounds import NonNegativeFloat, Positive
 from gpt import hardware
 
 SWEEP = (512, 1024, 2048, 4096, 8192, 16384)  # sequence lengths, with cases.ROWS tokens in each batch
@@ -44,11 +45,11 @@ class Options:
     """of GPT-2, with commas; on a CPU one small shape stands for all"""
     sweep: bool = True
     """attention over sequence lengths, too"""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """sequences of 1024 tokens"""
-    repeats: int = 20
+    repeats: Positive = 20
     """samples of each implementation"""
-    minutes: float = 0.0
+    minutes: NonNegativeFloat = 0.0
     """begin no further case after so many; 0: no limit"""
     out: str = ""
     """JSON file for the result; empty: bench/results/operators-DEVICE.json"""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.timing import ROOT, Timing, environment, write_result
+from data.cli import exit_code
 from train import loop, optim, parallel
 from train.config import Config, parse
 from train.report import Report
@@ -77,19 +78,18 @@ def one(run: Run, report: Report, watch: Stopwatch) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """0, or 2 after one line on stderr for what the user can mend."""
-    given = sys.argv[1:] if argv is None else argv
+    return exit_code(lambda: report(sys.argv[1:] if argv is None else argv))
+
+
+def report(given: list[str]) -> None:
+    """Measure, print, and write the JSON."""
     config = given if given and not given[0].startswith("-") else ["configs/quickstart.py", *given]
-    try:
-        whole, own, run = measure(parse([*config, "--device=cpu"]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    whole, own, run = measure(parse([*config, "--device=cpu"]))
     fraction = sum(own.samples) / sum(whole.samples)
     print(f"step {whole}, of it the trainer {own}: {100 * fraction:.2f} % of all time over {STEPS} steps")
     result = {"benchmark": "overhead", "environment": environment("cpu"), "config": config[0],
               "batch_size": run.config.data.batch_size, "step": whole.as_json(), "trainer": own.as_json(), "fraction": fraction}
     write_result(Path(ROOT / "bench" / "results" / "overhead-cpu.json"), result)
-    return 0
 
 
 if __name__ == "__main__":

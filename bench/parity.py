@@ -19,6 +19,7 @@ import numpy as np
 
 from bench.timing import ROOT, environment, write_result
 from data import cli
+from data.bounds import NonNegative, Positive
 from data.gpt2 import END_OF_TEXT, encode_ordinary, gpt2_encoding
 from data.python_stdlib import prepare
 from data.small import write_dataset
@@ -34,9 +35,9 @@ class Options:
     """Train the same on two suites and compare the losses."""
 
     device: str = "auto"
-    steps: int = 0
+    steps: NonNegative = 0
     """0: 200 on a GPU, 20 on a CPU"""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """sequences of 1024 tokens on a GPU, of 64 on a CPU"""
     suites: str = ""
     """two or more, with commas, the first being what the others must equal; empty: torch,triton or reference,torch"""

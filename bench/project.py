@@ -25,6 +25,7 @@ from bench.cases import GPT2
 from bench.floors import Rates, parameters, step_parts
 from bench.timing import ROOT
 from data import cli
+from data.bounds import Fraction, Positive, PositiveFloat, Share, check
 from gpt.config import GPTConfig
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -34,43 +35,36 @@ GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 class Options:
     """Project a training step onto many GPUs."""
 
-    node_gbs: float
+    node_gbs: PositiveFloat
     """GB/s of one GPU to the others of its node, in one direction"""
-    network_gbs: float
+    network_gbs: PositiveFloat
     """GB/s of one GPU to other nodes, in one direction"""
     case: Literal["124M", "350M", "774M", "1558M"] = "124M"
-    matmul_tflops: float = 790.0
+    matmul_tflops: PositiveFloat = 790.0
     """of bf16 matrix products, as measured on the GPU; the default is arithmetic for an H200, measured nowhere"""
-    copy_gbs: float = 4300.0
+    copy_gbs: PositiveFloat = 4300.0
     """of a copy, both directions counted; the same"""
-    matmul_fraction: float = 1.0
+    matmul_fraction: Share = 1.0
     """of the matrix rate that matrix products reach"""
-    attention_fraction: float = 1.0
+    attention_fraction: Share = 1.0
     """of the matrix rate that attention reaches"""
-    memory_fraction: float = 1.0
+    memory_fraction: Share = 1.0
     """of the copy rate that everything else reaches"""
-    overlap: float = 1.0
+    overlap: Fraction = 1.0
     """of the passes that can hide communication"""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    gpus_per_node: int = 8
-    tokens_per_step: int = 2**19
+    gpus_per_node: Positive = 8
+    tokens_per_step: Positive = 2**19
     """over all GPUs together, whatever their number"""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """most sequences in a micro-batch"""
-    grad_bytes: int = 4
+    grad_bytes: Positive = 4
     """of one gradient while it is reduced"""
     results: str = ""
     """JSON file of bench/mfu.py; empty: bench/results/mfu-cuda.json"""
 
     def __post_init__(self) -> None:
-        for name in ("matmul_fraction", "attention_fraction", "memory_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a fraction of a floor is more than 0 and at most 1")
-        if not 0 <= self.overlap <= 1:
-            raise ValueError(f"overlap={self.overlap}: must be from 0 to 1")
-        for name in ("node_gbs", "network_gbs", "gpus_per_node", "tokens_per_step", "batch_size", "grad_bytes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be more than 0")
+        check(self)
 
 
 @dataclass(frozen=True)

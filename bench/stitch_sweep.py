@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from bench.timing import ROOT, environment, write_result
 from data import cli
+from data.bounds import NotEmpty, Positive
 from data.shakespeare_char.prepare import main as prepare
+from gpt.config import Depth, Width
 from gpt.run_folder import whole_checkpoints
 from train import loop, optim
 from train.config import Config, parse
@@ -27,16 +29,16 @@ class Options:
 
     text: str = ""
     """any UTF-8 text; its last tenth is for validation. Empty: tiny Shakespeare, downloaded"""
-    out_dir: str = str(ROOT / "out-stitch")
+    out_dir: NotEmpty = str(ROOT / "out-stitch")
     """where data and trained models are kept"""
-    n_layer: int = 4
-    n_embd: int = 64
-    max_iters: int = 1200
+    n_layer: Depth = 4
+    n_embd: Width = 64
+    max_iters: Positive = 1200
     """steps of each model"""
-    seam_iters: int = 200
+    seam_iters: Positive = 200
     """steps in which a seam is trained"""
-    out: str = str(ROOT / "bench" / "results" / "stitch.json")
-    plot: str = str(ROOT / "docs" / "stitching.png")
+    out: NotEmpty = str(ROOT / "bench" / "results" / "stitch.json")
+    plot: NotEmpty = str(ROOT / "docs" / "stitching.png")
 
 
 class Base(NamedTuple):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bench.timing import ROOT, environment, write_result
 from data import cli
+from data.bounds import PositiveFloat
 from gpt import hardware
 
 LOG_LINES = 40  # of a part's output that go into the JSON
@@ -29,7 +30,7 @@ class Options:
     """Measure everything."""
 
     device: str = "auto"
-    minutes: float = 9.0
+    minutes: PositiveFloat = 9.0
     """for all parts together"""
     parts: str = ""
     """only these, with commas; empty: all that the device can run"""

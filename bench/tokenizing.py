@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data import cli
+from data.bounds import NotEmpty, Positive, Processes
 from data.encode import Split, prepare
 from data.gpt2 import END_OF_TEXT, gpt2_encoding
 from data.sources import Files
@@ -28,10 +29,10 @@ class Options:
 
     text: str = ""
     """a text file of at least a few MB; it is repeated up to --megabytes"""
-    megabytes: int = 64
-    workers: int = 2
-    repeats: int = 3
-    out: str = str(Path(__file__).parent / "results" / "tokenizing.json")
+    megabytes: Positive = 64
+    workers: Processes = 2
+    repeats: Positive = 3
+    out: NotEmpty = str(Path(__file__).parent / "results" / "tokenizing.json")
 
 
 def main(options: Options) -> dict:

@@ -27,6 +27,7 @@ from bench import cases
 from bench.cases import Case
 from bench.timing import Timing, environment, measure, write_result
 from data import cli
+from data.bounds import Positive
 from kernels import FAMILIES, launch
 
 Settings = dict | int  # what a function of launch.py returns
@@ -38,8 +39,8 @@ class Options:
 
     sizes: str = ",".join(cases.GPT2)  # which GPT-2 sizes, with commas between
     family: str = ""  # only this family of operators (attention, layernorm, cross_entropy)
-    batch: int = 16  # sequences of 1024 tokens
-    repeats: int = 20  # samples of each candidate
+    batch: Positive = 16  # sequences of 1024 tokens
+    repeats: Positive = 20  # samples of each candidate
     out: str = ""  # a second place for the JSON
 
 

@@ -19,21 +19,24 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from data.bounds import Must
 from data.files import read_json, write_json
 from data.gpt2 import END_OF_TEXT, encode_ordinary
 from data.manifest import NAME as MANIFEST
-from data.manifest import UNFINISHED, already_made, read_manifest, shard_entry, write_manifest
-from data.shards import ShardWriter
+from data.manifest import UNFINISHED, Progress, Unfinished, already_made, files_of, shard_entry, unfinished, write_manifest
+from data.manifest import Split as Counts
+from data.shards import NAMES, ShardWriter
 from data.sources import Source
 from data.tokenizer import write_meta
 from data.tokens import DTYPE
 
 Format = Literal["raw", "shards"]
+Workers = Annotated[int, Must("be from 0 to 1024", lambda n: 0 <= n <= 1024)]  # all are started
 _TASK = 1 << 20  # characters
 _COMMIT_SECONDS = 5.0
 
@@ -82,7 +85,7 @@ class Task(NamedTuple):
     empty: int  # documents without text, counted from the first
 
 
-def _tasks(source: Source, split: Split, start: dict[str, int]) -> Iterator[Task]:
+def _tasks(source: Source, split: Split, start: Unfinished) -> Iterator[Task]:
     """The text of `source` from `start` on (a Task's last three numbers), cut into tasks of one split each."""
     documents, begun, empty = start["documents"], start["begun"], start["empty"]
     validation = split.documents(source.documents)
@@ -160,8 +163,6 @@ def prepare(source: Source, split: Split, out: Path, *, name: str, format: Forma
     header; meta.json and the manifest come last. `workers` is the number of worker processes, 0 for one a core.
     """
     workers = workers or _cores()
-    if workers < 0 or shard_tokens < 1:
-        raise ValueError(f"--workers={workers} must not be negative, and --shard_tokens={shard_tokens} at least 1")
     if split.fraction and (source.documents or 0) < 2:
         known = "is not known" if source.documents is None else f"is {source.documents}"
         raise ValueError(f"the number of documents {known}: a share of them for validation cannot be told; give "
@@ -175,7 +176,8 @@ def prepare(source: Source, split: Split, out: Path, *, name: str, format: Forma
             return
         writers = {}
         for kind in ("train", "val"):
-            writers[kind] = ShardWriter(out, kind, name, shard, state["splits"].get(kind, {}))
+            begun = state["splits"].get(kind, Progress(shards=[], open=0, max_id=0))
+            writers[kind] = ShardWriter(out, kind, name, shard, begun)
             stack.callback(writers[kind].close)
         pool = None
         if workers > 1:
@@ -209,33 +211,36 @@ def _alone_in(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _begin(out: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+def _begin(out: Path, made_from: dict[str, Any]) -> Unfinished | None:
     """Where to go on from; None where all is made. Removes what an earlier preparation made from something else."""
-    state = read_json(out / UNFINISHED, dict[str, Any], "remove it to start anew") if (out / UNFINISHED).exists() else None
-    if state and state.get("made_from") == made_from:
+    state = None
+    if os.path.lexists(out / UNFINISHED):
+        state = read_json(out / UNFINISHED, Unfinished, "remove it to start anew")
+    if state and state["made_from"] == made_from:
         print(f"{out}: going on after {state['documents']:,} documents")
         return state
     if state is None and already_made(out, made_from):
         return None
-    for path in _files_of(out, state):
+    earlier = _files_of(out, state is not None)
+    if others := sorted(set(out.glob("*.bin")) - earlier):
+        raise ValueError(f"{out}: holds {others[0].name}, which no manifest accounts for; move it "
+                         "away, or give another --out")
+    for path in earlier:
         path.unlink(missing_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
-    if found := sorted(path.name for path in out.glob("*.bin")):
-        raise ValueError(f"{out}: holds {found[0]}, which no manifest accounts for; move it away, or give another --out")
-    state = {"made_from": made_from, "documents": 0, "begun": 0, "empty": 0, "splits": {}}
-    write_json(out / UNFINISHED, state)
-    return state
+    return unfinished(out, made_from)
 
 
-def _files_of(out: Path, state: dict[str, Any] | None) -> list[Path]:
-    """The files of tokens that an earlier preparation made: all that are here if it was not finished."""
-    if state:
-        return [*out.glob("*.bin"), *out.glob("*.partial")]
-    splits = (read_manifest(out) or {"splits": {}})["splits"].values()
-    return [out / shard["file"] for split in splits for shard in split["shards"]]
+def _files_of(out: Path, was_unfinished: bool) -> set[Path]:
+    """The files of an earlier preparation: what its manifest names, else what is named like them."""
+    if was_unfinished:
+        named = [path for path in out.iterdir() if NAMES.fullmatch(path.name)]
+    else:
+        named = [path for path, _ in files_of(out)]
+    return {path for path in named if not path.is_dir()}
 
 
-def _encode_all(source: Source, split: Split, out: Path, state: dict[str, Any], writers: dict[str, ShardWriter],
+def _encode_all(source: Source, split: Split, out: Path, state: Unfinished, writers: dict[str, ShardWriter],
                 pool: ProcessPoolExecutor | None, ahead: int) -> None:
     """Encode and write the rest of the text, committing `state` every few seconds and whenever a shard is full."""
 
@@ -251,7 +256,7 @@ def _encode_all(source: Source, split: Split, out: Path, state: dict[str, Any], 
             writers["val"].write(ids[:first])
             writers[task.split].write(ids[first:])
             bar.update(task.documents - state["documents"])
-            state.update(documents=task.documents, begun=task.begun, empty=task.empty)
+            state["documents"], state["begun"], state["empty"] = task.documents, task.begun, task.empty
             full = sum(len(writer.shards) for writer in writers.values())
             if full > shards or time.monotonic() - committed > _COMMIT_SECONDS:
                 commit()
@@ -266,10 +271,10 @@ def _encode_all(source: Source, split: Split, out: Path, state: dict[str, Any], 
                              f"another share of it to validation (now: {split})")
 
 
-def _finish(out: Path, made_from: dict[str, Any], state: dict[str, Any], writers: dict[str, ShardWriter],
+def _finish(out: Path, made_from: dict[str, Any], state: Unfinished, writers: dict[str, ShardWriter],
             pool: ProcessPoolExecutor | None) -> None:
     """Give all files their names and checksums, write meta.json and the manifest, and say what there is."""
-    splits = {}
+    splits: dict[str, Counts] = {}
     for kind, writer in writers.items():
         writer.finish()
         paths = [writer.path(shard) for shard in range(len(writer.shards))]

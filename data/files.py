@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that is what it should be or refused."""
+"""Files that are written whole or not at all, and text and JSON that are what they should be or refused."""
 
 import hashlib
 import json
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+
+from data.bounds import check_declared
 
 T = TypeVar("T")
 
@@ -19,8 +21,9 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # left by a kill; or a link, which would be written through
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -46,7 +49,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, form: type[T], remedy: str) -> T:
-    """The value in the JSON file `path`, of the type `form`: TypedDicts, lists, numbers, checked down to the leaves.
+    """The value in the JSON file `path`, of the type `form`: TypedDicts, lists, numbers, checked down to the leaves
+    with the rules declared in them (data/bounds.py).
 
     Raises ValueError, in one line with the file and the `remedy`, where it is absent, no regular file (a FIFO would
     wait for ever), not JSON, or of another form. Every JSON file that others may have written or damaged is read here.
@@ -56,14 +60,33 @@ def read_json(path: Path, form: type[T], remedy: str) -> T:
 
 def parsed(text: bytes | str, form: type[T], name: str, remedy: str) -> T:
     """The JSON value `text`, likewise; `name` says where it comes from."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({error}); {remedy}") from None
+    return formed(value, form, name, remedy)
+
+
+def formed(value: Any, form: type[T], name: str, remedy: str) -> T:
+    """`value` itself, which must be of the type `form`. Raises ValueError where it is not."""
     from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
     try:
-        return check_type(json.loads(text), form, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not JSON ({error}); {remedy}") from None
-    except TypeCheckError as error:
-        raise ValueError(f"{name}: {error}; {remedy}") from None
+        every = CollectionCheckStrategy.ALL_ITEMS
+        value = check_type(value, form, collection_check_strategy=every)
+        check_declared(value, form, "")
+    except (TypeCheckError, ValueError) as error:  # typeguard's takes several lines for a union
+        raise ValueError(f"{name}: {' '.join(str(error).split())}; {remedy}") from None
+    return value
+
+
+def read_text(path: Path, remedy: str = "name a text file") -> str:
+    """The text of a UTF-8 file, its line ends as they are. Raises ValueError where it is none."""
+    try:
+        return regular(path, remedy).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; convert it, e.g. with "
+                         "iconv -t utf-8") from None
 
 
 def regular(path: Path, remedy: str) -> Path:

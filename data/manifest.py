@@ -1,17 +1,19 @@
 """The manifest beside the tokens: what they were made from, how many they are, and the checksum of each file.
 
     {"source": {...}, "tokenizer": "gpt2", "vocab_size": 50257,
-     "splits": {"train": {"tokens": 9, "max_id": 50256, "shards": [{"file", "tokens", "bytes", "sha256", "sample"}]}}}
+     "splits": {"train": {"tokens": 9, "max_id": 50256, "shards": [...]}}}
 
 It says nothing of when and where, so that the same text gives the same manifest.
 """
 
 import hashlib
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from data.files import read_json, sha256_of, write_json
+from data.bounds import FileName, Must, NonNegative, Positive
+from data.files import read_json, regular, sha256_of, write_json
 
 NAME = "manifest.json"
 UNFINISHED = "unfinished.json"  # lies in a folder while its files are being made
@@ -20,8 +22,65 @@ UNFINISHED = "unfinished.json"  # lies in a folder while its files are being mad
 _WHOLE_BYTES = 1 << 25
 _PIECES, _PIECE_BYTES = 64, 1 << 16
 
+# What is prepared anew replaces the files that an older manifest names: it may name none but these.
+TokenFile = Annotated[FileName, Must("end in .bin", lambda name: name.endswith(".bin"))]
+MaxId = Annotated[int, Must("be from 0 to 65535", lambda n: 0 <= n < 1 << 16)]
+Sha256 = Annotated[str, Must("be 64 hexadecimal digits", re.compile("[0-9a-f]{64}").fullmatch)]
 
-def shard_entry(path: Path, tokens: int) -> dict[str, Any]:
+
+class Shard(TypedDict):
+    """A file of tokens; `sample` is the checksum of its `fingerprint`."""
+
+    file: TokenFile
+    tokens: NonNegative
+    bytes: NonNegative
+    sha256: Sha256
+    sample: Sha256
+
+
+class Split(TypedDict):
+    """What a split holds, and its largest id."""
+
+    tokens: NonNegative
+    max_id: MaxId
+    shards: list[Shard]
+
+
+class Manifest(TypedDict):
+    """`source` is free-form: whatever tells one text from another."""
+
+    source: dict[str, Any]
+    tokenizer: str
+    vocab_size: Positive
+    splits: dict[str, Split]
+
+
+class Progress(TypedDict):
+    """Of one split in an unfinished preparation: the tokens of whole shards, and of the open one."""
+
+    shards: list[NonNegative]
+    open: NonNegative
+    max_id: MaxId
+
+
+class Unfinished(TypedDict):
+    """How far a preparation got: whole documents, pieces of the next one, documents without text."""
+
+    made_from: dict[str, Any]
+    documents: NonNegative
+    begun: NonNegative
+    empty: NonNegative
+    splits: dict[str, Progress]
+
+
+def unfinished(data_dir: Path, made_from: dict[str, Any]) -> Unfinished:
+    """Begin a preparation: until its manifest is there, no run takes old and new files together."""
+    state = Unfinished(made_from=made_from, documents=0, begun=0, empty=0, splits={})
+    write_json(data_dir / UNFINISHED, state)
+    return state
+
+
+def shard_entry(path: Path, tokens: int) -> Shard:
     """The manifest's entry for the file `path` of `tokens` ids."""
     size = path.stat().st_size
     return {"file": path.name, "tokens": tokens, "bytes": size, "sha256": sha256_of(path),
@@ -29,16 +88,29 @@ def shard_entry(path: Path, tokens: int) -> dict[str, Any]:
 
 
 def write_manifest(data_dir: str | Path, source: dict[str, Any], tokenizer: str, vocab_size: int,
-                   splits: dict[str, dict[str, Any]]) -> None:
+                   splits: dict[str, Split]) -> None:
     """Write the manifest, the last file of a data set: `source` is free-form, `splits` as in the module's docstring."""
     write_json(Path(data_dir) / NAME, {"source": source, "tokenizer": tokenizer, "vocab_size": vocab_size,
                                        "splits": splits})
 
 
-def read_manifest(data_dir: str | Path) -> dict[str, Any] | None:
+def read_manifest(data_dir: str | Path) -> Manifest | None:
     """The manifest in `data_dir`, or None where there is none."""
     path = Path(data_dir) / NAME
-    return read_json(path, dict[str, Any], "prepare the data again") if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    return read_json(path, Manifest, "remove it, and prepare the data again")
+
+
+def _splits(data_dir: str | Path) -> dict[str, Split]:
+    manifest = read_manifest(data_dir)
+    return manifest["splits"] if manifest else {}
+
+
+def files_of(data_dir: str | Path) -> list[tuple[Path, Shard]]:
+    """The files that the manifest in `data_dir` names, with their entries; none without a manifest."""
+    shards = [shard for split in _splits(data_dir).values() for shard in split["shards"]]
+    return [(Path(data_dir) / shard["file"], shard) for shard in shards]
 
 
 def verify(data_dir: str | Path, *, full: bool = False) -> None:
@@ -47,17 +119,13 @@ def verify(data_dir: str | Path, *, full: bool = False) -> None:
     Size and content are compared: with `full` every byte, otherwise every byte of small files and 4 MiB spread over
     each large one. A folder without a manifest, such as nanoGPT's, passes.
     """
-    manifest = read_manifest(data_dir) or {"splits": {}}
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            path = Path(data_dir) / shard["file"]
-            if not path.exists():
-                raise ValueError(f"{path}: named in {NAME}, but absent; prepare the data again")
-            size = path.stat().st_size
-            if size != shard["bytes"]:
-                raise ValueError(f"{path}: {size:,} bytes, {NAME} says {shard['bytes']:,}; {_remedy(path)}")
-            if (sha256_of(path) != shard["sha256"]) if full else (fingerprint(path) != shard["sample"]):
-                raise ValueError(f"{path}: its content is not what {NAME} says; {_remedy(path)}")
+    for path, shard in files_of(data_dir):
+        regular(path, f"{NAME} names it; prepare the data again")
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise ValueError(f"{path}: {size:,} bytes, {NAME} says {shard['bytes']:,}; {_remedy(path)}")
+        if (sha256_of(path) != shard["sha256"]) if full else (fingerprint(path) != shard["sample"]):
+            raise ValueError(f"{path}: its content is not what {NAME} says; {_remedy(path)}")
 
 
 def already_made(data_dir: str | Path, source: dict[str, Any]) -> bool:
@@ -94,9 +162,8 @@ def fingerprint(path: Path) -> str:
 
 def recorded_max_id(paths: list[Path]) -> int | None:
     """The largest id of the files `paths`, which share a folder, by their manifest; None where it does not tell."""
-    manifest = read_manifest(paths[0].parent) or {"splits": {}}
     sizes = {path.name: path.stat().st_size for path in paths}
-    for split in manifest["splits"].values():
+    for split in _splits(paths[0].parent).values():
         if {shard["file"]: shard["bytes"] for shard in split["shards"]} == sizes:
             return split["max_id"]
     return None

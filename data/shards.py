@@ -1,15 +1,19 @@
 """The files of one split as they grow: resumable to the token, and under their names only when they are whole."""
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from data.files import sync
-from data.manifest import UNFINISHED
+from data.manifest import UNFINISHED, Progress
 from data.tokens import DTYPE, HEADER_BYTES, header_of
+
+# What a ShardWriter calls its files.
+NAMES = re.compile(r"((train|val)|.+_(train|val)_\d{6,})\.bin(\.partial)?", re.DOTALL)
 
 
 class ShardWriter:
@@ -19,12 +23,12 @@ class ShardWriter:
     with it goes on from; whatever had been written after it is dropped.
     """
 
-    def __init__(self, folder: Path, split: str, name: str, shard_tokens: int | None, state: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, split: str, name: str, shard_tokens: int | None, state: Progress) -> None:
         self._folder, self._split, self._name, self._shard_tokens = folder, split, name, shard_tokens
         self._offset = HEADER_BYTES if shard_tokens else 0
-        self.shards: list[int] = list(state.get("shards", []))  # the tokens of each whole shard
-        self.max_id: int = state.get("max_id", 0)
-        self._open_tokens: int = state.get("open", 0)
+        self.shards: list[int] = list(state["shards"])  # the tokens of each whole shard
+        self.max_id: int = state["max_id"]
+        self._open_tokens: int = state["open"]
         self._file: BinaryIO | None = self._reopen() if self._open_tokens else None
 
     @property
@@ -44,10 +48,13 @@ class ShardWriter:
     def _reopen(self) -> BinaryIO:
         """Open the shard that was being written, cut back to its committed tokens."""
         path, whole = self._partial(), self.path(len(self.shards))
+        if link := next((file for file in (path, whole) if file.is_symlink()), None):
+            raise ValueError(f"{link}: a link, whose target would be cut; remove it and "
+                             f"{self._folder / UNFINISHED} to start anew")
         if not path.exists() and whole.exists():
             whole.rename(path)  # it was finished after the last commit
         size = self._offset + self._open_tokens * DTYPE.itemsize
-        if not path.exists() or path.stat().st_size < size:
+        if not path.is_file() or path.stat().st_size < size:
             raise ValueError(f"{path}: shorter than {UNFINISHED} says; remove {self._folder / UNFINISHED} to start anew")
         os.truncate(path, size)
         return open(path, "ab")
@@ -57,7 +64,8 @@ class ShardWriter:
         self.max_id = max(self.max_id, int(ids.max(initial=0)))
         while len(ids):
             if self._file is None:
-                self._file = open(self._partial(), "wb")
+                self._partial().unlink(missing_ok=True)  # it may be a link, and be written through
+                self._file = open(self._partial(), "xb")
                 self._file.write(bytes(self._offset))
             room = self._shard_tokens - self._open_tokens if self._shard_tokens else len(ids)
             self._file.write(ids[:room].tobytes())
@@ -66,7 +74,7 @@ class ShardWriter:
             if self._open_tokens == self._shard_tokens:
                 self.finish()
 
-    def commit(self) -> dict[str, Any]:
+    def commit(self) -> Progress:
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())

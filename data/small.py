@@ -1,6 +1,7 @@
 """Data sets that fit in memory: their files, and the text of tiny Shakespeare."""
 
 import hashlib
+import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from data.files import whole, write_json
-from data.manifest import UNFINISHED, shard_entry, write_manifest
+from data.files import read_text, whole
+from data.manifest import UNFINISHED, Split, shard_entry, unfinished, write_manifest
 from data.tokenizer import write_meta
 from data.tokens import write_tokens
 
@@ -20,8 +21,8 @@ _TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0c
 def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, Any], kind: str, vocab_size: int,
                   chars: str = "") -> None:
     """Write SPLIT.bin for each split's ids, the meta of the tokenizer and, last, the manifest; print the counts."""
-    write_json(out / UNFINISHED, source)  # until the manifest is there, no run takes a mixture of old and new files
-    entries = {}
+    unfinished(out, source)
+    entries: dict[str, Split] = {}
     for split, ids in splits.items():
         tokens = write_tokens(out / f"{split}.bin", ids)
         shard = shard_entry(out / f"{split}.bin", tokens)
@@ -35,21 +36,18 @@ def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, An
 
 
 def tiny_shakespeare(given: Path | None, out: Path) -> str:
-    """The text of the file `given`; else of out/input.txt, which is first downloaded and checked if it is not there."""
+    """The text of the file `given`; else of out/input.txt, which is first downloaded and checked if it is not there.
+
+    Raises ValueError where it is no UTF-8 text, or empty.
+    """
     path = given or out / "input.txt"
-    if given is None and not path.exists():
+    if given is None and not os.path.lexists(path):
         content = _download(TINY_SHAKESPEARE, _TINY_SHAKESPEARE_SHA256)
         with whole(path) as file:
             file.write(content)
-    return read_text(path)
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, its line ends as they are."""
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; convert it, e.g. with iconv -t utf-8") from None
+    if not (text := read_text(path, "give --input=FILE, a UTF-8 text")):
+        raise ValueError(f"{path}: holds no text; give --input=FILE, a UTF-8 text")
+    return text
 
 
 def _download(url: str, sha256: str) -> bytes:

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from data.files import regular
 from data.manifest import fingerprint
 
 _PIECE = 1 << 20  # characters
@@ -97,7 +98,7 @@ def _find(pattern: str) -> list[Path]:
     for file in found:
         if file.suffix not in _KINDS:
             raise ValueError(f"{file}: of no known kind; the name must end in one of {', '.join(_KINDS)}")
-    return found
+    return [regular(file, "leave it out of --input") for file in found]
 
 
 class _Text:
@@ -153,7 +154,7 @@ class _Lines:
         for number, line in islice(self._lines(), start, None):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path}: line {number:,} is not UTF-8 JSON ({error})") from None
             if not isinstance(row, dict) or not isinstance(text := row.get(self._column), str):
                 columns = ", ".join(row) if isinstance(row, dict) else "none"

@@ -5,19 +5,37 @@ Which of them a data set uses is in its meta.json, {"kind": "bytes" | "char" | "
 """
 
 import codecs
+import io
+import os
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
-from data.files import read_json, whole, write_json
+from data.bounds import Must, Positive
+from data.files import formed, read_json, regular, whole, write_json
+
+
+def _are_distinct(chars: str) -> bool:
+    # JSON can spell half a surrogate pair, which no text has.
+    return len(set(chars)) == len(chars) and not any("\ud800" <= char <= "\udfff" for char in chars)
+
+
+class Meta(TypedDict):
+    """Which tokenizer: what meta.json holds, and a checkpoint's tokenizer.json."""
+
+    kind: Annotated[str, Must("be bytes, char or gpt2", ("bytes", "char", "gpt2").__contains__)]
+    vocab_size: Positive
+    chars: NotRequired[Annotated[str, Must("be characters of UTF-8, each once", _are_distinct)]]
 
 
 class Tokenizer:
     """What every tokenizer does; a kind of tokenizer has `encode` and `decode_bytes` and knows its `vocab_size`."""
 
     vocab_size: int
+    end_of_text: int | None = None  # the id of the end of a document, where there is one
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -78,6 +96,7 @@ class GPT2(Tokenizer):
     """GPT-2's byte-pair encoding. "<|endoftext|>" in a text is the end of a document, id 50256."""
 
     vocab_size = 50257
+    end_of_text = 50256
 
     @cached_property
     def _encoding(self) -> Any:
@@ -92,45 +111,75 @@ class GPT2(Tokenizer):
         return self._encoding.decode_bytes(list(ids))
 
 
-def load_tokenizer(meta: dict[str, Any] | None) -> Tokenizer:
-    """The tokenizer that `meta` (of `read_meta`, or of a checkpoint) describes; GPT-2's for None."""
-    kind = "gpt2" if meta is None else meta.get("kind")
-    if kind == "char" and meta:
-        return Char(meta["chars"])
-    if kind not in ("bytes", "gpt2"):
-        raise ValueError(f"meta.json: no such kind of tokenizer: {kind!r}; known are bytes, char and gpt2")
-    return Bytes() if kind == "bytes" else GPT2()
+def load_tokenizer(meta: Mapping[str, Any] | None, name: str = "meta.json") -> Tokenizer:
+    """The tokenizer that `meta` (of `read_meta`, or of a checkpoint) describes; GPT-2's for None.
+
+    Raises ValueError, with `name` as where it comes from, for what describes none.
+    """
+    if meta is None:
+        return GPT2()
+    known = check_meta(meta, name)
+    if known["kind"] == "char":
+        return Char(known["chars"])
+    return Bytes() if known["kind"] == "bytes" else GPT2()
 
 
 # -- the meta of a data set ----------------------------------------------------------
 
 
+def check_meta(meta: Any, name: str) -> dict[str, Any]:
+    """`meta` itself, a Meta. Raises ValueError, beginning with `name`, where it is no tokenizer's."""
+    known = formed(meta, Meta, name, "prepare the data again")
+    ids = {"bytes": 256, "gpt2": 50257}.get(known["kind"], len(known.get("chars", "")))
+    if known["vocab_size"] != ids:
+        raise ValueError(f"{name}: vocab_size={known['vocab_size']}, but its kind, "
+                         f"{known['kind']}, has {ids} ids; prepare the data again")
+    return dict(known)
+
+
 def read_meta(data_dir: str | Path) -> dict[str, Any] | None:
-    """What `data_dir` says of its tokens: its meta.json, else nanoGPT's meta.pkl in the same form, else None."""
-    folder = Path(data_dir)
-    if (folder / "meta.json").exists():
-        return read_json(folder / "meta.json", dict[str, Any], "prepare the data again")
-    return _read_pickle(folder / "meta.pkl") if (folder / "meta.pkl").exists() else None
+    """What `data_dir` says of its tokens: meta.json, else nanoGPT's meta.pkl as such, else None."""
+    path, theirs = Path(data_dir) / "meta.json", Path(data_dir) / "meta.pkl"
+    if os.path.lexists(path):
+        return check_meta(read_json(path, dict[str, Any], "prepare the data again"), str(path))
+    if os.path.lexists(theirs):
+        return check_meta(_read_pickle(theirs), str(theirs))
+    return None
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, text and numbers. A pickle runs code only through names that it imports: none is allowed."""
+# What a pickle of dicts, texts and integers is made of. With tuples in it a key of forty of them,
+# each holding the last one twice, would take years to hash.
+_PLAIN = (pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.EMPTY_DICT, pickle.DICT,
+          pickle.SETITEM, pickle.SETITEMS, pickle.UNICODE, pickle.SHORT_BINUNICODE,
+          pickle.BINUNICODE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG,
+          pickle.LONG1, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.GET, pickle.BINGET,
+          pickle.LONG_BINGET, pickle.MEMOIZE, pickle.GLOBAL, pickle.STACK_GLOBAL)
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, text and integers, in Python: C's makes room for any number that a PUT names.
+
+    A pickle runs code only through names that it imports: none is allowed.
+    """
+
+    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _PLAIN}
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    """nanoGPT's meta.pkl, {"vocab_size": n, "itos": {id: character}, "stoi": {character: id}}, in meta.json's form."""
+    """nanoGPT's meta.pkl, {"vocab_size": n, "itos": {id: character}, ...}, in meta.json's form."""
     try:
-        with open(path, "rb") as file:
-            content = _PlainUnpickler(file).load()
+        file = io.BytesIO(regular(path, "prepare the data again").read_bytes())
+        content = _PlainUnpickler(file).load()
         chars = [content["itos"][i] for i in range(content["vocab_size"])]
         if not all(isinstance(char, str) and len(char) == 1 for char in chars):
             raise ValueError("an entry of itos is not one character")
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: refused, {error!s:.200}; it must be nanoGPT's dict of vocab_size, itos and stoi: "
-                         "prepare the data again, or write a meta.json") from None
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError,
+            struct.error) as error:
+        raise ValueError(f"{path}: refused, {error!s:.200}; it must be nanoGPT's dict of "
+                         "vocab_size, itos and stoi: prepare the data again, or write a meta.json") from None
     return {"kind": "char", "vocab_size": len(chars), "chars": "".join(chars)}
 
 

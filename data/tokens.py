@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import whole
+from data.files import regular, whole
 from data.manifest import UNFINISHED, recorded_max_id
 
 DTYPE = np.dtype("<u2")
@@ -96,7 +96,7 @@ class Reversed(Tokens):
 
 def _open(path: Path, headed: bool) -> _Shard:
     """Open one file and find out its format; `headed` says that it must have a header, as its siblings do."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(regular(path, _how_to_prepare(path.parent)), os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
         head = np.frombuffer(os.pread(descriptor, 12, 0).ljust(12, b"\0"), "<i4").tolist()
@@ -127,20 +127,18 @@ def open_tokens(path: str | Path) -> Tokens:
     """The tokens of a file, or of all files that the pattern `path` matches (`*`, `?`), in the order of their names."""
     path = Path(path)
     found = [Path(match) for match in sorted(glob.glob(str(path)))] if glob.has_magic(str(path)) else [path]
-    if not found or not found[0].is_file():
-        raise ValueError(f"{path}: no such file; {_how_to_prepare(path.parent)}")
-    return Tokens(found)
+    return Tokens(found or [path])
 
 
 def open_split(data_dir: str | Path, split: str) -> Tokens:
     """The tokens of `split` ("train", "val") in a folder: SPLIT.bin, or the shards *SPLIT_*.bin as one."""
     single, pattern = Path(data_dir) / f"{split}.bin", f"*{split}_*.bin"
-    if (Path(data_dir) / UNFINISHED).exists():
+    if os.path.lexists(Path(data_dir) / UNFINISHED):
         raise ValueError(f"{data_dir}: its preparation is not finished; give the same prepare command again")
     shards = sorted(Path(data_dir).glob(pattern))
-    if shards and single.exists():
+    if shards and os.path.lexists(single):
         raise ValueError(f"{data_dir}: holds both {single.name} and {len(shards)} shards {pattern}; remove one of them")
-    if not shards and not single.exists():
+    if not shards and not os.path.lexists(single):
         raise ValueError(f"{single}: no such file, nor shards {pattern}; {_how_to_prepare(Path(data_dir))}")
     return Tokens(shards or [single])
 

@@ -1,24 +1,31 @@
 """The shape of a GPT, and the four published ones. No torch here: config errors must be instant."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from data.bounds import BelowOne, Must, NonNegative, check
+
+# Limits far beyond any model, so that a number of too many digits is no endless loop.
+Width = Annotated[int, Must("be from 1 to 1048576", lambda n: 1 <= n <= 1 << 20)]
+Depth = Annotated[int, Must("be from 1 to 10000", lambda n: 1 <= n <= 10_000)]
+Block = Annotated[int, Must("be the number of a block, or -1 for none", lambda n: n >= -1)]
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """A GPT-2: pre-norm transformer decoder with learned positions."""
 
-    block_size: int = 1024
+    block_size: Width = 1024
     """longest sequence, in tokens"""
-    vocab_size: int = 50304
+    vocab_size: NonNegative = 50304
     """rows of the embedding; GPT-2's 50257 rounded up to a multiple of 64. The trainer's 0: the data set's own"""
-    n_layer: int = 12
+    n_layer: Depth = 12
     """transformer blocks"""
-    n_head: int = 12
+    n_head: Width = 12
     """attention heads; divides n_embd"""
-    n_embd: int = 768
+    n_embd: Width = 768
     """width of the residual stream"""
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
     """probability, for embeddings, attention and both branches; 0 is good for pretraining"""
     bias: bool = False
     """bias in the linear layers and norms, as in GPT-2; without is a little better and faster"""
@@ -28,21 +35,17 @@ class GPTConfig:
     """the head is the token embedding, as in GPT-2; else it has weights of its own"""
     direction: Literal["forward", "backward"] = "forward"
     """backward: the model reads from the end and predicts the token before"""
-    seam: int = -1
+    seam: Block = -1
     """a linear layer stands before this block, and is all that is trained; -1: none. Made by --init_from=stitch"""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        check(self)
         if self.n_embd % self.n_head:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             near = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; nearest that do: {near}")
-        if not -1 <= self.seam <= self.n_layer:
+        if self.seam > self.n_layer:
             raise ValueError(f"seam={self.seam}: must be at most n_layer={self.n_layer}, or -1 for none")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
 
     @property
     def head_dim(self) -> int:

@@ -41,7 +41,10 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
     """One id per row of logits (B, V), as (B, 1). Temperature 0 or top_k 1 is greedy, without a draw."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1, keepdim=True)
-    logits, ids = logits.float() / temperature, None
+    # From the largest down, a temperature near 0 overflows to minus infinity, which softmax takes;
+    # as a divisor in fp32 it must not round to 0.
+    logits, ids = logits.float(), None
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None or top_p is not None:  # in falling order, so that what is kept is a beginning
         logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     p = logits.softmax(-1)
@@ -61,7 +64,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
     and the window is computed anew. `n_tokens`: ids from there on are padding of the vocabulary and are never sampled
     (default: 50257 where the model has GPT-2's padded vocabulary). `cached=False` is the slow definition.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"temperature={temperature} must be at least 0, top_k={top_k} at least 1, top_p={top_p} within (0, 1]")
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token")

@@ -4,24 +4,25 @@ Prints the mean loss and the perplexity of the text, and the likeliest next toke
 model trained with --direction=backward stand before the text.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import cli
+from data.bounds import NotEmpty, Positive
+from data.files import read_text
 
 
 @dataclass(frozen=True)
 class Predict:
     """Score a text and look one token ahead."""
 
-    out_dir: str = "out"
+    out_dir: NotEmpty = "out"
     """a run's folder, or one checkpoint in it"""
     text: str = ""
     file: str = ""
     """read the text from here instead"""
-    top: int = 10
+    top: Positive = 10
     """how many next tokens are shown"""
     device: str = "auto"
     """cuda, mps, cpu; auto: the first that is there"""
@@ -35,16 +36,14 @@ def predict(c: Predict) -> None:
     from gpt import hardware
     from gpt.pretrained import load_model, read_tokenizer
     from gpt.run_folder import reading
-    from gpt.scoring import token_losses
+    from gpt.scoring import perplexity, token_losses
 
     if bool(c.text) == bool(c.file):
         raise ValueError("give one of --text=TEXT and --file=FILE")
-    if c.top < 1:
-        raise ValueError(f"top={c.top}: must be at least 1")
     device = hardware.resolve_device(c.device)
     with reading(c.out_dir) as folder:
         tokenizer, model = load_tokenizer(read_tokenizer(folder)), load_model(folder, device)
-    text = Path(c.file).read_text(encoding="utf-8") if c.file else c.text
+    text = read_text(Path(c.file)) if c.file else c.text
     ids = torch.tensor(tokenizer.encode(text), device=device)
     if len(ids) == 0:
         raise ValueError(f"{c.file}: the text is empty")
@@ -53,7 +52,7 @@ def predict(c: Predict) -> None:
     losses = token_losses(model, ids)
     if len(losses):
         mean = losses.double().mean().item()
-        print(f"{len(ids):,} tokens, mean loss {mean:.4f}, perplexity {math.exp(mean):.4f}")
+        print(f"{len(ids):,} tokens, mean loss {mean:.4f}, perplexity {perplexity(mean):.4f}")
     with torch.no_grad():
         logits = model.predict(ids[None, -model.config.block_size :], False)[0, 0, : tokenizer.vocab_size]
     likeliest = logits.float().softmax(-1).topk(min(c.top, tokenizer.vocab_size))

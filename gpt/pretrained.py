@@ -77,7 +77,7 @@ def read_into(folder: Path, part: str, tensors: dict[str, Tensor]) -> None:
         dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
-_Shape = TypedDict("_Shape", get_type_hints(GPTConfig), total=False)  # type: ignore[misc]
+_Shape = TypedDict("_Shape", get_type_hints(GPTConfig, include_extras=True), total=False)  # type: ignore[misc]
 
 
 def read_config(folder: Path) -> GPTConfig:

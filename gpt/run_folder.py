@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NotRequired, TypedDict
 
 from safetensors import SafetensorError, safe_open
 
+from data.bounds import NonNegative, Positive
 from data.files import read_json, regular
 
 DONE, AGAIN, TEMPORARY = "DONE", ".again", ".unfinished-"
@@ -38,13 +39,13 @@ class Entry(TypedDict):
 class State(TypedDict):
     """state.json: what the trainer needs to go on, beside the tensors."""
 
-    step: int
+    step: NonNegative
     val_loss: float | None
     best_val_loss: float
-    position: int
+    position: NonNegative
     config: dict[str, str | float | bool]
     kernels: dict[str, Any]
-    world_size: int
+    world_size: Positive
     scaler: dict[str, Any]
     torch: str
     compiled: NotRequired[bool]
@@ -185,11 +186,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def read_state(folder: Path) -> State:
-    state = read_json(folder / "state.json", State, _REMEDY)
-    if state["step"] < 0 or state["position"] < 0 or state["world_size"] < 1:
-        raise ValueError(f"{folder / 'state.json'}: step={state['step']}, position="
-                         f"{state['position']}, world_size={state['world_size']}; {_REMEDY}")
-    return state
+    return read_json(folder / "state.json", State, _REMEDY)
 
 
 # -- beside others that read or write --------------------------------------------------

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import cli
+from data.bounds import NonNegative, NonNegativeFloat, NotEmpty, Positive, Share
+from data.files import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -20,21 +22,21 @@ if TYPE_CHECKING:
 class Sample:
     """Sample from a model; nanoGPT's names and defaults."""
 
-    out_dir: str = "out"
+    out_dir: NotEmpty = "out"
     """a run's folder, or one checkpoint in it"""
-    init_from: str = "resume"
+    init_from: NotEmpty = "resume"
     """resume: out_dir; else gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a model"""
     start: str = "\n"
     """the prompt, or FILE:path; of a backward model, the ending"""
-    num_samples: int = 10
-    max_new_tokens: int = 500
-    temperature: float = 0.8
+    num_samples: Positive = 10
+    max_new_tokens: Positive = 500
+    temperature: NonNegativeFloat = 0.8
     """below 1: safer; 0: always the likeliest"""
-    top_k: int = 200
+    top_k: NonNegative = 200
     """choose among the likeliest top_k; 0: among all"""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """choose among the likeliest that together have this probability"""
-    seed: int = 1337
+    seed: NonNegative = 1337
     device: str = "auto"
     """cuda, mps, cpu; auto: the first that is there"""
     dtype: str = "auto"
@@ -54,8 +56,6 @@ def sample(c: Sample) -> None:
     from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
     from gpt.run_folder import reading
 
-    if c.num_samples < 1 or c.max_new_tokens < 1:
-        raise ValueError(f"num_samples={c.num_samples}, max_new_tokens={c.max_new_tokens}: must be at least 1")
     device = hardware.resolve_device(c.device)
     if c.init_from == "resume":
         with reading(c.out_dir) as folder:
@@ -63,7 +63,7 @@ def sample(c: Sample) -> None:
     else:
         trained = read_source(c.init_from)
         model, tokenizer = model_of(trained).to(device), tokenizer_of(trained)
-    prompt = Path(c.start[5:]).read_text(encoding="utf-8") if c.start.startswith("FILE:") else c.start
+    prompt = read_text(Path(c.start[5:])) if c.start.startswith("FILE:") else c.start
     model.to(weights_dtype(c, model, len(tokenizer.encode(prompt))))
     idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
     torch.manual_seed(c.seed)

@@ -1,5 +1,6 @@
 """How likely a model finds given tokens: the arithmetic under predict and evaluate."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,6 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.model import GPT
+
+
+def perplexity(loss: float) -> float:
+    """e to the mean loss in nats; infinite where that is more than a float can be."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def spans(n: int, block_size: int) -> Iterator[tuple[int, int]]:

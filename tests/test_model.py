@@ -134,7 +134,9 @@ def test_sampling_filters():
     torch.testing.assert_close(drawn, p, atol=0.04, rtol=0)
     assert set(sample_token(logits, 1.0, 2, None).flatten().tolist()) == {0, 1}
     assert set(sample_token(logits, 1.0, 1, None).flatten().tolist()) == {0}
-    assert set(sample_token(logits, 0.0, None, None).flatten().tolist()) == {0}
+    for temperature in (0.0, 5e-324, 1e-40):  # the last two overflowed to NaN
+        assert set(sample_token(logits, temperature, None, None).flatten().tolist()) == {0}
+    assert set(sample_token(logits, 1e308, None, None).flatten().tolist()) == {0, 1, 2, 3}
     assert set(sample_token(logits, 1.0, None, p[0].item() - 0.01).flatten().tolist()) == {0}
     assert set(sample_token(logits, 1.0, None, p[0].item() + 0.01).flatten().tolist()) == {0, 1}
     assert set(sample_token(logits, 1.0, 3, 1.0).flatten().tolist()) == {0, 1, 2}

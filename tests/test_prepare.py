@@ -68,7 +68,7 @@ def test_any_text_goes_and_gives_the_same_files_each_time(tmp_path, closed_netwo
     assert load_tokenizer(read_meta(tmp_path / "a")).decode(ids) == "日本語\r\nétude 🙂\n"
 
 
-@pytest.mark.parametrize("content, says", [(None, "No such file"), (b"", "holds no text"),
+@pytest.mark.parametrize("content, says", [(None, "no such file"), (b"", "holds no text"),
                                            (b"ab\xff", "not UTF-8 at byte 2")])
 def test_a_bad_input_is_one_line_and_exit_code_2(tmp_path, content, says):
     if content is not None:
@@ -157,7 +157,7 @@ def test_four_documents_of_a_local_parquet_are_enough(tmp_path, four_documents, 
 
 @pytest.mark.parametrize("options, says", [([], "give either --input"), (["--input=a.txt", "--hub=x"], "give either --input"),
                                            (["--input=a.txt"], "a.txt: no such file"),
-                                           (["--input=.", "--val_fraction=1.5"], "--val_fraction=1.5 must be between")])
+                                           (["--input=.", "--val_fraction=1.5"], "val_fraction=1.5: must be between")])
 def test_wrong_options_are_one_line_and_exit_code_2(tmp_path, options, says):
     code, _, errors = run("text", *options, "--out=out", cwd=tmp_path)
     assert code == 2 and says in errors and errors.count("\n") == 1 and not (tmp_path / "out").exists()

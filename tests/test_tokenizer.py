@@ -1,5 +1,6 @@
 """Tokenizers: text survives the way to ids and back, whole or as it streams, and no pickle runs code."""
 
+import json
 import os
 import pickle
 import sys
@@ -53,8 +54,24 @@ def test_no_meta_means_gpt2(tmp_path):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'words'; known are bytes, char and gpt2"):
-        load_tokenizer({"kind": "words"})
+    with pytest.raises(ValueError, match="kind='words': must be bytes, char or gpt2"):
+        load_tokenizer({"kind": "words", "vocab_size": 9})
+
+
+@pytest.mark.parametrize("meta", [
+    [], {}, {"kind": "bytes"}, {"kind": "bytes", "vocab_size": 255}, {"kind": "gpt2", "vocab_size": 50304},
+    {"kind": "char", "vocab_size": 2}, {"kind": "char", "vocab_size": 2, "chars": "abc"},
+    {"kind": "char", "vocab_size": 2, "chars": "aa"}, {"kind": "char", "vocab_size": 0, "chars": ""},
+    {"kind": "char", "vocab_size": 2, "chars": ["a", "b"]}, {"kind": "char", "vocab_size": 1, "chars": "\ud800"},
+    {"kind": None, "vocab_size": 256}, {"kind": "bytes", "vocab_size": 256.0}, {"kind": ["bytes"], "vocab_size": 256},
+])
+def test_a_meta_of_no_tokenizer_is_refused_where_it_is_read(tmp_path, meta):
+    """A meta.json of an unknown kind, or `[]`, still trained; sampling from the checkpoint then failed."""
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"meta\.json: .*prepare the data again"):
+        read_meta(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: "):
+        load_tokenizer(meta, "tokenizer.json")
 
 
 # -- nanoGPT's meta.pkl ---------------------------------------------------------------
@@ -99,6 +116,16 @@ def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(ValueError, match=r"meta\.pkl: refused"):
         read_meta(tmp_path)
+
+
+def test_a_pickle_of_few_bytes_cannot_take_all_time_or_memory(tmp_path):
+    """A tuple nested 60 times in itself took years to hash as a key, and a PUT of 2**31 32 GiB."""
+    nested = pickle.EMPTY_TUPLE + (pickle.DUP + pickle.TUPLE2) * 60
+    put = pickle.LONG_BINPUT + (2**31).to_bytes(4, "little")
+    for content in (pickle.EMPTY_DICT + nested + pickle.NONE + pickle.SETITEM, pickle.EMPTY_DICT + put):
+        (tmp_path / "meta.pkl").write_bytes(content + pickle.STOP)
+        with pytest.raises(ValueError, match=r"meta\.pkl: refused"):
+            read_meta(tmp_path)
 
 
 # -- GPT-2's vocabulary without a network ------------------------------------------------

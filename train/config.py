@@ -3,35 +3,37 @@
 A config file is an ordinary module that says `config = Config(...)`. The command line overrides it: `--batch_size=32`.
 """
 
-import ast
-import contextlib
 import dataclasses
-import difflib
 import importlib.util
-import io
-import itertools
 import json
-import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from gpt.config import GPTConfig
+from data import cli
+from data.bounds import BelowOne, Must, NonNegative, NonNegativeFloat, NotEmpty, Positive, check
+from data.files import read_text
+from gpt.config import Block, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+Seconds = Annotated[int, Must("be from 1 to 1000000000", lambda n: 1 <= n <= 10**9)]
+# What a config file of the user's, which is imported, may end with by mistake.
+RAISED_BY_CODE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,
+                  RuntimeError, SyntaxError, SystemExit, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on."""
 
-    dataset: str = "openwebtext"
+    dataset: NotEmpty = "openwebtext"
     """folder under data/ with train.bin and val.bin"""
     data_dir: str = ""
     """any other folder with train.bin and val.bin; replaces dataset"""
-    batch_size: int = 12
+    batch_size: Positive = 12
     """sequences in a micro-batch, on each rank; auto: as fit_batch"""
     fit_batch: bool = False
     """micro-batches as large as the GPU's memory allows, with the tokens per step of batch_size times
@@ -44,27 +46,27 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """adam has no weight decay; sgd takes momentum"""
-    learning_rate: float = 6e-4
+    learning_rate: NonNegativeFloat = 6e-4
     """the highest one"""
-    max_iters: int = 600_000
+    max_iters: NonNegative = 600_000
     """optimizer steps of the whole run"""
-    gradient_accumulation_steps: int = 40
+    gradient_accumulation_steps: Positive = 40
     """micro-batches in an optimizer step, over all ranks together"""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """for matrices and embeddings; never for norms and biases"""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    momentum: float = 0.9
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
+    momentum: BelowOne = 0.9
     """of sgd"""
-    grad_clip: float = 1.0
+    grad_clip: NonNegativeFloat = 1.0
     """largest norm of the gradient; 0 for none"""
     decay_lr: bool = True
     """cosine from learning_rate to min_lr; else constant"""
-    warmup_iters: int = 2000
+    warmup_iters: NonNegative = 2000
     """steps of linear warm-up"""
-    lr_decay_iters: int = 600_000
+    lr_decay_iters: NonNegative = 600_000
     """where the cosine ends; about max_iters"""
-    min_lr: float = 6e-5
+    min_lr: NonNegativeFloat = 6e-5
     """about learning_rate / 10"""
 
 
@@ -74,11 +76,11 @@ class JoinConfig:
 
     merge_dir: str = ""
     """the model of the upper blocks; that of the lower ones is resume_dir"""
-    stitch_layer_index: int = -1
+    stitch_layer_index: Block = -1
     """the first block taken from merge_dir, 0 to n_layer"""
     use_original_head: bool = True
     """keep the last norm and the head of resume_dir; else take those of merge_dir"""
-    batch_size_alignment: int = 8
+    batch_size_alignment: Positive = 8
     """sequences on which stitch fits its layer to the two models"""
 
 
@@ -100,28 +102,28 @@ class KernelConfig:
 class RunConfig:
     """Where, how long, and what is kept."""
 
-    out_dir: str = "out"
+    out_dir: NotEmpty = "out"
     """the run's folder: checkpoints, metrics.jsonl, config.json, loss.png"""
-    init_from: str = "scratch"
+    init_from: NotEmpty = "scratch"
     """scratch; resume: go on from the last whole checkpoint; auto: resume where there is one, else scratch;
     gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder: start from those weights; merge, stitch: from two models"""
     resume_dir: str = ""
     """where to resume from, or the lower of two models; empty: out_dir"""
-    seed: int = 1337
+    seed: NonNegative = 1337
     """of the weights, the data order and dropout"""
-    eval_interval: int = 2000
+    eval_interval: Positive = 2000
     """steps between evaluations; a checkpoint follows each"""
-    eval_iters: int = 200
+    eval_iters: Positive = 200
     """batches of each split in an evaluation"""
     eval_only: bool = False
     """evaluate once and exit"""
-    log_interval: int = 1
+    log_interval: Positive = 1
     """steps between log lines"""
     always_save_checkpoint: bool = True
     """else only when the validation loss is the best so far"""
-    keep_last: int = 2
+    keep_last: Positive = 2
     """checkpoints kept, besides the best one; of 2, one is there to go back to, should a disk damage the last"""
-    keep_every: int = 0
+    keep_every: NonNegative = 0
     """also keep those at multiples of this many steps; 0: none"""
     wandb_log: bool = False
     """log to Weights & Biases, too"""
@@ -135,7 +137,7 @@ class RunConfig:
     """of the matrix multiplications; auto: bfloat16 where the device has units for it"""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile; auto: where it pays within the run"""
-    max_skipped: int = 20
+    max_skipped: Positive = 20
     """steps in a row whose loss or gradient is not finite; each is skipped, and after so many the run ends"""
 
 
@@ -150,7 +152,7 @@ class ParallelConfig:
     """recompute the blocks in backward: about a third more time, far less memory"""
     backend: str = "auto"
     """of torch.distributed; auto: nccl for cuda, else gloo"""
-    hang_timeout: int = 600
+    hang_timeout: Seconds = 600
     """seconds without progress after which the rank that hangs is named and the run ends"""
 
 
@@ -167,15 +169,7 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "batch_size_alignment", "gradient_accumulation_steps", "eval_interval", "eval_iters",
-                    "log_interval", "keep_last", "max_skipped", "hang_timeout")
-        leaves = dict(flatten(self))
-        for name in positive:
-            if leaves[name] < 1:
-                raise ValueError(f"{name}={leaves[name]}: must be at least 1")
-        for name in ("max_iters", "learning_rate", "grad_clip", "warmup_iters", "keep_every"):
-            if leaves[name] < 0:
-                raise ValueError(f"{name}={leaves[name]}: must be at least 0")
+        check(self)
         if self.optim.decay_lr and self.optim.lr_decay_iters <= self.optim.warmup_iters:
             both = self.optim.lr_decay_iters, self.optim.warmup_iters
             raise ValueError("lr_decay_iters={} must be more than warmup_iters={}".format(*both))
@@ -204,12 +198,12 @@ def unflatten(leaves: dict[str, Any], origin: str = "") -> Config:
 
     An int is taken for a float, and so is a string that spells one (YAML 1.1 reads 6e-4 as a string).
     """
-    default, sections = Config(), {}
-    defaults, where = dict(flatten(default)), f"{origin}: " if origin else ""
+    default, types, sections = Config(), cli.types_of(Config), {}
+    where = f"{origin}: " if origin else ""
     for name, value in leaves.items():
-        if name not in defaults:
-            raise ValueError(f"{where}unknown setting {name!r}{_nearest(name)}")
-        leaves = leaves | {name: _as_type_of(defaults[name], value, f"{where}{name}")}
+        if name not in types:
+            raise ValueError(f"{where}unknown setting {name!r}{cli.nearest(name, types)}")
+        leaves = leaves | {name: _as_type_of(types[name], value, f"{where}{name}={value!r}")}
     for f in dataclasses.fields(default):
         section = getattr(default, f.name)
         names = {g.name for g in dataclasses.fields(section)}
@@ -217,15 +211,19 @@ def unflatten(leaves: dict[str, Any], origin: str = "") -> Config:
     return Config(**sections)
 
 
-def _as_type_of(default: Any, value: Any, name: str) -> Any:
-    if isinstance(default, float) and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
+def _as_type_of(hint: Any, value: Any, said: str) -> Any:
+    from typeguard import TypeCheckError, check_type
+
+    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    try:
+        if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
             return float(value)
-        except ValueError:
-            raise ValueError(f"{name}={value!r} is no number") from None
-    if type(value) is not type(default) and default != "auto":
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; a {type(default).__name__} is needed")
-    return value
+        return check_type(value, plain)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{said} is no number") from None
+    except TypeCheckError:
+        wanted = f"a {plain.__name__}" if isinstance(plain, type) else str(plain).replace("typing.", "")
+        raise ValueError(f"{said} is a {type(value).__name__}; {wanted} is needed") from None
 
 
 def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
@@ -240,6 +238,8 @@ def to_json(config: Config) -> str:
 
 def load_file(path: str) -> Config:
     """The `config` of a config file: a path, or the name of one in configs/."""
+    from train.foreign import is_nanogpt, read_nanogpt
+
     found = next((p for p in (Path(path), ROOT / path, ROOT / "configs" / f"{path}.py") if p.is_file()), None)
     if found is None:
         known = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"))
@@ -247,13 +247,16 @@ def load_file(path: str) -> Config:
     spec = importlib.util.spec_from_file_location(f"_config_{found.stem}", found)
     if spec is None or spec.loader is None:
         raise ValueError(f"{found}: a config file is a Python module, NAME.py, with `config = Config(...)`")
-    source = found.read_text(encoding="utf-8")
-    if not any(isinstance(node, ast.Assign) and "config" in map(ast.unparse, node.targets) for node in ast.parse(source).body):
-        from train.foreign import read_nanogpt
-
+    source = read_text(found)
+    if is_nanogpt(source, found):
         return read_nanogpt(source, found)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except RAISED_BY_CODE as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(found)]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{found}, line {lines[-1] if lines else '?'}: {kind}{error}") from None
     config = getattr(module, "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"{found}: its `config` is not a Config (train/config.py)")
@@ -268,27 +271,13 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     if any(a.startswith(("--config-name", "--config_name")) for a in argv):
         return _compose(argv)
     argv = ["--fit_batch=True" if a in ("--batch_size=auto", "--batch-size=auto") else a for a in argv]
-    files = [a for i, a in enumerate(argv) if not a.startswith("-") and not _is_value(argv, i)]
+    places = [i for i, a in enumerate(argv) if not a.startswith("-") and not _is_value(argv, i)]
+    files = [argv[i] for i in places]
     if len(files) > 1:
         raise ValueError(f"more than one config file: {', '.join(files)}")
-    known = dict(flatten(Config()))
-    for arg in argv:
-        name = arg[2:].partition("=")[0].replace("-", "_")
-        if arg.startswith("--") and name not in known and name != "help":
-            raise ValueError(f"unknown flag --{name}{_nearest(name)}")
-    base = load_file(files[0]) if files else Config()
-    flags = [a for a in argv if a not in files]
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                Config, default=base, args=flags, prog="train/run.py", use_underscores=True,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-            )
-    except SystemExit as stop:
-        if stop.code != 2:  # --help
-            raise
-        raise ValueError(_in_one_line(complaint.getvalue())) from None
+    flags = [a for i, a in enumerate(argv) if i not in places]
+    return cli.parse(Config, flags, prog="train/run.py", markers=(tyro.conf.OmitArgPrefixes,),
+                     default=load_file(files[0]) if files else Config())
 
 
 def _compose(argv: list[str]) -> Config:
@@ -302,17 +291,5 @@ def _compose(argv: list[str]) -> Config:
     return compose_yaml(path, name, [a for a in argv if not a.startswith("--")])
 
 
-def _in_one_line(box: str) -> str:
-    """What tyro says in a box, without the box, its title and its advice."""
-    lines = [line for raw in box.splitlines() if (line := raw.strip("│╭╮╰╯─ ")) and line.strip("-")]
-    message = " ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:]))
-    return re.sub(r"^Error parsing \w+: (?=\w+=)", "", message)
-
-
 def _is_value(argv: list[str], i: int) -> bool:
     return i > 0 and argv[i - 1].startswith("--") and "=" not in argv[i - 1]
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, dict(flatten(Config())), n=1)
-    return f"; did you mean --{near[0]}?" if near else "; --help lists them all"

@@ -4,7 +4,8 @@ Goes through a whole split once: loss, perplexity, bits per byte. With local fil
 
 hellaswag, completion style (llm.c, build-nanogpt): ctx + " " + ending; acc takes the ending of least total loss, acc_norm
 the one of least loss per token. lambada, last word: the text up to its last space, then " " + word; acc counts words that
-greedy decoding writes whole, ppl is of those words. These are not lm-eval's figures; for those, export with --to=hf.
+greedy decoding writes whole, ppl is of those words. An empty context is the end-of-text token, as in lm-eval; but these are
+not lm-eval's figures: for those, export with --to=hf.
 """
 
 import json
@@ -13,24 +14,27 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from data import cli
+from data.bounds import Must, NotEmpty, Positive
+from data.files import formed, read_text
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """Evaluate a model on whole files."""
 
-    out_dir: str = "out"
+    out_dir: NotEmpty = "out"
     """a run's folder, or one checkpoint in it"""
-    init_from: str = "resume"
+    init_from: NotEmpty = "resume"
     """resume: out_dir; else gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a model"""
     dataset: str = ""
     """folder under data/; its split is gone through whole"""
     data_dir: str = ""
     """any other folder of tokens"""
-    split: str = "val"
-    batch_size: int = 8
+    split: NotEmpty = "val"
+    batch_size: Positive = 8
     hellaswag: str = ""
     """hellaswag_val.jsonl: lines with ctx, endings, label"""
     lambada: str = ""
@@ -67,9 +71,9 @@ def evaluate(c: Evaluate) -> dict[str, float]:
         if c.dataset or c.data_dir:
             figures |= whole_split(c, model, tokenizer, world)
         if c.hellaswag:
-            figures |= hellaswag(read_lines(c.hellaswag, ("ctx", "endings", "label")), model, tokenizer, world)
+            figures |= hellaswag(read_lines(c.hellaswag, HellaSwag), model, tokenizer, world)
         if c.lambada:
-            figures |= lambada(read_lines(c.lambada, ("text",)), model, tokenizer, world)
+            figures |= lambada(read_lines(c.lambada, Lambada), model, tokenizer, world)
     if world.rank == 0:
         for name, value in figures.items():
             print(f"{name}: {value:.6g}")
@@ -78,12 +82,15 @@ def evaluate(c: Evaluate) -> dict[str, float]:
 
 
 def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
-    """Every token of the split but the first one read, predicted once from at most block_size tokens read before it."""
+    """Every token of the split but the first one read, predicted once from at most block_size tokens read before it.
+
+    The end-of-text token stands for no text: it counts with its loss and with 0 bytes.
+    """
     import numpy as np
     import torch
 
     from data.tokens import check_vocabulary, open_split
-    from gpt.scoring import spans
+    from gpt.scoring import perplexity, spans
     from train.config import ROOT
     from train.origin import directed
     from train.parallel import sum_over_ranks
@@ -93,8 +100,9 @@ def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
         raise ValueError(f"{tokens.name}: {len(tokens)} token(s), at least 2 are needed")
     check_vocabulary(tokens, model.config.vocab_size)
     size, device = model.config.block_size, model.lm_head.weight.device
-    bytes_of = torch.tensor([len(tokenizer.decode_bytes([i])) if i < tokenizer.vocab_size else 0
-                             for i in range(model.config.vocab_size)], device=device)
+    text = [i < tokenizer.vocab_size and i != tokenizer.end_of_text for i in range(model.config.vocab_size)]
+    bytes_of = torch.tensor([len(tokenizer.decode_bytes([i])) if is_text else 0 for i, is_text in enumerate(text)],
+                            device=device)
     mine = islice(spans(len(tokens), size), world.rank, None, world.size)
     total = torch.zeros(3, dtype=torch.float64, device=device)  # loss in nats, tokens, bytes
     while group := list(islice(mine, c.batch_size)):
@@ -108,56 +116,102 @@ def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
                 total[0] += model(ids[:, :-1], ids[:, 1:], reduction="sum")
             total[1:] += torch.tensor([ids[:, 1:].numel(), bytes_of[ids[:, 1:]].sum()], device=device)
     loss, count, n_bytes = sum_over_ranks(total).tolist()
-    return {"loss": loss / count, "perplexity": math.exp(loss / count), "bits per byte": loss / math.log(2) / max(n_bytes, 1),
+    return {"loss": loss / count, "perplexity": perplexity(loss / count), "bits per byte": loss / math.log(2) / max(n_bytes, 1),
             "tokens": count}
 
 
-def read_lines(path: str, keys: tuple[str, ...]) -> list[dict]:
-    """The objects of a JSONL file. Raises ValueError, with the line's number, for one that is not as expected."""
+class HellaSwag(TypedDict):
+    """A line of hellaswag_val.jsonl; it may have more keys."""
+
+    ctx: str
+    endings: Annotated[list[str], Must("have an ending", bool)]
+    label: int | str
+
+
+class Lambada(TypedDict):
+    """A line of lambada_test.jsonl; it may have more keys."""
+
+    text: Annotated[str, Must("end in a word", lambda text: text and not text[-1].isspace())]
+
+
+class Example(NamedTuple):
+    """A line of a file: where it stands, and what it says."""
+
+    where: str
+    line: dict[str, Any]
+
+
+def read_lines(path: str, form: Any) -> list[Example]:
+    """The objects of a JSONL file, of the type `form`. Raises ValueError, with the line's number, for another one."""
     examples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(read_text(Path(path)).split("\n"), 1):
+        where = f"{path}, line {number}"
+        if not text.strip():
+            continue
         try:
-            example = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if missing := set(keys) - example.keys():
-            raise ValueError(f"{path}, line {number}: no {sorted(missing)[0]!r}")
-        examples.append(example)
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{where}: no object")
+        if missing := form.__annotations__.keys() - found.keys():
+            raise ValueError(f"{where}: no {sorted(missing)[0]!r}")
+        line = {key: found[key] for key in form.__annotations__}
+        examples.append(Example(where, formed(line, form, where, "mend the line, or leave it out")))
     if not examples:
         raise ValueError(f"{path}: no examples in it")
     return examples
 
 
-def hellaswag(examples: list[dict], model, tokenizer, world) -> dict[str, float]:
+def context_ids(text: str, tokenizer, where: str) -> list[int]:
+    """The ids of a context; of an empty one the end-of-text token, for a model needs one token to go on from."""
+    if not text and tokenizer.end_of_text is None:
+        raise ValueError(f"{where}: nothing stands before what is asked for, and this model's tokenizer has no "
+                         "end-of-text token to stand there; leave the line out")
+    return tokenizer.encode(text) or [tokenizer.end_of_text]
+
+
+def right_ending(example: Example) -> int:
+    """Which of the endings is the right one. Raises ValueError for a label that is none of them."""
+    label, endings = example.line["label"], example.line["endings"]
+    if str(label) not in map(str, range(len(endings))):
+        raise ValueError(f"{example.where}: label={label!r}: must be from 0 to {len(endings) - 1}, as its endings are")
+    return int(label)
+
+
+def hellaswag(examples: list[Example], model, tokenizer, world) -> dict[str, float]:
     import torch
 
     from gpt.scoring import continuation_losses
     from train.parallel import sum_over_ranks
 
+    asked = [(context_ids(e.line["ctx"], tokenizer, e.where), e.line["endings"], right_ending(e)) for e in examples]
     counts = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)
-    for example in examples[world.rank :: world.size]:
-        endings = [tokenizer.encode(" " + ending) for ending in example["endings"]]
-        scored = [losses for losses, _ in continuation_losses(model, tokenizer.encode(example["ctx"]), endings)]
+    for context, endings, right in asked[world.rank :: world.size]:
+        scored = continuation_losses(model, context, [tokenizer.encode(" " + ending) for ending in endings])
         for i, score in enumerate((torch.Tensor.sum, torch.Tensor.mean)):
-            best = min(range(len(scored)), key=lambda e: score(scored[e]).item())
-            counts[i] += best == int(example["label"])
+            best = min(range(len(scored)), key=lambda e: score(scored[e][0]).item())
+            counts[i] += best == right
     acc, acc_norm = (sum_over_ranks(counts) / len(examples)).tolist()
     return {"hellaswag acc": acc, "hellaswag acc_norm": acc_norm, "hellaswag examples": len(examples)}
 
 
-def lambada(examples: list[dict], model, tokenizer, world) -> dict[str, float]:
+def lambada(examples: list[Example], model, tokenizer, world) -> dict[str, float]:
     import torch
 
-    from gpt.scoring import continuation_losses
+    from gpt.scoring import continuation_losses, perplexity
     from train.parallel import sum_over_ranks
 
+    asked = []
+    for e in examples:
+        context, _, word = e.line["text"].rpartition(" ")
+        asked.append((context_ids(context, tokenizer, e.where), tokenizer.encode(" " + word)))
     counts = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)
-    for example in examples[world.rank :: world.size]:
-        context, _, word = example["text"].rpartition(" ")
-        ((losses, greedy),) = continuation_losses(model, tokenizer.encode(context), [tokenizer.encode(" " + word)])
+    for context, word in asked[world.rank :: world.size]:
+        ((losses, greedy),) = continuation_losses(model, context, [word])
         counts += torch.tensor([greedy, losses.double().sum()], device=counts.device)
     acc, loss = (sum_over_ranks(counts) / len(examples)).tolist()
-    return {"lambada acc": acc, "lambada ppl": math.exp(loss), "lambada examples": len(examples)}
+    return {"lambada acc": acc, "lambada ppl": perplexity(loss), "lambada examples": len(examples)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,23 +2,21 @@
 
 import sys
 
+from data.cli import exit_code
 from train.config import parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the run is done; 2, after one line on stderr, for what the user can mend."""
-    try:
-        config = parse(argv)
-        from train.loop import train  # after parsing, which needs no torch
+    """0 when the run is done; 2, after one line on stderr, for what the user can mend; 130 for Ctrl-C."""
+    return exit_code(lambda: start(argv))
 
-        train(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+def start(argv: list[str] | None) -> None:
+    """Train what the command line says. Raises what `exit_code` knows."""
+    config = parse(argv)
+    from train.loop import train  # after parsing, which needs no torch
+
+    train(config)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 import sys
 from pathlib import Path
 
+from data.bounds import NonNegative, NotEmpty, Positive
 from data.cli import run
-from data.encode import Format, Split, prepare
+from data.encode import Format, Split, Workers, prepare
 from data.sources import Files, Hub, Source
 
 VALIDATION_TOKENS = 100_000_000
 
 
-def main(input: str = "", out: Path | None = None, *, edu: bool = False, sample: str = "sample-10BT",
-         column: str = "text", revision: str = "main", format: Format = "shards", shard_tokens: int = 100_000_000,
-         val_tokens: int = 0, workers: int = 0) -> None:
+def main(input: str = "", out: Path | None = None, *, edu: bool = False, sample: NotEmpty = "sample-10BT",
+         column: NotEmpty = "text", revision: NotEmpty = "main", format: Format = "shards", shard_tokens: Positive = 100_000_000,
+         val_tokens: NonNegative = 0, workers: Workers = 0) -> None:
     """Write the shards, or train.bin and val.bin, and meta.json and manifest.json. After a kill the same command goes on.
 
     Args:

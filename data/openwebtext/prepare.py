@@ -3,17 +3,18 @@
 import sys
 from pathlib import Path
 
+from data.bounds import NotEmpty, Positive
 from data.cli import run
-from data.encode import Format, Split, prepare
+from data.encode import Format, Split, Workers, prepare
 from data.sources import Files, Hub, Source
 
 DOCUMENTS = 8_013_769
 VALIDATION = 0.0005
 
 
-def main(input: str = "", out: Path = Path(__file__).parent, *, column: str = "text",
-         revision: str = "refs/convert/parquet", format: Format = "raw", shard_tokens: int = 100_000_000,
-         workers: int = 0) -> None:
+def main(input: str = "", out: Path = Path(__file__).parent, *, column: NotEmpty = "text",
+         revision: NotEmpty = "refs/convert/parquet", format: Format = "raw", shard_tokens: Positive = 100_000_000,
+         workers: Workers = 0) -> None:
     """Write train.bin and val.bin, or shards, and meta.json and manifest.json. After a kill the same command goes on.
 
     Args:

@@ -18,8 +18,6 @@ def main(input: Path | None = None, out: Path = Path(__file__).parent) -> None:
         out: the folder to write to
     """
     text = tiny_shakespeare(input, out)
-    if not text:
-        raise ValueError(f"{input}: holds no text")
     points = np.frombuffer(text.encode("utf-32-le"), "<u4")
     chars, ids = np.unique(points, return_inverse=True)
     print(f"length of dataset in characters: {len(ids):,}")

@@ -2,16 +2,20 @@
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
+from data.bounds import FileName, Must, NonNegative, NotEmpty, Positive
 from data.cli import run
-from data.encode import Format, Split, prepare
+from data.encode import Format, Split, Workers, prepare
 from data.sources import Files, Hub, Source
+
+Inside = Annotated[float, Must("be between 0 and 1", lambda x: 0 < x < 1)]
 
 
 def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "", config: str | None = None,
-         hub_split: str = "train", revision: str = "main", column: str = "text", val_fraction: float = 0.05,
-         val_tokens: int = 0, name: str = "text", format: Format = "raw", shard_tokens: int = 100_000_000,
-         workers: int = 0) -> None:
+         hub_split: NotEmpty = "train", revision: NotEmpty = "main", column: NotEmpty = "text", val_fraction: Inside = 0.05,
+         val_tokens: NonNegative = 0, name: FileName = "text", format: Format = "raw", shard_tokens: Positive = 100_000_000,
+         workers: Workers = 0) -> None:
     """Write train.bin and val.bin, or shards, and meta.json and manifest.json. After a kill the same command goes on.
 
     Args:
@@ -32,8 +36,6 @@ def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "", c
     """
     if bool(input) == bool(hub):
         raise ValueError("give either --input=FILE, FOLDER or PATTERN, or --hub=OWNER/NAME")
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction={val_fraction} must be between 0 and 1")
     source: Source
     cut = False
     if input:
