@@ -198,6 +198,15 @@ def test_other_ids_are_not_trained_on(beginning, other, tiny_flags, tiny_data, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("other", [("bytes", 256, ""), ("gpt2", 50257, ""), ("char", 30, "a" * 30)])
+def test_nor_ids_of_another_number(other, tiny_flags, tiny_data, tmp_path, capsys):
+    """Where nothing tells which characters the model was trained on."""
+    of_characters(tmp_path / "nano", "nowhere")
+    write_meta(tiny_data, *other)
+    assert run.main([*tiny_flags, f"--init_from={tmp_path / 'nano'}"]) == 2
+    assert f"has another vocabulary ({other[1]:,} ids" in capsys.readouterr().err
+
+
 def test_the_same_characters_are_trained_on(tiny_flags, tiny_data, tmp_path):
     of_characters(tmp_path / "nano", "nowhere")
     write_meta(tmp_path / "nano", "char", 29, "abcdefghijklmnopqrstuvwxyz\n =")
