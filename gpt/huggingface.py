@@ -24,8 +24,9 @@ BUFFERS = (".attn.bias", ".attn.masked_bias")
 SAID = {"n_layer": "n_layer", "n_embd": "n_embd", "n_positions": "block_size",
         "vocab_size": "vocab_size"}
 EXPECTED = {
-    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True, "model_type": "gpt2", "quantization_config": None,
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "model_type": "gpt2",
+    "quantization_config": None,
 }
 REMEDY = "give a folder that `save_pretrained` wrote"
 META = "tokenizer_meta.json"  # of a model whose tokenizer is not GPT-2's, written by our export

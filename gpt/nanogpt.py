@@ -78,7 +78,7 @@ def _load(file: Path) -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore"):  # of pickle's versions, beside the error
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError,
-            ValueError, AttributeError, AssertionError, struct.error) as error:  # damaged: any of them
+            ValueError, AttributeError, AssertionError, struct.error) as error:  # of damaged files
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file}: not a nanoGPT checkpoint that can be read safely ({why:.200}); "
                          f"{REMEDY}") from None

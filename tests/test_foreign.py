@@ -64,7 +64,9 @@ def test_every_shipped_config_loads_and_says_its_tokens(file):
 
 def said(source):
     """The settings that a nanoGPT config changes."""
-    return {name: value for name, (_, value) in changed(read_nanogpt(source, Path("config.py"))).items()}
+    return {
+        name: value for name, (_, value) in changed(read_nanogpt(source, Path("config.py"))).items()
+    }
 
 
 def test_code_in_a_nanogpt_config_is_never_run(tmp_path):
@@ -76,58 +78,129 @@ def test_code_in_a_nanogpt_config_is_never_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("source", "settings"), [
-    ("batch_size: int = 7", {"batch_size": 7}), ("batch_size: int", {}), ("block_size, n_head = 8, 2", {"block_size": 8, "n_head": 2}),
-    ("(n_head, [block_size, n_embd]) = 2, [8, 4]", {"n_head": 2, "block_size": 8, "n_embd": 4}), ("max_iters += 2", {"max_iters": 600_002}),
-    ("max_iters = 6\nmax_iters *= 2", {"max_iters": 12}), ("batch_size = n_head = 3", {"batch_size": 3, "n_head": 3}),
-    ("learning_rate = 1e-3\nmin_lr = learning_rate / 10", {"learning_rate": 1e-3, "min_lr": 1e-4}), ("n_head = n_layer * 2", {"n_head": 24}),
-    ("n = 6\nn_layer = n", {"n_layer": 6}), ("out_dir = f'out-{dataset}-{n_layer}'", {"out_dir": "out-openwebtext-12"}),
-    ("out_dir = 'out-' + dataset", {"out_dir": "out-openwebtext"}), ("\"\"\"A text.\"\"\"\nimport time\nprint('hi')\npass", {}),
-    ("backward = True", {"direction": "backward"}), ("backward = False", {}),
-])
+@pytest.mark.parametrize(
+    ("source", "settings"),
+    [
+        ("batch_size: int = 7", {"batch_size": 7}),
+        ("batch_size: int", {}),
+        ("block_size, n_head = 8, 2", {"block_size": 8, "n_head": 2}),
+        ("(n_head, [block_size, n_embd]) = 2, [8, 4]", {"n_head": 2, "block_size": 8, "n_embd": 4}),
+        ("max_iters += 2", {"max_iters": 600_002}),
+        ("max_iters = 6\nmax_iters *= 2", {"max_iters": 12}),
+        ("batch_size = n_head = 3", {"batch_size": 3, "n_head": 3}),
+        (
+            "learning_rate = 1e-3\nmin_lr = learning_rate / 10",
+            {"learning_rate": 1e-3, "min_lr": 1e-4},
+        ),
+        ("n_head = n_layer * 2", {"n_head": 24}),
+        ("n = 6\nn_layer = n", {"n_layer": 6}),
+        ("out_dir = f'out-{dataset}-{n_layer}'", {"out_dir": "out-openwebtext-12"}),
+        ("out_dir = 'out-' + dataset", {"out_dir": "out-openwebtext"}),
+        ('"""A text."""\nimport time\nprint(\'hi\')\npass', {}),
+        ("backward = True", {"direction": "backward"}),
+        ("backward = False", {}),
+    ],
+)
 def test_plain_assignments_are_read(source, settings):
     """All but `name = value` were dropped without a word."""
     assert said(source) == settings
 
 
-@pytest.mark.parametrize("statement", [
-    "if True:", "for i in range(3):", "with x:", "while True:", "def f():", "class C:", "try:", "del n_head", "assert n_head",
-    "from base import *", "from base import n_head", "import x as n_head", "n_head.x = 3", "n_head[0] = 3", "a, *b = 1, 2", "a, b = 1",
-    "exec('n_head = 3')", "print(exec('n_head = 3'))", "globals()['n_head'] = 3", "globals().update(n_head=3)", "x = (n_head := 3)",
-    "print(n_head := 3)", "vars()['n_head'] = 3",
-])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "if True:",
+        "for i in range(3):",
+        "with x:",
+        "while True:",
+        "def f():",
+        "class C:",
+        "try:",
+        "del n_head",
+        "assert n_head",
+        "from base import *",
+        "from base import n_head",
+        "import x as n_head",
+        "n_head.x = 3",
+        "n_head[0] = 3",
+        "a, *b = 1, 2",
+        "a, b = 1",
+        "exec('n_head = 3')",
+        "print(exec('n_head = 3'))",
+        "globals()['n_head'] = 3",
+        "globals().update(n_head=3)",
+        "x = (n_head := 3)",
+        "print(n_head := 3)",
+        "vars()['n_head'] = 3",
+    ],
+)
 def test_what_could_change_a_setting_otherwise_is_refused(statement):
     body = "\n    n_head = 3" if statement.endswith(":") else ""
     source = f"batch_size = 3\n{statement}{body}" + "\nfinally:\n    pass" * (statement == "try:")
-    with pytest.raises(ValueError, match="line 2: `.*` is not read; write plain assignments, or a config of ours"):
+    with pytest.raises(
+        ValueError, match="line 2: `.*` is not read; write plain assignments, or a config of ours"
+    ):
         said(source)
 
 
-@pytest.mark.parametrize(("value", "message"), [
-    ("9 ** 9 ** 9", "exponent beyond 64"), ("'a' * 10 ** 9", "neither arithmetic"), ("2 ** 64", "too large"), ("1e300 * 1e300", "too large"),
-    ("1 / 0", "division by zero"), ("0 ** -1", "cannot be raised"), ("'a' + 1", "neither arithmetic"), ("(-8) ** 0.5", "too large"),
-    ("10.0 ** 64 ** 2", "beyond 64"), ("+".join(["1"] * 900), "nested too deep"), ("-" * 9000 + "1", "nested too deep"),
-    ("(", "was never closed"), ("\0", "null bytes"), ("'a\nb", "unterminated"), ("None", "n_layer=None; a text, a number"), ("[1, 2]", "n_layer=(1, 2)"),
-])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("9 ** 9 ** 9", "exponent beyond 64"),
+        ("'a' * 10 ** 9", "neither arithmetic"),
+        ("2 ** 64", "too large"),
+        ("1e300 * 1e300", "too large"),
+        ("1 / 0", "division by zero"),
+        ("0 ** -1", "cannot be raised"),
+        ("'a' + 1", "neither arithmetic"),
+        ("(-8) ** 0.5", "too large"),
+        ("10.0 ** 64 ** 2", "beyond 64"),
+        ("+".join(["1"] * 900), "nested too deep"),
+        ("-" * 9000 + "1", "nested too deep"),
+        ("(", "was never closed"),
+        ("\0", "null bytes"),
+        ("'a\nb", "unterminated"),
+        ("None", "n_layer=None; a text, a number"),
+        ("[1, 2]", "n_layer=(1, 2)"),
+    ],
+)
 def test_bad_values_are_one_line(value, message):
     """They were tracebacks; 9 ** 9 ** 9 was computed for hours."""
     with pytest.raises(ValueError) as caught:
         said(f"n_layer = {value}")
-    assert str(caught.value).startswith("config.py") and message in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(caught.value).startswith("config.py")
+        and message in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
-@pytest.mark.parametrize("value", ["max(1, 2)", "1 << 3", "3 if True else 4", "unknown", "{n_head:9999999}"])
+@pytest.mark.parametrize(
+    "value", ["max(1, 2)", "1 << 3", "3 if True else 4", "unknown", "{n_head:9999999}"]
+)
 def test_what_is_computed_otherwise_is_said_and_nothing_comes_of_it(value, capsys):
     text = f"f'{value}'" if value.startswith("{") else value
     assert said(f"n_layer = 5\nn_layer = {text}\nmax_iters = 10 * n_layer") == {}
     err = capsys.readouterr().err
-    assert f"config.py, line 2: n_layer keeps its default, `{value}` is not read" in err and "line 3: max_iters keeps its default" in err
+    assert (
+        f"config.py, line 2: n_layer keeps its default, `{value}` is not read" in err
+        and "line 3: max_iters keeps its default" in err
+    )
 
 
-@pytest.mark.parametrize(("source", "ours"), [
-    ("config: Config = Config()", True), ("config = Config()", True), ("a, config = 1, Config()", True), ("from configs.x import config", True),
-    ("if True:\n    config = Config()", True), ("batch_size = 3", False), ("x = config", False), ("", False),
-])
+@pytest.mark.parametrize(
+    ("source", "ours"),
+    [
+        ("config: Config = Config()", True),
+        ("config = Config()", True),
+        ("a, config = 1, Config()", True),
+        ("from configs.x import config", True),
+        ("if True:\n    config = Config()", True),
+        ("batch_size = 3", False),
+        ("x = config", False),
+        ("", False),
+    ],
+)
 def test_a_config_of_ours_gives_a_config(source, ours):
     """An annotated one was taken for nanoGPT's, and all of it ignored."""
     assert is_nanogpt(source, Path("config.py")) != ours
@@ -141,10 +214,15 @@ def test_backward_is_a_bool(value):
         said("backward = True\ndirection = 'forward'")
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("n_haed = 3", "unknown setting 'n_haed'; did you mean --n_head?"), ("n_layer = 'six'", "n_layer='six' is a str; a int is needed"),
-    ("bias = 'False'", "bias='False' is a str; a bool is needed"), ("learning_rate = 'high'", "learning_rate='high' is no number"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("n_haed = 3", "unknown setting 'n_haed'; did you mean --n_head?"),
+        ("n_layer = 'six'", "n_layer='six' is a str; a int is needed"),
+        ("bias = 'False'", "bias='False' is a str; a bool is needed"),
+        ("learning_rate = 'high'", "learning_rate='high' is no number"),
+    ],
+)
 def test_wrong_lines_are_named(line, message, tmp_path):
     (tmp_path / "config.py").write_text(line)
     with pytest.raises(ValueError, match="config.py: ") as caught:
@@ -192,14 +270,37 @@ def test_wrong_yaml_is_one_line(argv, message, yaml_folder):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [
-    "[1, 2]", "3", "text", "n_layer: [1, 2", "\tn_layer: 3", "n_layer: null", "device: null", "device: [cpu]", "1: 3", "null: 3",
-    "model: {n_layer: {x: 3}}", "n_layer: 3\nn_layer: 4", "defaults: 3", "defaults: [{}]", "n_layer: ${x}", "n_layer: ${n_layer}",
-    "a: !!python/object/apply:os.getcwd []", "backward: 'yes'", "backward: true\ndirection: forward", "? [a]\n: 3", "[" * 3000, "x: &a [*a]",
-    "\0", b"n_layer: \xff",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "3",
+        "text",
+        "n_layer: [1, 2",
+        "\tn_layer: 3",
+        "n_layer: null",
+        "device: null",
+        "device: [cpu]",
+        "1: 3",
+        "null: 3",
+        "model: {n_layer: {x: 3}}",
+        "n_layer: 3\nn_layer: 4",
+        "defaults: 3",
+        "defaults: [{}]",
+        "n_layer: ${x}",
+        "n_layer: ${n_layer}",
+        "a: !!python/object/apply:os.getcwd []",
+        "backward: 'yes'",
+        "backward: true\ndirection: forward",
+        "? [a]\n: 3",
+        "[" * 3000,
+        "x: &a [*a]",
+        "\0",
+        b"n_layer: \xff",
+    ],
+)
 def test_bad_yaml_is_one_line(text, yaml_folder):
-    """A list at the top was a failed assertion, a null a crash of the run, a bad file a traceback."""
+    """A list at the top was a failed assertion, a null a crash, a bad file a traceback."""
     (yaml_folder / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError) as caught:
         parse([f"--config-path={yaml_folder}", "--config-name=bad"])

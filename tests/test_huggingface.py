@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's form from strangers: read without their code, or refused in one line."""
+"""Folders of Hugging Face's form: read without anyone's code, or refused in one line."""
 
 import json
 import os
@@ -19,7 +19,15 @@ WTE = "transformer.wte.weight"
 @pytest.fixture(scope="module")
 def theirs():
     torch.manual_seed(0)
-    sizes = dict(vocab_size=97, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    sizes = dict(
+        vocab_size=97,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -55,27 +63,49 @@ def test_every_form_has_their_logits(form, theirs, tmp_path):
         model.to(torch.bfloat16)
     model.save_pretrained(tmp_path, **({"max_shard_size": "10KB"} if form == "shards" else {}))
     assert (tmp_path / "model.safetensors").exists() != (form == "shards")
-    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path)).predict(IDX), theirs(IDX).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        GPT.from_pretrained(str(tmp_path)).predict(IDX), theirs(IDX).logits, rtol=0, atol=1e-5
+    )
 
 
 def test_nothing_that_a_config_asks_for_is_imported(folder, theirs):
-    """transformers asked for the package of `_attn_implementation`, and imports the file of an `auto_map`."""
-    change(folder / "config.json", _attn_implementation="flash_attention_3", attn_implementation="someone/kernel",
-           auto_map={"AutoConfig": "evil.Config"}, torch_dtype="evil", dtype=3, architectures=["Evil"])
+    """transformers asked for the package of `_attn_implementation`, and imports an `auto_map`."""
+    change(
+        folder / "config.json",
+        _attn_implementation="flash_attention_3",
+        attn_implementation="someone/kernel",
+        auto_map={"AutoConfig": "evil.Config"},
+        torch_dtype="evil",
+        dtype=3,
+        architectures=["Evil"],
+    )
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
-    torch.testing.assert_close(GPT.from_pretrained(str(folder)).predict(IDX), theirs(IDX).logits, rtol=0, atol=1e-5)
-    program = f"import sys; from gpt import GPT; GPT.from_pretrained({str(folder)!r}); assert 'transformers' not in sys.modules"
+    torch.testing.assert_close(
+        GPT.from_pretrained(str(folder)).predict(IDX), theirs(IDX).logits, rtol=0, atol=1e-5
+    )
+    program = f"import sys; from gpt import GPT; GPT.from_pretrained({str(folder)!r}); "
+    program += "assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"n_head": "4"}, "n_head='4'"), ({"n_head": 5}, "n_head=5 does not divide n_embd=16"), ({"n_head": None}, "n_head="),
-    ({"n_embd": None}, "n_embd="), ({"n_embd": 10**30}, "its weights 16"), ({"n_layer": 3}, "n_layer=3, its weights 2"),
-    ({"vocab_size": -1}, "vocab_size=-1, its weights 97"), ({"activation_function": None}, "activation"), ({"n_inner": "x"}, "inner width"),
-    ({"model_type": "llama"}, "model_type='llama'"), ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_head": "4"}, "n_head='4'"),
+        ({"n_head": 5}, "n_head=5 does not divide n_embd=16"),
+        ({"n_head": None}, "n_head="),
+        ({"n_embd": None}, "n_embd="),
+        ({"n_embd": 10**30}, "its weights 16"),
+        ({"n_layer": 3}, "n_layer=3, its weights 2"),
+        ({"vocab_size": -1}, "vocab_size=-1, its weights 97"),
+        ({"activation_function": None}, "activation"),
+        ({"n_inner": "x"}, "inner width"),
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+    ],
+)
 def test_a_malformed_config_is_one_line(values, message, folder):
     change(folder / "config.json", **values)
     assert message in refusal(folder)
@@ -87,12 +117,20 @@ def test_a_config_that_is_no_object_is_one_line(text, folder):
     assert "config.json: " in refusal(folder)
 
 
-@pytest.mark.parametrize(("name", "tensor", "message"), [
-    (WTE, None, f"{WTE} is missing"), (WTE, torch.ones(97, 16).int(), "holds int32"), (WTE, torch.ones(97), "has 1 dimensions"),
-    (WTE, torch.full((97, 16), float("nan")), "not finite"), ("extra", torch.ones(2), "'extra' is no parameter"),
-    ("lm_head.weight", torch.ones(97, 16), "is not the embedding"), ("transformer.ln_f.weight", torch.ones(3), "is (3,); (16,) is needed"),
-    ("transformer.h.1.mlp.c_fc.weight", torch.ones(64, 16), "(16, 64); (64, 16) is needed"), ("transformer.ln_f.weight", None, "is missing"),
-])
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (WTE, None, f"{WTE} is missing"),
+        (WTE, torch.ones(97, 16).int(), "holds int32"),
+        (WTE, torch.ones(97), "has 1 dimensions"),
+        (WTE, torch.full((97, 16), float("nan")), "not finite"),
+        ("extra", torch.ones(2), "'extra' is no parameter"),
+        ("lm_head.weight", torch.ones(97, 16), "is not the embedding"),
+        ("transformer.ln_f.weight", torch.ones(3), "is (3,); (16,) is needed"),
+        ("transformer.h.1.mlp.c_fc.weight", torch.ones(64, 16), "(16, 64); (64, 16) is needed"),
+        ("transformer.ln_f.weight", None, "is missing"),
+    ],
+)
 def test_wrong_weights_are_one_line(name, tensor, message, folder):
     weights = load_file(folder / "model.safetensors")
     weights.pop(name, None)
@@ -113,6 +151,11 @@ def test_damaged_and_missing_files_are_one_line(folder):
     file.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     assert "pytorch_model.bin, a pickle that may run code, is not read" in refusal(folder)
-    for index in ("{}", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../../model.safetensors"}}', '{"weight_map": {"a": ".."}}'):
+    for index in (
+        "{}",
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../../model.safetensors"}}',
+        '{"weight_map": {"a": ".."}}',
+    ):
         (folder / "model.safetensors.index.json").write_text(index)
         refusal(folder)

@@ -64,3 +64,55 @@ def test_learning_rate_by_hand():
     assert optim.learning_rate(59, c) == pytest.approx(0.55)
     assert optim.learning_rate(109, c) == optim.learning_rate(10**6, c) == pytest.approx(0.1)
     assert optim.learning_rate(5, OptimConfig(learning_rate=0.3, decay_lr=False)) == 0.3
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("change", ["transposed", "smaller", "integers", "missing", "key", "more"])
+def test_moments_are_looked_at_before_they_are_placed(kind, change):
+    """A fused optimizer takes what it is given, and read beyond the end of one too small."""
+    model = nn.Linear(3, 5)
+    optimizer = optim.build(model, OptimConfig(optimizer=kind))
+    zero = (
+        {"momentum_buffer": torch.zeros}
+        if kind == "sgd"
+        else {"exp_avg": torch.zeros, "exp_avg_sq": torch.zeros}
+    )
+    moments = {
+        name: {key: make(p.shape) for key, make in zero.items()}
+        for name, p in model.named_parameters()
+    }
+    for known in moments.values():
+        known |= {} if kind == "sgd" else {"step": torch.tensor(7.0)}
+    optim.place(moments, model, optimizer)
+    first = next(iter(zero))
+    assert optimizer.state[model.weight][first].shape == (5, 3)
+    if change == "missing":
+        del moments["bias"]
+    elif change == "more":
+        moments["other"] = moments["bias"]
+    elif change == "key":
+        del moments["weight"][first]
+    else:
+        wrong = {
+            "transposed": torch.zeros(3, 5),
+            "smaller": torch.zeros(5),
+            "integers": torch.zeros(5, 3).int(),
+        }
+        moments["weight"][first] = wrong[change]
+    with pytest.raises(ValueError, match="^the state"):
+        optim.place(moments, model, optimizer)
+
+
+def test_sgd_without_momentum_remembers_nothing():
+    model = nn.Linear(3, 5)
+    optimizer = optim.build(model, OptimConfig(optimizer="sgd", momentum=0.0))
+    optim.place({"weight": {}, "bias": {}}, model, optimizer)
+    with pytest.raises(ValueError, match="the optimizer needs nothing"):
+        optim.place(
+            {
+                name: {"momentum_buffer": torch.zeros_like(p)}
+                for name, p in model.named_parameters()
+            },
+            model,
+            optimizer,
+        )

@@ -1,4 +1,4 @@
-"""A model's vocabulary: its padding, the tokenizer that is found for it, and the data it may go on with."""
+"""A model's vocabulary: its padding, its tokenizer, and the data that the model may go on with."""
 
 import json
 import pickle
@@ -16,8 +16,16 @@ from train import evaluate, run, start
 from train.config import load_file, parse
 from train.origin import Origin, complete
 
-FEW = ["--n_layer=1", "--n_embd=8", "--n_head=1", "--max_iters=2", "--eval_interval=2", "--eval_iters=1",
-       "--gradient_accumulation_steps=1", "--batch_size=2"]
+FEW = [
+    "--n_layer=1",
+    "--n_embd=8",
+    "--n_head=1",
+    "--max_iters=2",
+    "--eval_interval=2",
+    "--eval_iters=1",
+    "--gradient_accumulation_steps=1",
+    "--batch_size=2",
+]
 
 
 @pytest.fixture
@@ -26,14 +34,21 @@ def gpt2_data(tmp_path):
     folder = tmp_path / "words"
     folder.mkdir()
     for split, n in (("train", 2000), ("val", 400)):
-        np.random.default_rng(0).integers(50257, size=n).astype(np.uint16).tofile(folder / f"{split}.bin")
+        np.random.default_rng(0).integers(50257, size=n).astype(np.uint16).tofile(
+            folder / f"{split}.bin"
+        )
     write_meta(folder, "gpt2", 50257)
     return folder
 
 
-@pytest.mark.parametrize(("meta", "rows"), [
-    (None, 50304), ({"kind": "gpt2", "vocab_size": 50257}, 50304), ({"kind": "char", "vocab_size": 65}, 65),
-])
+@pytest.mark.parametrize(
+    ("meta", "rows"),
+    [
+        (None, 50304),
+        ({"kind": "gpt2", "vocab_size": 50257}, 50304),
+        ({"kind": "char", "vocab_size": 65}, 65),
+    ],
+)
 def test_gpt2s_vocabulary_is_padded(meta, rows):
     """The meta.json of our own prepare.py took the padding away: 50,257 rows, no multiple of 64."""
     config = load_file("train_gpt2")
@@ -43,15 +58,31 @@ def test_gpt2s_vocabulary_is_padded(meta, rows):
 
 
 def test_padding_is_never_text(gpt2_data, tiny_flags, tmp_path, capsys):
-    """Trained with 50,304 rows: predicted, sampled and handed on are the 50,257 that mean something."""
+    """Trained with 50,304 rows, what is predicted, sampled and handed on are the 50,257."""
     out = tmp_path / "out"
     assert run.main([*tiny_flags, f"--data_dir={gpt2_data}", *FEW]) == 0
     assert read_config(find_checkpoint(out)).vocab_size == 50304
     capsys.readouterr()
     assert predict.main([f"--out_dir={out}", "--text=a b", "--top=60000", "--device=cpu"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + 50257
-    assert sample.main([f"--out_dir={out}", "--top_k=0", "--temperature=1e6", "--num_samples=1", "--device=cpu"]) == 0
-    assert evaluate.main([f"--out_dir={out}", f"--data_dir={gpt2_data}", "--device=cpu", "--dtype=float32"]) == 0
+    assert (
+        sample.main(
+            [
+                f"--out_dir={out}",
+                "--top_k=0",
+                "--temperature=1e6",
+                "--num_samples=1",
+                "--device=cpu",
+            ]
+        )
+        == 0
+    )
+    assert (
+        evaluate.main(
+            [f"--out_dir={out}", f"--data_dir={gpt2_data}", "--device=cpu", "--dtype=float32"]
+        )
+        == 0
+    )
     assert export.main([f"--out_dir={out}", "--to=nanogpt"]) == 0
     assert nanogpt.read(out / "nanogpt").config.vocab_size == 50304
     assert tokenizer_of(read_source(str(out / "nanogpt"))).vocab_size == 50257
@@ -67,16 +98,26 @@ def test_a_run_that_began_without_padding_goes_on_without(gpt2_data, tiny_flags,
 
 
 def test_a_model_of_characters_is_handed_on_with_them(tiny_flags, tiny_data, tmp_path, capsys):
-    """Its ckpt.pt said dataset=openwebtext, so nanoGPT's sample.py wrote its letters as GPT-2's tokens."""
+    """Its ckpt.pt said dataset=openwebtext: nanoGPT's sample.py took letters for GPT-2's tokens."""
     assert run.main([*tiny_flags, "--max_iters=4"]) == 0
     capsys.readouterr()
     assert export.main([f"--out_dir={tmp_path / 'out'}", "--to=nanogpt"]) == 0
     said = capsys.readouterr().out
-    assert "copy its meta.pkl to data/tiny/meta.pkl in a checkout of nanoGPT" in said and said.count("\n") == 2
+    assert (
+        "copy its meta.pkl to data/tiny/meta.pkl in a checkout of nanoGPT" in said
+        and said.count("\n") == 2
+    )
     folder = tmp_path / "out" / "nanogpt"
     assert torch.load(folder / "ckpt.pt", weights_only=True)["config"]["dataset"] == "tiny"
-    meta, chars = pickle.loads((folder / "meta.pkl").read_bytes()), json.loads((tiny_data / "meta.json").read_text())["chars"]
-    assert meta["vocab_size"] == 29 and meta["itos"] == dict(enumerate(chars)) and meta["stoi"] == {c: i for i, c in enumerate(chars)}
+    meta, chars = (
+        pickle.loads((folder / "meta.pkl").read_bytes()),
+        json.loads((tiny_data / "meta.json").read_text())["chars"],
+    )
+    assert (
+        meta["vocab_size"] == 29
+        and meta["itos"] == dict(enumerate(chars))
+        and meta["stoi"] == {c: i for i, c in enumerate(chars)}
+    )
     flags = ["--start=abc", "--num_samples=1", "--max_new_tokens=9", "--device=cpu"]
     assert sample.main([f"--init_from={folder}", *flags]) == 0
     assert capsys.readouterr().out.startswith("abc")
@@ -96,39 +137,75 @@ def test_sampling_finds_the_characters(place, tmp_path, capsys):
     of_characters(tmp_path / "checkout" / "out", "letters")
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     chars = "ABCDEFGHIJKLMNOPQRSTUVWXYZ .-"
-    (tmp_path / place / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 29, "itos": dict(enumerate(chars)), "stoi": {}}))
-    flags = [f"--init_from={tmp_path / 'checkout' / 'out'}", "--start=ABC", "--num_samples=1", "--max_new_tokens=9", "--device=cpu"]
+    (tmp_path / place / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": 29, "itos": dict(enumerate(chars)), "stoi": {}})
+    )
+    flags = [
+        f"--init_from={tmp_path / 'checkout' / 'out'}",
+        "--start=ABC",
+        "--num_samples=1",
+        "--max_new_tokens=9",
+        "--device=cpu",
+    ]
     assert sample.main(flags) == 0
     assert capsys.readouterr().out.startswith("ABC")
 
 
-@pytest.mark.parametrize("dataset", ["letters", "nowhere", "..", "../letters", "", None, 3, "a" * 100])
+@pytest.mark.parametrize(
+    "dataset", ["letters", "nowhere", "..", "../letters", "", None, 3, "a" * 100]
+)
 def test_no_tokenizer_is_one_line(dataset, tmp_path, capsys):
-    """Also where the data set of that name has other ids than the model, and for names that lead elsewhere."""
+    """Also where a data set of that name has other ids, and for names that lead elsewhere."""
     of_characters(tmp_path / "out", dataset)
     (tmp_path / "data" / "letters").mkdir(parents=True)
     write_meta(tmp_path / "data" / "letters", "char", 3, "abc")
     write_meta(tmp_path, "char", 29, "abcdefghijklmnopqrstuvwxyz .-")
     assert sample.main([f"--init_from={tmp_path / 'out'}", "--device=cpu"]) == 2
     err = capsys.readouterr().err
-    assert "no tokenizer is known for its 29 ids; put the meta.pkl or meta.json" in err and err.count("\n") == 1
+    assert (
+        "no tokenizer is known for its 29 ids; put the meta.pkl or meta.json" in err
+        and err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("beginning", ["FOLDER", "resume"])
-@pytest.mark.parametrize("other", [
-    ("char", 29, "zyxwvutsrqponmlkjihgfedcba\n ="), ("char", 3, "abc"), ("bytes", 256, ""), ("gpt2", 50257, ""),
-])
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("char", 29, "zyxwvutsrqponmlkjihgfedcba\n ="),
+        ("char", 3, "abc"),
+        ("bytes", 256, ""),
+        ("gpt2", 50257, ""),
+    ],
+)
 def test_other_ids_are_not_trained_on(beginning, other, tiny_flags, tiny_data, tmp_path, capsys):
     """A model of letters went on with whatever had no larger ids."""
     folder = tmp_path / "nano"
     of_characters(folder, "nowhere")
     write_meta(folder, "char", 29, "abcdefghijklmnopqrstuvwxyz\n =")
-    flags = [*tiny_flags, f"--init_from={beginning.replace('FOLDER', str(folder))}", f"--resume_dir={folder}"]
+    flags = [
+        *tiny_flags,
+        f"--init_from={beginning.replace('FOLDER', str(folder))}",
+        f"--resume_dir={folder}",
+    ]
     write_meta(tiny_data, *other)
     assert run.main(flags) == 2
     err = capsys.readouterr().err
-    assert f"{tiny_data} has another vocabulary ({other[1]:,} ids, of kind {other[0]}) than {folder}" in err and err.count("\n") == 1
+    assert (
+        f"{tiny_data} has another vocabulary ({other[1]:,} ids, of kind {other[0]}) than {folder}"
+        in err
+        and err.count("\n") == 1
+    )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("other", [("bytes", 256, ""), ("gpt2", 50257, ""), ("char", 30, "a" * 30)])
+def test_nor_ids_of_another_number(other, tiny_flags, tiny_data, tmp_path, capsys):
+    """Where nothing tells which characters the model was trained on."""
+    of_characters(tmp_path / "nano", "nowhere")
+    write_meta(tiny_data, *other)
+    assert run.main([*tiny_flags, f"--init_from={tmp_path / 'nano'}"]) == 2
+    assert f"has another vocabulary ({other[1]:,} ids" in capsys.readouterr().err
 
 
 def test_the_same_characters_are_trained_on(tiny_flags, tiny_data, tmp_path):

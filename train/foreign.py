@@ -199,9 +199,7 @@ def compose_yaml(config_path: str, config_name: str, overrides: list[str]) -> Co
             RecursionError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{folder / config_name}: {why}") from error
-    if not isinstance(composed, dict):
-        raise ValueError(f"{folder / config_name} is a {type(composed).__name__}; settings by name "
-                         "are needed")
+    assert isinstance(composed, dict)  # hydra refuses anything else
     return _config(dict(_leaves(composed, config_name)), config_name)
 
 
