@@ -93,7 +93,7 @@ def test_senseless_values_are_refused_at_the_start(flag, capsys, tmp_path, monke
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    (b"config = (", "line 1: '(' was never closed)"), (b"x = 1\nconfig = \xff", "not UTF-8 at byte 15"),
+    (b"config = (", "line 1: '(' was never closed"), (b"x = 1\nconfig = \xff", "not UTF-8 at byte 15"),
     (b"config = 0\0", "source code string cannot contain null bytes"), (b"(" * 10000, "too many nested"),
     (b"\nconfig = missing", "line 2: NameError: name 'missing' is not defined"), (b"config = 3", "its `config` is not a Config"),
     (b"import nowhere\nconfig = 1", "line 1: ModuleNotFoundError: No module named 'nowhere'"),
