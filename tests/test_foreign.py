@@ -230,6 +230,10 @@ def test_wrong_lines_are_named(line, message, tmp_path):
     assert message in str(caught.value)
 
 
+def test_stitch_llms_command_line_reads_backwards():
+    assert parse(["--backward=True"]) == parse(["--direction=backward"]) != parse(["--backward=False"]) == Config()
+
+
 @pytest.fixture
 def yaml_folder(tmp_path):
     pytest.importorskip("hydra", reason="hydra-core is not installed")

@@ -18,6 +18,10 @@ from data.bounds import BelowOne, Must, NonNegative, NonNegativeFloat, NotEmpty,
 from data.files import read_text
 from gpt.config import Block, GPTConfig
 
+SHORTHANDS = {
+    "--batch_size=auto": "--fit_batch=True", "--batch-size=auto": "--fit_batch=True",
+    "--backward=True": "--direction=backward", "--backward=False": "--direction=forward",  # Stitch-LLMs' words
+}
 ROOT = Path(__file__).resolve().parent.parent
 Seconds = Annotated[int, Must("be from 1 to 1000000000", lambda n: 1 <= n <= 10**9)]
 # What a config file of the user's, which is imported, may end with by mistake.
@@ -270,7 +274,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(a.startswith(("--config-name", "--config_name")) for a in argv):
         return _compose(argv)
-    argv = ["--fit_batch=True" if a in ("--batch_size=auto", "--batch-size=auto") else a for a in argv]
+    argv = [SHORTHANDS.get(a, a) for a in argv]
     places = [i for i, a in enumerate(argv) if not a.startswith("-") and not _is_value(argv, i)]
     files = [argv[i] for i in places]
     if len(files) > 1:

@@ -47,7 +47,7 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     """Print and return the figures, summed over all ranks. Raises ValueError or OSError for what the user can mend."""
     from data.tokenizer import load_tokenizer
     from gpt import hardware
-    from gpt.pretrained import from_pretrained, load_model, read_tokenizer
+    from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
     from gpt.run_folder import reading
     from train import parallel
     from train.config import ParallelConfig
@@ -56,15 +56,14 @@ def evaluate(c: Evaluate) -> dict[str, float]:
         raise ValueError("nothing to evaluate on; give --dataset=, --data_dir=, --hellaswag=FILE or --lambada=FILE")
     world = parallel.world()
     device = hardware.resolve_device(c.device, world.local_rank)
-    meta = None
     if c.init_from == "resume":
         with reading(c.out_dir) as folder:
-            model, meta = load_model(folder, device), read_tokenizer(folder)
+            model, tokenizer = load_model(folder, device), load_tokenizer(read_tokenizer(folder))
     else:
-        model = from_pretrained(c.init_from).to(device)
+        trained = read_source(c.init_from)
+        model, tokenizer = model_of(trained).to(device), tokenizer_of(trained)
     if model.config.direction == "backward" and (c.hellaswag or c.lambada):
         raise ValueError("--hellaswag and --lambada ask what follows a context; this model has --direction=backward")
-    tokenizer = load_tokenizer(meta)
     parallel.start(world, device, ParallelConfig())
     figures: dict[str, float] = {}
     with hardware.autocast(device, hardware.resolve_dtype(c.dtype, device)):
