@@ -178,15 +178,14 @@ def same_vocabulary(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def has_rows_for(config: GPTConfig, tokenizer: Tokenizer) -> bool:
-    """Whether a model's vocabulary may be this tokenizer's, with some rows of padding."""
+    """Whether a vocabulary of which nothing else is known may be this tokenizer's, padded."""
     return tokenizer.vocab_size <= config.vocab_size < tokenizer.vocab_size + 1024
 
 
 def tokenizer_of(trained: Trained) -> Tokenizer:
     """A model's tokenizer, GPT-2's where its files name none. Raises ValueError where none fits."""
-    tokenizer = load_tokenizer(trained.meta)
-    if not has_rows_for(trained.config, tokenizer):
-        rows = trained.config.vocab_size
+    tokenizer, rows = load_tokenizer(trained.meta), trained.config.vocab_size
+    if tokenizer.vocab_size > rows or not (trained.meta or has_rows_for(trained.config, tokenizer)):
         raise ValueError(f"{trained.name}: no tokenizer is known for its {rows} ids; put "
                          "the meta.pkl or meta.json of its training data into that folder")
     return tokenizer
