@@ -185,7 +185,7 @@ def _check_data(config: Config, trained: Trained, meta: dict[str, Any] | None) -
     """Raise ValueError where the data's ids do not mean what they meant to the model."""
     tokenizer, kind = load_tokenizer(meta), meta["kind"] if meta else "gpt2"
     same = (same_vocabulary(trained.meta, meta or {"kind": "gpt2"}) if trained.meta
-            else has_rows_for(trained.config, tokenizer))
+            else meta is None or has_rows_for(trained.config, tokenizer))
     if not same:
         was = f", of kind {trained.meta['kind']}" if trained.meta else ""
         raise ValueError(
