@@ -49,7 +49,8 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     p = logits.softmax(-1)
     if top_p is not None:
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # as much as all that rank higher already have
+        higher = p.cumsum(-1) - p  # what all that rank higher have together; 0 for the first, which always stays
+        p = p.masked_fill((higher >= top_p) & (higher > 0), 0)
     choice = torch.multinomial(p, 1)
     return choice if ids is None else ids.gather(-1, choice)
 
