@@ -7,7 +7,7 @@ from train.config import parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the run is done; 2, after one line on stderr, for what the user can mend; 130 for Ctrl-C."""
+    """0 when the run is done; 2, after a line on stderr, for what the user can mend."""
     return exit_code(lambda: start(argv))
 
 
@@ -18,7 +18,7 @@ def start(argv: list[str] | None) -> None:
 
     try:
         train(config)
-    except BrokenPipeError as error:  # of a command that prints it is the end; of a run it is a loss
+    except BrokenPipeError as error:  # where a command that prints may end quietly, a run may not
         raise ValueError(f"stdout was closed ({error}); print to a file, or to /dev/null") from None
 
 
