@@ -52,7 +52,8 @@ CPU_CASES = {
 CASES = GPU_CASES | CPU_CASES
 
 
-BatchSize = Annotated[int | Literal["auto"], Must("be auto or at least 0", lambda n: n == "auto" or n >= 0)]
+BatchSize = Annotated[int | Literal["auto"],
+                      Must("be auto or at least 0", lambda n: n == "auto" or n >= 0)]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,16 @@ Options, configs and the forms of JSON files declare their rules so, and all are
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple, NotRequired, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    NotRequired,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 
 class Must(NamedTuple):
@@ -52,7 +61,7 @@ def check(options: Any, hints: Mapping[str, Any] | None = None) -> None:
 
 
 def check_declared(value: Any, form: Any, name: str) -> None:
-    """Check one value of the type `form` by the rules in it, within TypedDicts, lists and dicts too."""
+    """Check one value by the rules in its type `form`: also within TypedDicts, lists and dicts."""
     inner = get_args(form)
     if get_origin(form) is Annotated:
         check_declared(value, inner[0], name)
@@ -75,7 +84,7 @@ def check_declared(value: Any, form: Any, name: str) -> None:
 
 
 def hints_of(form: Any) -> dict[str, Any]:
-    """The types of a dataclass's or TypedDict's fields, or of a function's parameters, with rules."""
+    """The types, with rules, of a dataclass's or TypedDict's fields or a function's parameters."""
     found = get_type_hints(form, include_extras=True)
     return {name: hint for name, hint in found.items() if name != "return"}
 

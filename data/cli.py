@@ -1,4 +1,4 @@
-"""Every entry point: the command line in, one line on stderr for what is wrong, the exit code out."""
+"""Every entry point: the command line in, a line on stderr for what is wrong, the exit code out."""
 
 import contextlib
 import dataclasses
@@ -16,8 +16,8 @@ from typing import Any, TextIO, get_args
 
 from data import bounds
 
-# How torch and numpy begin to say that memory cannot be had; torch does it by a RuntimeError.
-_NO_MEMORY = re.compile("allocate memory|not enough memory|out of memory|Unable to allocate|size calculation overflow")
+# What torch says, in a RuntimeError, where memory cannot be had.
+_NO_MEMORY = re.compile("allocate memory|not enough memory|out of memory|size calculation overflow")
 
 
 def run(main: Callable[..., Any], options: type | None = None, argv: Sequence[str] | None = None, *,
@@ -25,7 +25,8 @@ def run(main: Callable[..., Any], options: type | None = None, argv: Sequence[st
     """Call `main` with the options on the command line (`--name=value`, `--help`); the exit code.
 
     The options are those of the dataclass `options`, which main takes, or else of main's own
-    signature, with their bounds (data/bounds.py); `markers` are tyro's. Main's int is the exit code.
+    signature, with their bounds (data/bounds.py); `markers` are tyro's. The int that main returns
+    is the exit code.
     """
     prog = Path(inspect.getfile(main)).resolve().relative_to(Path(__file__).parents[1]).as_posix()
 
@@ -54,8 +55,8 @@ def exit_code(work: Callable[[], Any]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return _refused(f"out of memory ({error}); take fewer or smaller things at a time, such as "
-                        "a smaller --batch_size, or a smaller model")
+        return _refused(f"out of memory ({str(error) or type(error).__name__}); take fewer or smaller "
+                        "things at a time, such as a smaller --batch_size, or a smaller model")
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
@@ -100,7 +101,7 @@ def open_standard_streams() -> None:
 
 
 def _let_go(stream: TextIO) -> None:
-    """Write what `stream` still holds; where that fails, keep Python from trying again at its end."""
+    """Write what `stream` holds; where that fails, keep Python from trying again when it ends."""
     try:
         stream.flush()
     except OSError:
@@ -138,7 +139,7 @@ def parse(of: Any, argv: Sequence[str] | None = None, *, prog: str, markers: tup
 
 
 def _check_names(argv: Sequence[str], types: dict[str, Any]) -> None:
-    """Raise ValueError for a flag that is none, or an empty path, which Path takes for this folder."""
+    """Raise ValueError for a flag that is none, or an empty path: Path takes it for this folder."""
     for arg, following in zip(argv, [*argv[1:], ""]):
         if not arg.startswith("--"):
             continue

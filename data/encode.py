@@ -28,7 +28,16 @@ from data.bounds import Must
 from data.files import read_json, write_json
 from data.gpt2 import END_OF_TEXT, encode_ordinary
 from data.manifest import NAME as MANIFEST
-from data.manifest import UNFINISHED, Progress, Unfinished, already_made, files_of, shard_entry, unfinished, write_manifest
+from data.manifest import (
+    UNFINISHED,
+    Progress,
+    Unfinished,
+    already_made,
+    files_of,
+    shard_entry,
+    unfinished,
+    write_manifest,
+)
 from data.manifest import Split as Counts
 from data.shards import NAMES, ShardWriter
 from data.sources import Source
@@ -232,7 +241,7 @@ def _begin(out: Path, made_from: dict[str, Any]) -> Unfinished | None:
 
 
 def _files_of(out: Path, was_unfinished: bool) -> set[Path]:
-    """The files of an earlier preparation: what its manifest names, else what is named like them."""
+    """The files of an earlier preparation: what its manifest names, or else is named like them."""
     if was_unfinished:
         named = [path for path in out.iterdir() if NAMES.fullmatch(path.name)]
     else:
@@ -240,8 +249,9 @@ def _files_of(out: Path, was_unfinished: bool) -> set[Path]:
     return {path for path in named if not path.is_dir()}
 
 
-def _encode_all(source: Source, split: Split, out: Path, state: Unfinished, writers: dict[str, ShardWriter],
-                pool: ProcessPoolExecutor | None, ahead: int) -> None:
+def _encode_all(source: Source, split: Split, out: Path, state: Unfinished,
+                writers: dict[str, ShardWriter], pool: ProcessPoolExecutor | None,
+                ahead: int) -> None:
     """Encode and write the rest of the text, committing `state` every few seconds and whenever a shard is full."""
 
     def commit() -> None:
@@ -256,7 +266,8 @@ def _encode_all(source: Source, split: Split, out: Path, state: Unfinished, writ
             writers["val"].write(ids[:first])
             writers[task.split].write(ids[first:])
             bar.update(task.documents - state["documents"])
-            state["documents"], state["begun"], state["empty"] = task.documents, task.begun, task.empty
+            state["documents"], state["begun"] = task.documents, task.begun
+            state["empty"] = task.empty
             full = sum(len(writer.shards) for writer in writers.values())
             if full > shards or time.monotonic() - committed > _COMMIT_SECONDS:
                 commit()
@@ -271,8 +282,8 @@ def _encode_all(source: Source, split: Split, out: Path, state: Unfinished, writ
                              f"another share of it to validation (now: {split})")
 
 
-def _finish(out: Path, made_from: dict[str, Any], state: Unfinished, writers: dict[str, ShardWriter],
-            pool: ProcessPoolExecutor | None) -> None:
+def _finish(out: Path, made_from: dict[str, Any], state: Unfinished,
+            writers: dict[str, ShardWriter], pool: ProcessPoolExecutor | None) -> None:
     """Give all files their names and checksums, write meta.json and the manifest, and say what there is."""
     splits: dict[str, Counts] = {}
     for kind, writer in writers.items():

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and text and JSON that are what they should be or refused."""
+"""Files that are written whole or not at all; text and JSON that are as they should be."""
 
 import hashlib
 import json
@@ -49,8 +49,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, form: type[T], remedy: str) -> T:
-    """The value in the JSON file `path`, of the type `form`: TypedDicts, lists, numbers, checked down to the leaves
-    with the rules declared in them (data/bounds.py).
+    """The value in the JSON file `path`, of the type `form`: TypedDicts, lists, numbers, checked
+    down to the leaves, with the rules declared there (data/bounds.py).
 
     Raises ValueError, in one line with the file and the `remedy`, where it is absent, no regular file (a FIFO would
     wait for ever), not JSON, or of another form. Every JSON file that others may have written or damaged is read here.

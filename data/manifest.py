@@ -56,7 +56,7 @@ class Manifest(TypedDict):
 
 
 class Progress(TypedDict):
-    """Of one split in an unfinished preparation: the tokens of whole shards, and of the open one."""
+    """Of a split in an unfinished preparation: the tokens of whole shards, and of the open one."""
 
     shards: list[NonNegative]
     open: NonNegative
@@ -64,7 +64,7 @@ class Progress(TypedDict):
 
 
 class Unfinished(TypedDict):
-    """How far a preparation got: whole documents, pieces of the next one, documents without text."""
+    """How far a preparation got: whole documents, pieces of the next, documents without text."""
 
     made_from: dict[str, Any]
     documents: NonNegative
@@ -108,7 +108,7 @@ def _splits(data_dir: str | Path) -> dict[str, Split]:
 
 
 def files_of(data_dir: str | Path) -> list[tuple[Path, Shard]]:
-    """The files that the manifest in `data_dir` names, with their entries; none without a manifest."""
+    """The files that the manifest in `data_dir`, if there is one, names, with their entries."""
     shards = [shard for split in _splits(data_dir).values() for shard in split["shards"]]
     return [(Path(data_dir) / shard["file"], shard) for shard in shards]
 
@@ -123,7 +123,8 @@ def verify(data_dir: str | Path, *, full: bool = False) -> None:
         regular(path, f"{NAME} names it; prepare the data again")
         size = path.stat().st_size
         if size != shard["bytes"]:
-            raise ValueError(f"{path}: {size:,} bytes, {NAME} says {shard['bytes']:,}; {_remedy(path)}")
+            raise ValueError(f"{path}: {size:,} bytes, {NAME} says {shard['bytes']:,}; "
+                             f"{_remedy(path)}")
         if (sha256_of(path) != shard["sha256"]) if full else (fingerprint(path) != shard["sample"]):
             raise ValueError(f"{path}: its content is not what {NAME} says; {_remedy(path)}")
 

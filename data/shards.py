@@ -23,7 +23,8 @@ class ShardWriter:
     with it goes on from; whatever had been written after it is dropped.
     """
 
-    def __init__(self, folder: Path, split: str, name: str, shard_tokens: int | None, state: Progress) -> None:
+    def __init__(self, folder: Path, split: str, name: str, shard_tokens: int | None,
+                 state: Progress) -> None:
         self._folder, self._split, self._name, self._shard_tokens = folder, split, name, shard_tokens
         self._offset = HEADER_BYTES if shard_tokens else 0
         self.shards: list[int] = list(state["shards"])  # the tokens of each whole shard

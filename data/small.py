@@ -36,7 +36,7 @@ def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, An
 
 
 def tiny_shakespeare(given: Path | None, out: Path) -> str:
-    """The text of the file `given`; else of out/input.txt, which is first downloaded and checked if it is not there.
+    """The text of the file `given`; else of out/input.txt, first downloaded if it is not there.
 
     Raises ValueError where it is no UTF-8 text, or empty.
     """

@@ -128,7 +128,7 @@ def load_tokenizer(meta: Mapping[str, Any] | None, name: str = "meta.json") -> T
 
 
 def check_meta(meta: Any, name: str) -> dict[str, Any]:
-    """`meta` itself, a Meta. Raises ValueError, beginning with `name`, where it is no tokenizer's."""
+    """`meta` itself, a Meta. Raises ValueError, beginning with `name`, for what is none."""
     known = formed(meta, Meta, name, "prepare the data again")
     ids = {"bytes": 256, "gpt2": 50257}.get(known["kind"], len(known.get("chars", "")))
     if known["vocab_size"] != ids:
@@ -179,7 +179,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError,
             struct.error) as error:
         raise ValueError(f"{path}: refused, {error!s:.200}; it must be nanoGPT's dict of "
-                         "vocab_size, itos and stoi: prepare the data again, or write a meta.json") from None
+                         "vocab_size, itos and stoi: prepare the data again, or write a "
+                         "meta.json") from None
     return {"kind": "char", "vocab_size": len(chars), "chars": "".join(chars)}
 
 

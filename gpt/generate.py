@@ -49,7 +49,7 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     p = logits.softmax(-1)
     if top_p is not None:
-        higher = p.cumsum(-1) - p  # what all that rank higher have together; 0 for the first, which always stays
+        higher = p.cumsum(-1) - p  # what all that rank higher have; 0 for the first, which stays
         p = p.masked_fill((higher >= top_p) & (higher > 0), 0)
     choice = torch.multinomial(p, 1)
     return choice if ids is None else ids.gather(-1, choice)
@@ -65,7 +65,8 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
     and the window is computed anew. `n_tokens`: ids from there on are padding of the vocabulary and are never sampled
     (default: 50257 where the model has GPT-2's padded vocabulary). `cached=False` is the slow definition.
     """
-    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if (not temperature >= 0 or (top_k is not None and top_k < 1)
+            or (top_p is not None and not 0 < top_p <= 1)):
         raise ValueError(f"temperature={temperature} must be at least 0, top_k={top_k} at least 1, top_p={top_p} within (0, 1]")
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token")

@@ -14,12 +14,21 @@ from data.cli import types_of
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("kind, good, bad", [
-    ("Positive", [1, 2**63 - 1], [0, -1]), ("NonNegative", [0], [-1]), ("PositiveFloat", [1e-9], [0.0, -1.0]),
-    ("NonNegativeFloat", [0.0], [-1e-9]), ("Fraction", [0.0, 1.0], [-0.1, 1.1]), ("BelowOne", [0.0, 0.999], [1.0, -0.1]),
-    ("Share", [1.0, 1e-9], [0.0, 1.1]), ("NotEmpty", ["a"], [""]), ("Processes", [1, 1024], [0, 1025]),
-    ("FileName", ["a.bin", "..a"], ["", ".", "..", "a/b", "/a", "a\\b", "a\0"]),
-])
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        ("Positive", [1, 2**63 - 1], [0, -1]),
+        ("NonNegative", [0], [-1]),
+        ("PositiveFloat", [1e-9], [0.0, -1.0]),
+        ("NonNegativeFloat", [0.0], [-1e-9]),
+        ("Fraction", [0.0, 1.0], [-0.1, 1.1]),
+        ("BelowOne", [0.0, 0.999], [1.0, -0.1]),
+        ("Share", [1.0, 1e-9], [0.0, 1.1]),
+        ("NotEmpty", ["a"], [""]),
+        ("Processes", [1, 1024], [0, 1025]),
+        ("FileName", ["a.bin", "..a"], ["", ".", "..", "a/b", "/a", "a\\b", "a\0"]),
+    ],
+)
 def test_what_is_within_bounds_passes_and_the_rest_is_named(kind, good, bad):
     for value in good:
         check({"x": value}, {"x": getattr(bounds, kind)})
@@ -31,7 +40,7 @@ def test_what_is_within_bounds_passes_and_the_rest_is_named(kind, good, bad):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2**63, -(2**63) - 1])
 def test_every_float_is_finite_and_every_int_has_64_bits(value):
-    """nan passes every comparison that asks for what is forbidden, and torch refuses longer seeds with a traceback."""
+    """nan passed wherever `x < 0` was refused, and torch refuses longer seeds by a traceback."""
     with pytest.raises(ValueError, match="x=.*: must "):
         check({"x": value}, {"x": type(value)})
 
@@ -45,13 +54,21 @@ def test_sections_lists_and_dicts_are_gone_through():
         named: dict[str, Inner]
 
     check_declared({"many": [{"n": 1}], "named": {"a": {"n": 1}}}, Outer, "")
-    for wrong in ({"many": [{"n": 1}, {"n": 0}], "named": {}}, {"many": [], "named": {"a": {"n": 0}}}):
+    for wrong in (
+        {"many": [{"n": 1}, {"n": 0}], "named": {}},
+        {"many": [], "named": {"a": {"n": 0}}},
+    ):
         with pytest.raises(ValueError, match="n=0: must be at least 1"):
             check_declared(wrong, Outer, "")
 
 
 def commands():
-    for path in [*ROOT.glob("bench/*.py"), *ROOT.glob("data/*/prepare.py"), *ROOT.glob("train/*.py"), *ROOT.glob("gpt/*.py")]:
+    for path in [
+        *ROOT.glob("bench/*.py"),
+        *ROOT.glob("data/*/prepare.py"),
+        *ROOT.glob("train/*.py"),
+        *ROOT.glob("gpt/*.py"),
+    ]:
         text = path.read_text()
         if "cli.run(" in text or "run(main)" in text:
             yield ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -59,14 +76,21 @@ def commands():
 
 @pytest.mark.parametrize("name", sorted(commands()))
 def test_every_number_of_every_command_has_a_bound(name):
-    """A number without one took -1 and 0: bench/operators.py --batch_size=0 wrote an empty result over a good one."""
+    """bench/operators.py --batch_size=0 wrote an empty result over a good one."""
     module = importlib.import_module(name)
-    options = [v for v in vars(module).values() if dataclasses.is_dataclass(v) and v.__module__ == name and v.__name__ in (
-        "Options", "Sample", "Predict", "Evaluate", "Export", "Doctor")] or [module.main]
+    options = [
+        v
+        for v in vars(module).values()
+        if dataclasses.is_dataclass(v)
+        and v.__module__ == name
+        and v.__name__ in ("Options", "Sample", "Predict", "Evaluate", "Export", "Doctor")
+    ] or [module.main]
     for option, hint in types_of(options[0]).items():
         assert hint not in (int, float), f"{name}: {option}"
         if "int" in str(hint) or "float" in str(hint):
-            assert any(isinstance(rule, bounds.Must) for rule in getattr(hint, "__metadata__", ())), f"{name}: {option}"
+            assert any(
+                isinstance(rule, bounds.Must) for rule in getattr(hint, "__metadata__", ())
+            ), f"{name}: {option}"
 
 
 def test_every_number_of_a_run_has_a_bound():

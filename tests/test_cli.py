@@ -1,4 +1,4 @@
-"""The one way in and out of every command: one line for what is wrong, an exit code, streams that are open."""
+"""The way in and out of every command: a line for what is wrong, an exit code, open streams."""
 
 import os
 import subprocess
@@ -15,16 +15,27 @@ from gpt import sample
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--top_q=1"], "unknown flag --top_q; did you mean --top_p?"), (["--xyzzy=1"], "unknown flag --xyzzy; --help lists"),
-    (["--seed"], "Missing value for argument '--seed'"), (["--seed=x"], "--seed: invalid literal for int()"),
-    (["--top_p=0"], "top_p=0.0: must be more than 0"), (["--temperature=nan"], "temperature=nan: must be finite"),
-    (["--out_dir="], "out_dir='': must not be empty"), (["stray"], "stray"), (["--seed=" + "9" * 50], "must fit 64 bits"),
-    (["--seed", "-1"], "seed=-1: must be at least 0"), (["-x"], "-x"), (["--"], "unknown flag --;"),
-    (["--out_dir=a\nb"], "a b does not exist"), (["--out_dir=a\x1b[2Jb"], r"a\x1b[2Jb does not exist"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--top_q=1"], "unknown flag --top_q; did you mean --top_p?"),
+        (["--xyzzy=1"], "unknown flag --xyzzy; --help lists"),
+        (["--seed"], "Missing value for argument '--seed'"),
+        (["--seed=x"], "--seed: invalid literal for int()"),
+        (["--top_p=0"], "top_p=0.0: must be more than 0"),
+        (["--temperature=nan"], "temperature=nan: must be finite"),
+        (["--out_dir="], "out_dir='': must not be empty"),
+        (["stray"], "stray"),
+        (["--seed=" + "9" * 50], "must fit 64 bits"),
+        (["--seed", "-1"], "seed=-1: must be at least 0"),
+        (["-x"], "-x"),
+        (["--"], "unknown flag --;"),
+        (["--out_dir=a\nb"], "a b does not exist"),
+        (["--out_dir=a\x1b[2Jb"], r"a\x1b[2Jb does not exist"),
+    ],
+)
 def test_a_wrong_command_line_is_one_line(flags, says, capsys):
-    """tyro answers in a box of several lines, and a name may hold line ends and what clears a terminal."""
+    """tyro answers in a box of several lines, and a name may hold line ends and escapes."""
     assert sample.main(["--device=cpu", *flags]) == 2
     err = capsys.readouterr().err
     assert says in err and err.startswith("error: ") and err.count("\n") == 1
@@ -48,10 +59,17 @@ def test_help_is_printed_and_exits_with_0(capsys):
     assert not stop.value.code and "--temperature FLOAT" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: np.empty(2**60, np.uint8),
-                                      lambda: torch.empty(2**62, 2**62), lambda: bytearray(2**60)])
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(2**60, dtype=torch.uint8),
+        lambda: np.empty(2**60, np.uint8),
+        lambda: torch.empty(2**62, 2**62),
+        lambda: bytearray(2**60),
+    ],
+)
 def test_memory_that_cannot_be_had_is_one_line(allocate, capsys):
-    """torch says it with a RuntimeError, numpy and Python with a MemoryError: both were tracebacks."""
+    """torch says it by a RuntimeError, numpy and Python by a MemoryError: both were tracebacks."""
     assert cli.exit_code(allocate) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory (") and "smaller" in err and err.count("\n") == 1
@@ -87,13 +105,20 @@ sys.exit(cli.exit_code(work))
 
 def shell(command, cwd, code=OPENS):
     (cwd / "code.py").write_text(code)
-    return subprocess.run(f"{sys.executable} code.py {command}", shell=True, cwd=cwd, capture_output=True, text=True, timeout=60,
-                          executable="/bin/bash")
+    return subprocess.run(
+        f"{sys.executable} code.py {command}",
+        shell=True,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        executable="/bin/bash",
+    )
 
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-", "1>&- 2>&-"])
 def test_no_file_takes_the_number_of_a_closed_stream(closed, tmp_path):
-    """With stderr closed, the next file opened was number 2, and what C libraries print went into it."""
+    """With stderr closed, the next file opened was number 2, and what C prints went into it."""
     done = shell(closed, tmp_path)
     assert done.returncode == 2
     assert (tmp_path / "made").read_text() not in ("0", "1", "2")

@@ -1,4 +1,4 @@
-"""Command lines nobody meant: of every entry point, with random flags and values; one line or none, and no harm."""
+"""Command lines nobody meant, of every entry point: one line or none, and no harm."""
 
 import importlib
 import os
@@ -11,6 +11,7 @@ from typing import get_args, get_origin
 import pytest
 from tyro.conf import PositionalRequiredArgs
 
+from bench import compare_run, project
 from data import cli, small
 from data.cli import types_of
 from gpt import export, predict, sample
@@ -20,24 +21,35 @@ from tests.test_encode import documents, write_lines
 from train import doctor, evaluate, run
 from train.config import Config
 
-INTS = ["", "-1", "0", "1", "2", "3", "7", "x", "1.5", "1e3", "nan", "2147483648", "9223372036854775807", "9223372036854775808",
-        "9" * 30, "9" * 5000, "-" + "9" * 30, "0x10", "1_0", " 2", "None", "True", "\u0663", "--1", "auto"]
-TAKEN = {"int": ["0", "1", "2", "3", "9223372036854775807"], "float": ["0.0", "1e-300", "0.5", "1.0", "1e308"]}
-FLOATS = [*INTS, "inf", "-inf", "-0.5", "0.5", "1e-300", "1e308", "1e999", "0.0", "1e-3", "infinity", "NaN"]
-WORDS = ["", "x", "None", "train", "val", "cpu", "cuda", "cuda:7", "mps", "cpu:1", "torch", "reference", "resume", "scratch",
-         "text", "é", "\ud800", "a\nb", "\x1b[2J", "x" * 300, "../x", "a/b", "float32", "bfloat16", "=", "--", "gloo", "124M",
-         "\0", "merge", "stitch"]
-# Of a run that is not there to be changed, and of the folder of the case; `trained` is what models are read from.
-PATHS = ["", ".", "nowhere", "in.txt", "in.jsonl", "fifo", "zero", "folder", "a/b", "x" * 300, "new\nline", "/dev/null", "/dev/null/x",
-         "FILE:fifo", "FILE:in.txt", "FILE:", "*.jsonl", "loop", "empty.txt"]
+INTS = [
+    *"-1 0 1 2 3 7 x 1.5 1e3 nan 2147483648 9223372036854775807 9223372036854775808".split(),
+    *"0x10 1_0 None True --1 auto \u0663".split(), "", " 2", "9" * 30, "9" * 5000, "-" + "9" * 30,
+]
+FLOATS = [*INTS, *"inf -inf -0.5 0.5 1e-300 1e308 1e999 0.0 1e-3 infinity NaN".split()]
+TAKEN = {"int": "0 1 2 3 9223372036854775807".split(), "float": "0.0 1e-300 0.5 1.0 1e308".split()}
+WORDS = [
+    *"x None train val cpu cuda cuda:7 mps cpu:1 torch reference resume scratch text é".split(),
+    *"../x a/b float32 bfloat16 = -- gloo 124M merge stitch".split(),
+    "", "\ud800", "a\nb", "\x1b[2J", "x" * 300, "\0",
+]
+PATHS = [
+    *"nowhere in.txt in.jsonl empty.txt fifo zero loop folder a/b *.jsonl /dev/null".split(),
+    *"/dev/null/x FILE:fifo FILE:in.txt FILE:".split(), "", ".", "x" * 300, "new\nline",
+]
 # What a value may cost: one between the two numbers, which is valid, is followed by the first.
-COSTLY = {"max_iters": (2, 2**63), "n_layer": (2, 10_001), "n_embd": (32, 2**20 + 1), "block_size": (16, 2**20 + 1),
-          "gradient_accumulation_steps": (2, 2**63), "max_new_tokens": (3, 2**63), "num_samples": (1, 2**63),
-          "workers": (1, 1025), "megabytes": (1, 2**63), "repeats": (1, 2**63), "seam_iters": (1, 2**63)}
+ENDLESS = 2**63
+COSTLY = {
+    "max_iters": (2, ENDLESS), "gradient_accumulation_steps": (2, ENDLESS), "n_layer": (2, 10_001),
+    "n_embd": (32, 2**20 + 1), "block_size": (16, 2**20 + 1), "max_new_tokens": (3, ENDLESS),
+    "num_samples": (1, ENDLESS), "workers": (1, 1025), "seam_iters": (1, ENDLESS),
+}
+
+
+SETS = ("text", "openwebtext", "fineweb", "shakespeare", "shakespeare_char", "python_stdlib")
 
 
 class Entry:
-    """A command: its main, its options, what each line begins with, and what must not be chosen by chance."""
+    """A command: its main and options, what a line begins with, what is not chosen by chance."""
 
     def __init__(self, main, options, base=(), *, fixed=(), last=(), codes=(0, 2)):
         self.main, self.base, self.fixed, self.last, self.codes = main, base, fixed, last, codes
@@ -46,32 +58,50 @@ class Entry:
 
 def entries(trained, data):
     model = [f"--out_dir={trained}", "--device=cpu"]
+    training = [*TINY, f"--data_dir={data}", "--out_dir=out", "--max_iters=2"]
+    evaluation = [*model, f"--data_dir={data}", "--dtype=float32"]
+    sampling = [*model, "--num_samples=1", "--max_new_tokens=2", "--dtype=float32"]
+    # To compile a run, or to try the kernels, costs a minute; --dtype=auto differs between CPUs.
+    kept = ("compile", "kernels", "dtype", "data_dir", "dataset")
+    exporting = [model[0], "--folder=exported"]
     found = {
-        # A run of one step that is compiled, or that tries the kernels, costs a minute; auto differs between CPUs.
-        "train/run.py": Entry(run.main, Config, [*TINY, f"--data_dir={data}", "--out_dir=out", "--max_iters=2"],
-                              fixed=("compile", "kernels", "dtype", "data_dir", "dataset"), last=["--kernels=torch"]),
-        "train/evaluate.py": Entry(evaluate.main, evaluate.Evaluate, [*model, f"--data_dir={data}", "--dtype=float32"], fixed=("dtype",)),
-        "train/doctor.py": Entry(partial(cli.run, lambda _: 0, doctor.Doctor), doctor.Doctor),
-        "gpt/sample.py": Entry(sample.main, sample.Sample, [*model, "--num_samples=1", "--max_new_tokens=2", "--dtype=float32"], fixed=("dtype",)),
+        "train/run.py": Entry(run.main, Config, training, fixed=kept, last=["--kernels=torch"]),
+        "train/evaluate.py": Entry(evaluate.main, evaluate.Evaluate, evaluation, fixed=("dtype",)),
+        "train/doctor.py": Entry(parsed(doctor.Doctor), doctor.Doctor),
+        "gpt/sample.py": Entry(sample.main, sample.Sample, sampling, fixed=("dtype",)),
         "gpt/predict.py": Entry(predict.main, predict.Predict, [*model, "--text=abc"]),
-        "gpt/export.py": Entry(export.main, export.Export, [model[0], "--folder=exported"], fixed=("to",), last=["--to=safetensors"]),
+        "gpt/export.py": Entry(export.main, export.Export, exporting, fixed=("to",),
+                               last=["--to=safetensors"]),
     }
-    for name in ("text", "openwebtext", "fineweb", "shakespeare", "shakespeare_char", "python_stdlib"):
+    for name in SETS:
         main = importlib.import_module(f"data.{name}.prepare").main
-        takes_input = ["--input=in.jsonl" if "workers" in types_of(main) else "--input=in.txt"] * ("input" in types_of(main))
-        found[f"data/{name}/prepare.py"] = Entry(
-            partial(main_of, main), main, ["--out=made", *takes_input], last=["--workers=1"] * ("workers" in types_of(main)))
+        is_large, base = "workers" in types_of(main), ["--out=made"]
+        if "input" in types_of(main):
+            base.append("--input=in.jsonl" if is_large else "--input=in.txt")
+        last = ["--workers=1"] if is_large else []
+        found[f"data/{name}/prepare.py"] = Entry(partial(main_of, main), main, base, last=last)
+    return found | measurements(trained)
+
+
+def measurements(trained):
+    """The commands of bench/: parsed and checked; what costs nothing is also run."""
+    found = {}
     for path in sorted((Path(__file__).parents[1] / "bench").glob("*.py")):
-        if "cli.run(" in path.read_text():  # parsed and checked, and nothing measured
+        if "cli.run(" in path.read_text():
             options = importlib.import_module(f"bench.{path.stem}").Options
-            found[f"bench/{path.name}"] = Entry(partial(cli.run, lambda _: 0, options), options)
-    project, compare = (importlib.import_module(f"bench.{name}") for name in ("project", "compare_run"))
+            found[f"bench/{path.name}"] = Entry(parsed(options), options)
     found["bench/project.py"].base = ["--node_gbs=300", "--network_gbs=40"]
     found["bench/compare_run.py"].base = [str(trained), str(trained)]
-    found["bench/project.py"].main = partial(cli.run, lambda options: print(project.table(options)), project.Options)
-    found["bench/compare_run.py"].main = partial(cli.run, compare.main, compare.Options, markers=(PositionalRequiredArgs,))
+    found["bench/project.py"].main = partial(
+        cli.run, lambda options: print(project.table(options)), project.Options)
+    found["bench/compare_run.py"].main = partial(
+        cli.run, compare_run.main, compare_run.Options, markers=(PositionalRequiredArgs,))
     found["bench/compare_run.py"].codes = (0, 1, 2)
     return found
+
+
+def parsed(options):
+    return partial(cli.run, lambda _: 0, options)
 
 
 def main_of(main, argv):
@@ -79,7 +109,7 @@ def main_of(main, argv):
 
 
 def values(name, hint, rng):
-    """What may be tried for a flag of this type: half of it extreme, half of it what it is not meant for."""
+    """What may be tried for a flag: half of it extreme, half of it what it is not meant for."""
     said = str(hint)
     for kind, taken in TAKEN.items():
         if kind in said and "Literal" not in said and rng.random() < 0.5:
@@ -92,13 +122,13 @@ def values(name, hint, rng):
         return FLOATS
     if "int" in said:
         return INTS
-    paths = [p for p in PATHS if p not in ("", ".")] if name in ("out", "out_dir") else PATHS
-    return [*paths, *WORDS] if "Path" in said or name not in ("device", "split", "backend") else WORDS
+    return WORDS if name in ("device", "split", "backend") else [*PATHS, *WORDS]
 
 
 def misspelt(name, rng):
     i = rng.randrange(len(name))
-    return rng.choice([name[:i] + name[i + 1 :], name[:i] + name[i] + name[i:], name.replace("_", "-"), name.upper(), name + "x", ""])
+    return rng.choice([name[:i] + name[i + 1 :], name[:i] + name[i] + name[i:],
+                       name.replace("_", "-"), name.upper(), name + "x", ""])
 
 
 def command_line(entry, rng):
@@ -106,12 +136,14 @@ def command_line(entry, rng):
     argv = list(entry.base)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 5])):
         if not entry.types or rng.random() < 0.05:
-            argv.append(rng.choice(["stray", "-x", "--", "--help", "-h", "", "-", "--=1", "quickstart", "@file", "in.txt"]))
+            strays = "stray -x -- --help -h - --=1 quickstart @file in.txt".split()
+            argv.append(rng.choice(["", *strays]))
             continue
         name = rng.choice(list(entry.types))
         value = rng.choice(values(name, entry.types[name], rng))
         name = misspelt(name, rng) if rng.random() < 0.1 else name
-        argv += rng.choice([[f"--{name}={value}"]] * 6 + [[f"--{name}", value], [f"--{name}"], [f"--{name}={value}"] * 2])
+        flag = f"--{name}={value}"
+        argv += rng.choice([[flag]] * 6 + [[f"--{name}", value], [f"--{name}"], [flag] * 2])
     return [*argv, *entry.last, *too_costly(argv)]
 
 
@@ -134,7 +166,8 @@ def ground(tmp_path_factory):
     """A trained run, its data, and a file that is nobody's to touch."""
     folder = tmp_path_factory.mktemp("ground")
     data = write_tiny_data(folder / "tiny")
-    assert run.main([*TINY, f"--data_dir={data}", f"--out_dir={folder / 'trained'}", "--max_iters=4"]) == 0
+    flags = [*TINY, f"--data_dir={data}", f"--out_dir={folder / 'trained'}", "--max_iters=4"]
+    assert run.main(flags) == 0
     (folder / "canary.txt").write_text("all I wrote")
     return folder
 
@@ -158,7 +191,7 @@ def drill(ground, tmp_path, capsys, monkeypatch, seeds):
 
     monkeypatch.setattr(small, "_download", no_network)
     known = entries(ground / "trained", ground / "tiny")
-    for name in ("text", "openwebtext", "fineweb"):
+    for name in SETS[:3]:
         monkeypatch.setattr(importlib.import_module(f"data.{name}.prepare"), "Hub", no_network)
     before, ended = contents(ground), dict.fromkeys(known, ())
     for seed in seeds:
@@ -166,11 +199,13 @@ def drill(ground, tmp_path, capsys, monkeypatch, seeds):
         name = rng.choice(list(known)[:6] * 3 + list(known))
         lay(tmp_path / "case")
         monkeypatch.chdir(tmp_path / "case")
-        ended[name] += (assert_ends_well(known[name].main, command_line(known[name], rng), capsys, known[name].codes),)
+        argv = command_line(known[name], rng)
+        ended[name] += (assert_ends_well(known[name].main, argv, capsys, known[name].codes),)
         monkeypatch.chdir(tmp_path)
         shutil.rmtree(tmp_path / "case")
         assert before.items() <= contents(ground).items(), seed
-    print({name: {code: codes.count(code) for code in (0, 1, 2) if code in codes} for name, codes in ended.items()})
+    for name, codes in ended.items():
+        print(name, {code: codes.count(code) for code in (0, 1, 2) if code in codes})
     return ended
 
 
@@ -193,6 +228,6 @@ def test_the_lines_begin_with_one_that_is_taken(ground, tmp_path, capsys, monkey
         lay(tmp_path / "case")
         monkeypatch.chdir(tmp_path / "case")
         base = [*entry.base, *entry.last] + ["--val_tokens=9"] * ("val_tokens" in entry.types)
-        assert assert_ends_well(entry.main, base, capsys, entry.codes) in (0, 1), (name, capsys.readouterr())
+        assert assert_ends_well(entry.main, base, capsys, entry.codes) in (0, 1), name
         monkeypatch.chdir(tmp_path)
         shutil.rmtree(tmp_path / "case")

@@ -1,4 +1,4 @@
-"""Files of strangers, and damaged ones: whatever is in them, one line or none, in time, and no other file touched."""
+"""Files of strangers, and damaged ones: one line or none, in time, and no other file touched."""
 
 import json
 import random
@@ -30,7 +30,7 @@ from train.parallel import World
 
 @pytest.mark.parametrize("name", ["../thesis.txt", "/thesis.bin", "thesis.txt", "..", ""])
 def test_a_manifest_cannot_have_files_of_others_removed(tmp_path, name):
-    """A downloaded manifest with "file": "../thesis.txt" made the next preparation delete that file."""
+    """A downloaded manifest with "file": "../thesis.txt" had the next preparation delete it."""
     source, out = write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path / "out"
     go(source, out)
     name = str(tmp_path / name[1:]) if name.startswith("/") else name
@@ -45,7 +45,7 @@ def test_a_manifest_cannot_have_files_of_others_removed(tmp_path, name):
 
 
 def test_an_unfinished_preparation_takes_only_its_own_files_away(tmp_path):
-    """unfinished.json beside someone's weights.bin made the next preparation delete that file, too."""
+    """unfinished.json beside someone's weights.bin had the next preparation delete it, too."""
     source, out = write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path / "out"
     go(source, out)
     made_from = json.loads((out / "manifest.json").read_text())["source"] | {"name": "other"}
@@ -63,14 +63,19 @@ def test_an_unfinished_preparation_takes_only_its_own_files_away(tmp_path):
 @pytest.mark.parametrize("link", ["train.bin.partial", "meta.json.tmp", "manifest.json.tmp"])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_no_link_is_written_through(tmp_path, link, resumed):
-    """A link in a downloaded folder, named like a file in the making, had its target overwritten."""
+    """A link in a downloaded folder, named like a file in the making, was written through."""
     source, out = write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path / "out"
     (tmp_path / "thesis.txt").write_bytes(b"all I wrote" * 1000)
     out.mkdir()
     (out / link).symlink_to("../thesis.txt")
     if resumed:
-        made_from = {"name": "t", "text": Files(source).describe(), "split": Split(fraction=0.1)._asdict(),
-                     "format": "raw", "shard_tokens": None}
+        made_from = {
+            "name": "t",
+            "text": Files(source).describe(),
+            "split": Split(fraction=0.1)._asdict(),
+            "format": "raw",
+            "shard_tokens": None,
+        }
         state = manifest.unfinished(out, made_from)
         state["splits"] = {"train": {"shards": [], "open": 3, "max_id": 0}}
         (out / "unfinished.json").write_text(json.dumps(state))
@@ -81,8 +86,16 @@ def test_no_link_is_written_through(tmp_path, link, resumed):
     assert (tmp_path / "thesis.txt").read_bytes() == b"all I wrote" * 1000
 
 
-@pytest.mark.parametrize("change", [{"documents": -1}, {"begun": "x"}, {"splits": {"train": {"shards": [-3]}}},
-                                    {"splits": []}, {"made_from": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"documents": -1},
+        {"begun": "x"},
+        {"splits": {"train": {"shards": [-3]}}},
+        {"splits": []},
+        {"made_from": None},
+    ],
+)
 def test_a_malformed_state_is_refused(tmp_path, change):
     """unfinished.json of another form ended in a traceback."""
     state = manifest.unfinished(tmp_path, {}) | change
@@ -141,7 +154,13 @@ def prepared(ground):
 
 def trained_on(ground):
     names, _ = prepared(ground)
-    flags = [*TINY, "--eval_only=True", "--eval_iters=1", "--n_layer=1", f"--out_dir={ground / 'run'}"]
+    flags = [
+        *TINY,
+        "--eval_only=True",
+        "--eval_iters=1",
+        "--n_layer=1",
+        f"--out_dir={ground / 'run'}",
+    ]
     return names, lambda out: run.main([*flags, f"--data_dir={out}"])
 
 
@@ -156,17 +175,27 @@ def encoded(ground, more=("--val_tokens=5",)):
     """Prepared once, and to be prepared again from something else."""
     go(ground / "in.jsonl", ground / "whole")
     flags = [f"--input={ground / 'in.jsonl'}", "--workers=1", *more]
-    return ["manifest.json", "meta.json", "train.bin"], lambda out: cli.run(text.main, argv=[*flags, f"--out={out}"])
+    return ["manifest.json", "meta.json", "train.bin"], lambda out: cli.run(
+        text.main, argv=[*flags, f"--out={out}"]
+    )
 
 
 def unfinished(ground):
     """Killed in the middle, and to be gone on with."""
     source = Files(str(ground / "in.jsonl"))
-    made_from = {"name": "text", "text": source.describe(), "split": Split(fraction=0.05)._asdict(), "format": "raw",
-                 "shard_tokens": None}
+    made_from = {
+        "name": "text",
+        "text": source.describe(),
+        "split": Split(fraction=0.05)._asdict(),
+        "format": "raw",
+        "shard_tokens": None,
+    }
     state = manifest.unfinished(ground / "whole", made_from)
     (ground / "whole" / "train.bin.partial").write_bytes(bytes(80))
-    state["splits"] = {"train": {"shards": [], "open": 40, "max_id": 7}, "val": {"shards": [], "open": 0, "max_id": 0}}
+    state["splits"] = {
+        "train": {"shards": [], "open": 40, "max_id": 7},
+        "val": {"shards": [], "open": 0, "max_id": 0},
+    }
     (ground / "whole" / "unfinished.json").write_text(json.dumps(state))
     flags = [f"--input={ground / 'in.jsonl'}", "--workers=1"]
     names = ["unfinished.json", "unfinished.json", "train.bin.partial"]
@@ -176,7 +205,9 @@ def unfinished(ground):
 def lines_to_prepare(ground):
     shutil.copy(ground / "in.jsonl", ground / "whole" / "in.jsonl")
     flags = ["--val_tokens=5", "--workers=1", f"--out={ground / 'case' / 'out'}"]
-    return ["in.jsonl"], lambda out: cli.run(text.main, argv=[f"--input={out / 'in.jsonl'}", *flags])
+    return ["in.jsonl"], lambda out: cli.run(
+        text.main, argv=[f"--input={out / 'in.jsonl'}", *flags]
+    )
 
 
 def questions(ground, task, form, line):
@@ -192,22 +223,35 @@ def questions(ground, task, form, line):
 
 def config_of_ours(ground):
     (ground / "whole" / "mine.py").write_text(
-        "from train.config import Config, DataConfig, GPTConfig\n\nconfig = Config(\n    model=GPTConfig(n_layer=2, n_head=2, n_embd=16),\n"
-        "    data=DataConfig(batch_size=12),\n)\n")
+        "from train.config import Config, DataConfig, GPTConfig\n\n"
+        "config = Config(\n    model=GPTConfig(n_layer=2, n_head=2, n_embd=16),\n"
+        "    data=DataConfig(batch_size=12),\n)\n"
+    )
     return ["mine.py"], lambda out: parse([str(out / "mine.py")])
 
 
 SUBJECTS = {
-    "data": prepared, "run": trained_on, "pickle": pickled, "prepared": encoded, "unfinished": unfinished, "jsonl": lines_to_prepare,
-    "hellaswag": partial(questions, task=evaluate.hellaswag, form=evaluate.HellaSwag,
-                         line={"ctx": "a b", "endings": ["c", "d"], "label": 1, "ind": 3}),
-    "lambada": partial(questions, task=evaluate.lambada, form=evaluate.Lambada, line={"text": "one two three"}),
+    "data": prepared,
+    "run": trained_on,
+    "pickle": pickled,
+    "prepared": encoded,
+    "unfinished": unfinished,
+    "jsonl": lines_to_prepare,
+    "hellaswag": partial(
+        questions,
+        task=evaluate.hellaswag,
+        form=evaluate.HellaSwag,
+        line={"ctx": "a b", "endings": ["c", "d"], "label": 1, "ind": 3},
+    ),
+    "lambada": partial(
+        questions, task=evaluate.lambada, form=evaluate.Lambada, line={"text": "one two three"}
+    ),
     "config": config_of_ours,
 }
 
 
 def drill(subject, ground, capsys, monkeypatch, seeds):
-    """Change one file of a whole folder for each seed, then use it: how many were taken, and how many refused."""
+    """Change a file of a whole folder for each seed, and use it: how often that ended how."""
     monkeypatch.setattr(encode.os, "fsync", lambda descriptor: None)
     names, action = SUBJECTS[subject](ground)
     ended = {0: 0, 2: 0}
@@ -219,7 +263,9 @@ def drill(subject, ground, capsys, monkeypatch, seeds):
         code = assert_ends_well(lambda out: cli.exit_code(lambda: action(out)), case, capsys)
         assert seed is not None or code == 0, "the whole folder is taken"
         ended[code] += 1
-        assert (ground / "canary.txt").read_text() == "all I wrote" and (case / "notes.txt").read_text() == "mine", seed
+        assert (ground / "canary.txt").read_text() == "all I wrote" and (
+            case / "notes.txt"
+        ).read_text() == "mine", seed
         shutil.rmtree(case)
     print(subject, ended)
     return ended

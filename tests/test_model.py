@@ -138,7 +138,8 @@ def test_sampling_filters():
         assert set(sample_token(logits, temperature, None, None).flatten().tolist()) == {0}
     assert set(sample_token(logits, 1e308, None, None).flatten().tolist()) == {0, 1, 2, 3}
     assert set(sample_token(logits, 1.0, None, p[0].item() - 0.01).flatten().tolist()) == {0}
-    assert set(sample_token(logits, 1.0, None, 1e-300).flatten().tolist()) == {0}  # 0 in fp32, which left no token at all
+    # In fp32 this is 0, which left no token at all.
+    assert set(sample_token(logits, 1.0, None, 1e-300).flatten().tolist()) == {0}
     assert set(sample_token(logits, 1.0, None, p[0].item() + 0.01).flatten().tolist()) == {0, 1}
     assert set(sample_token(logits, 1.0, 3, 1.0).flatten().tolist()) == {0, 1, 2}
 

@@ -268,7 +268,8 @@ def test_hellaswag_and_lambada_by_brute_force(hf_tiny, tmp_path):
 
 @pytest.mark.parametrize(("flags", "message"), [
     ([], "nothing to evaluate on"), (["--data_dir=/nowhere"], "/nowhere/val.bin"), (["--hellaswag=BAD"], "line 1: not JSON"),
-    (["--lambada=GOOD"], "line 1: no 'text'"), (["--data_dir=DATA", "--split=test"], "test.bin"), (["--batch_size=0"], "batch_size=0"),
+    (["--lambada=GOOD"], "line 1: no 'text'"), (["--data_dir=DATA", "--split=test"], "test.bin"),
+    (["--batch_size=0"], "batch_size=0"),
 ])
 def test_bad_evaluation_input_is_one_line(flags, message, hf_tiny, gpt2_data, tmp_path, capsys):
     (tmp_path / "bad").write_text("nonsense\n")

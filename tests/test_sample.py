@@ -47,8 +47,9 @@ def test_prompt_from_a_file_and_with_an_equals_sign(trained, capsys, tmp_path):
     (["--start="], "prompt is empty"),
     (["--start=FILE:/nowhere/at/all"], "/nowhere/at/all"),
     (["--num_samples=0"], "num_samples=0"),
-    (["--top_p=7"], "top_p=7.0"), (["--temperature=nan"], "temperature=nan"), (["--seed=18446744073709551616"], "seed="),
-    (["--start=FILE:/dev/zero"], "/dev/zero: no regular file"), (["--start=FILE:/"], "/: no regular file"),
+    (["--top_p=7"], "top_p=7.0"), (["--temperature=nan"], "temperature=nan"),
+    (["--seed=18446744073709551616"], "seed="), (["--start=FILE:/"], "/: no regular file"),
+    (["--start=FILE:/dev/zero"], "/dev/zero: no regular file"),
     (["--device=tpu"], "--device=tpu: choose"),
     (["--out_dir=/nowhere"], "/nowhere does not exist; train one"),
 ])

@@ -59,14 +59,16 @@ def test_an_unknown_kind_is_refused():
 
 
 @pytest.mark.parametrize("meta", [
-    [], {}, {"kind": "bytes"}, {"kind": "bytes", "vocab_size": 255}, {"kind": "gpt2", "vocab_size": 50304},
+    [], {}, {"kind": "bytes"}, {"kind": "bytes", "vocab_size": 255},
+    {"kind": "gpt2", "vocab_size": 50304}, {"kind": "char", "vocab_size": 0, "chars": ""},
     {"kind": "char", "vocab_size": 2}, {"kind": "char", "vocab_size": 2, "chars": "abc"},
-    {"kind": "char", "vocab_size": 2, "chars": "aa"}, {"kind": "char", "vocab_size": 0, "chars": ""},
-    {"kind": "char", "vocab_size": 2, "chars": ["a", "b"]}, {"kind": "char", "vocab_size": 1, "chars": "\ud800"},
-    {"kind": None, "vocab_size": 256}, {"kind": "bytes", "vocab_size": 256.0}, {"kind": ["bytes"], "vocab_size": 256},
+    {"kind": "char", "vocab_size": 2, "chars": "aa"}, {"kind": ["bytes"], "vocab_size": 256},
+    {"kind": "char", "vocab_size": 2, "chars": ["a", "b"]},
+    {"kind": "char", "vocab_size": 1, "chars": "\ud800"},
+    {"kind": None, "vocab_size": 256}, {"kind": "bytes", "vocab_size": 256.0},
 ])
 def test_a_meta_of_no_tokenizer_is_refused_where_it_is_read(tmp_path, meta):
-    """A meta.json of an unknown kind, or `[]`, still trained; sampling from the checkpoint then failed."""
+    """A meta.json of an unknown kind, or `[]`, still trained; its checkpoint could not sample."""
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=r"meta\.json: .*prepare the data again"):
         read_meta(tmp_path)
@@ -122,7 +124,8 @@ def test_a_pickle_of_few_bytes_cannot_take_all_time_or_memory(tmp_path):
     """A tuple nested 60 times in itself took years to hash as a key, and a PUT of 2**31 32 GiB."""
     nested = pickle.EMPTY_TUPLE + (pickle.DUP + pickle.TUPLE2) * 60
     put = pickle.LONG_BINPUT + (2**31).to_bytes(4, "little")
-    for content in (pickle.EMPTY_DICT + nested + pickle.NONE + pickle.SETITEM, pickle.EMPTY_DICT + put):
+    keyed = nested + pickle.NONE + pickle.SETITEM
+    for content in (pickle.EMPTY_DICT + keyed, pickle.EMPTY_DICT + put):
         (tmp_path / "meta.pkl").write_bytes(content + pickle.STOP)
         with pytest.raises(ValueError, match=r"meta\.pkl: refused"):
             read_meta(tmp_path)

@@ -195,9 +195,12 @@ def test_a_folder_without_a_manifest_passes_and_a_broken_one_does_not(tmp_path):
 @pytest.mark.parametrize("name", ["train_0.bin", "manifest.json", "train_1.bin"])
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 def test_what_is_no_regular_file_is_refused(folder, name, kind):
-    """A FIFO in a data folder was opened and waited for; a link to /dev/zero was read without an end."""
+    """A FIFO in a data folder was waited for, and a link to /dev/zero read without an end."""
     (folder / name).unlink()
-    {"fifo": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](folder / name)
+    def device(path):
+        path.symlink_to("/dev/zero")
+
+    {"fifo": os.mkfifo, "device": device, "folder": os.mkdir}[kind](folder / name)
     with pytest.raises(ValueError, match=rf"{name}: no regular file"):
         manifest.verify(folder)
     with pytest.raises(ValueError, match=rf"{name}: no regular file"):
@@ -206,14 +209,16 @@ def test_what_is_no_regular_file_is_refused(folder, name, kind):
 
 
 @pytest.mark.parametrize("change", [
-    {"splits": []}, {"splits": {"train": []}}, {"splits": {"train": {"tokens": -1, "max_id": 0, "shards": []}}},
-    {"splits": {"train": {"tokens": 1, "max_id": 65536, "shards": []}}}, {"vocab_size": 0}, {"source": None},
+    {"splits": []}, {"splits": {"train": []}}, {"vocab_size": 0}, {"source": None},
+    {"splits": {"train": {"tokens": -1, "max_id": 0, "shards": []}}},
+    {"splits": {"train": {"tokens": 1, "max_id": 65536, "shards": []}}},
     {"splits": {"train": {"tokens": 1, "max_id": 1, "shards": [{"file": "a.bin"}]}}},
     {"splits": {"train": {"tokens": 1, "max_id": 1, "shards": [
         {"file": "a.bin", "tokens": 1, "bytes": 2, "sha256": "no", "sample": "0" * 64}]}}},
 ])
 def test_a_malformed_manifest_is_refused(folder, change):
     """Missing keys and lists for objects ended in tracebacks, and negative counts were taken."""
-    (folder / "manifest.json").write_text(json.dumps(json.loads((folder / "manifest.json").read_text()) | change))
-    with pytest.raises(ValueError, match=r"manifest\.json: .*; remove it, and prepare the data again"):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"manifest\.json: .*; remove it, and prepare the data"):
         manifest.verify(folder)

@@ -157,8 +157,10 @@ def test_evaluation_is_brute_force_over_all_windows(tiny_flags):
 
 def test_a_changed_shard_is_named_at_start(tiny_flags, tiny_data, capsys):
     """The manifest beside the tokens has each file's checksum (data/manifest.py)."""
-    splits = {split: {"tokens": n, "max_id": 28, "shards": [shard_entry(tiny_data / f"{split}.bin", n)]}
-              for split, n in (("train", 4000), ("val", 800))}
+    splits = {}
+    for split, n in (("train", 4000), ("val", 800)):
+        shards = [shard_entry(tiny_data / f"{split}.bin", n)]
+        splits[split] = {"tokens": n, "max_id": 28, "shards": shards}
     write_manifest(tiny_data, {}, "char", 29, splits)
     content = bytearray((tiny_data / "val.bin").read_bytes())
     content[100] ^= 1

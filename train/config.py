@@ -25,8 +25,9 @@ SHORTHANDS = {
 ROOT = Path(__file__).resolve().parent.parent
 Seconds = Annotated[int, Must("be from 1 to 1000000000", lambda n: 1 <= n <= 10**9)]
 # What a config file of the user's, which is imported, may end with by mistake.
-RAISED_BY_CODE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,
-                  RuntimeError, SyntaxError, SystemExit, TypeError, ValueError)
+RAISED_BY_CODE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
+                  MemoryError, NameError, OSError, RuntimeError, SyntaxError, SystemExit, TypeError,
+                  ValueError)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ def _as_type_of(hint: Any, value: Any, said: str) -> Any:
     except (ValueError, OverflowError):
         raise ValueError(f"{said} is no number") from None
     except TypeCheckError:
-        wanted = f"a {plain.__name__}" if isinstance(plain, type) else str(plain).replace("typing.", "")
+        known = isinstance(plain, type)
+        wanted = f"a {plain.__name__}" if known else str(plain).replace("typing.", "")
         raise ValueError(f"{said} is a {type(value).__name__}; {wanted} is needed") from None
 
 
@@ -258,7 +260,8 @@ def load_file(path: str) -> Config:
     try:
         spec.loader.exec_module(module)
     except RAISED_BY_CODE as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(found)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(found)]
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{found}, line {lines[-1] if lines else '?'}: {kind}{error}") from None
     config = getattr(module, "config", None)

@@ -4,8 +4,8 @@ Goes through a whole split once: loss, perplexity, bits per byte. With local fil
 
 hellaswag, completion style (llm.c, build-nanogpt): ctx + " " + ending; acc takes the ending of least total loss, acc_norm
 the one of least loss per token. lambada, last word: the text up to its last space, then " " + word; acc counts words that
-greedy decoding writes whole, ppl is of those words. An empty context is the end-of-text token, as in lm-eval; but these are
-not lm-eval's figures: for those, export with --to=hf.
+greedy decoding writes whole, ppl is of those words. An empty context is the end-of-text token, as
+in lm-eval; but these are not lm-eval's figures: for those, export with --to=hf.
 """
 
 import json
@@ -81,7 +81,7 @@ def evaluate(c: Evaluate) -> dict[str, float]:
 
 
 def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
-    """Every token of the split but the first one read, predicted once from at most block_size tokens read before it.
+    """Every token of the split but the first, predicted once from at most block_size before it.
 
     The end-of-text token stands for no text: it counts with its loss and with 0 bytes.
     """
@@ -99,9 +99,9 @@ def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
         raise ValueError(f"{tokens.name}: {len(tokens)} token(s), at least 2 are needed")
     check_vocabulary(tokens, model.config.vocab_size)
     size, device = model.config.block_size, model.lm_head.weight.device
-    text = [i < tokenizer.vocab_size and i != tokenizer.end_of_text for i in range(model.config.vocab_size)]
-    bytes_of = torch.tensor([len(tokenizer.decode_bytes([i])) if is_text else 0 for i, is_text in enumerate(text)],
-                            device=device)
+    texts = set(range(tokenizer.vocab_size)) - {tokenizer.end_of_text}
+    bytes_of = torch.tensor([len(tokenizer.decode_bytes([i])) if i in texts else 0
+                             for i in range(model.config.vocab_size)], device=device)
     mine = islice(spans(len(tokens), size), world.rank, None, world.size)
     total = torch.zeros(3, dtype=torch.float64, device=device)  # loss in nats, tokens, bytes
     while group := list(islice(mine, c.batch_size)):
@@ -115,8 +115,8 @@ def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
                 total[0] += model(ids[:, :-1], ids[:, 1:], reduction="sum")
             total[1:] += torch.tensor([ids[:, 1:].numel(), bytes_of[ids[:, 1:]].sum()], device=device)
     loss, count, n_bytes = sum_over_ranks(total).tolist()
-    return {"loss": loss / count, "perplexity": perplexity(loss / count), "bits per byte": loss / math.log(2) / max(n_bytes, 1),
-            "tokens": count}
+    return {"loss": loss / count, "perplexity": perplexity(loss / count),
+            "bits per byte": loss / math.log(2) / max(n_bytes, 1), "tokens": count}
 
 
 class HellaSwag(TypedDict):
@@ -141,7 +141,7 @@ class Example(NamedTuple):
 
 
 def read_lines(path: str, form: Any) -> list[Example]:
-    """The objects of a JSONL file, of the type `form`. Raises ValueError, with the line's number, for another one."""
+    """The objects of a JSONL file, of the type `form`. Raises ValueError, naming a wrong line."""
     examples = []
     for number, text in enumerate(read_text(Path(path)).split("\n"), 1):
         where = f"{path}, line {number}"
@@ -163,10 +163,10 @@ def read_lines(path: str, form: Any) -> list[Example]:
 
 
 def context_ids(text: str, tokenizer, where: str) -> list[int]:
-    """The ids of a context; of an empty one the end-of-text token, for a model needs one token to go on from."""
+    """The ids of a context; of an empty one the end-of-text token, for a model needs one."""
     if not text and tokenizer.end_of_text is None:
-        raise ValueError(f"{where}: nothing stands before what is asked for, and this model's tokenizer has no "
-                         "end-of-text token to stand there; leave the line out")
+        raise ValueError(f"{where}: nothing stands before what is asked for, and this model's "
+                         "tokenizer has no end-of-text token to stand there; leave the line out")
     return tokenizer.encode(text) or [tokenizer.end_of_text]
 
 
@@ -174,7 +174,8 @@ def right_ending(example: Example) -> int:
     """Which of the endings is the right one. Raises ValueError for a label that is none of them."""
     label, endings = example.line["label"], example.line["endings"]
     if str(label) not in map(str, range(len(endings))):
-        raise ValueError(f"{example.where}: label={label!r}: must be from 0 to {len(endings) - 1}, as its endings are")
+        raise ValueError(f"{example.where}: label={label!r}: must be from 0 to {len(endings) - 1}, "
+                         "as its endings are")
     return int(label)
 
 
@@ -184,10 +185,12 @@ def hellaswag(examples: list[Example], model, tokenizer, world) -> dict[str, flo
     from gpt.scoring import continuation_losses
     from train.parallel import sum_over_ranks
 
-    asked = [(context_ids(e.line["ctx"], tokenizer, e.where), e.line["endings"], right_ending(e)) for e in examples]
+    asked = [(context_ids(e.line["ctx"], tokenizer, e.where),
+              [tokenizer.encode(" " + ending) for ending in e.line["endings"]], right_ending(e))
+             for e in examples]
     counts = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)
     for context, endings, right in asked[world.rank :: world.size]:
-        scored = continuation_losses(model, context, [tokenizer.encode(" " + ending) for ending in endings])
+        scored = continuation_losses(model, context, endings)
         for i, score in enumerate((torch.Tensor.sum, torch.Tensor.mean)):
             best = min(range(len(scored)), key=lambda e: score(scored[e][0]).item())
             counts[i] += best == right

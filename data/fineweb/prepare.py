@@ -11,8 +11,9 @@ from data.sources import Files, Hub, Source
 VALIDATION_TOKENS = 100_000_000
 
 
-def main(input: str = "", out: Path | None = None, *, edu: bool = False, sample: NotEmpty = "sample-10BT",
-         column: NotEmpty = "text", revision: NotEmpty = "main", format: Format = "shards", shard_tokens: Positive = 100_000_000,
+def main(input: str = "", out: Path | None = None, *, edu: bool = False,
+         sample: NotEmpty = "sample-10BT", column: NotEmpty = "text", revision: NotEmpty = "main",
+         format: Format = "shards", shard_tokens: Positive = 100_000_000,
          val_tokens: NonNegative = 0, workers: Workers = 0) -> None:
     """Write the shards, or train.bin and val.bin, and meta.json and manifest.json. After a kill the same command goes on.
 

@@ -13,8 +13,8 @@ VALIDATION = 0.0005
 
 
 def main(input: str = "", out: Path = Path(__file__).parent, *, column: NotEmpty = "text",
-         revision: NotEmpty = "refs/convert/parquet", format: Format = "raw", shard_tokens: Positive = 100_000_000,
-         workers: Workers = 0) -> None:
+         revision: NotEmpty = "refs/convert/parquet", format: Format = "raw",
+         shard_tokens: Positive = 100_000_000, workers: Workers = 0) -> None:
     """Write train.bin and val.bin, or shards, and meta.json and manifest.json. After a kill the same command goes on.
 
     Args:

@@ -12,9 +12,10 @@ from data.sources import Files, Hub, Source
 Inside = Annotated[float, Must("be between 0 and 1", lambda x: 0 < x < 1)]
 
 
-def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "", config: str | None = None,
-         hub_split: NotEmpty = "train", revision: NotEmpty = "main", column: NotEmpty = "text", val_fraction: Inside = 0.05,
-         val_tokens: NonNegative = 0, name: FileName = "text", format: Format = "raw", shard_tokens: Positive = 100_000_000,
+def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "",
+         config: str | None = None, hub_split: NotEmpty = "train", revision: NotEmpty = "main",
+         column: NotEmpty = "text", val_fraction: Inside = 0.05, val_tokens: NonNegative = 0,
+         name: FileName = "text", format: Format = "raw", shard_tokens: Positive = 100_000_000,
          workers: Workers = 0) -> None:
     """Write train.bin and val.bin, or shards, and meta.json and manifest.json. After a kill the same command goes on.
 
