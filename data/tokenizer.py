@@ -111,7 +111,7 @@ class GPT2(Tokenizer):
         return self._encoding.decode_bytes(list(ids))
 
 
-def load_tokenizer(meta: Mapping[str, Any] | None, name: str = "meta.json") -> Tokenizer:
+def load_tokenizer(meta: Mapping[str, Any] | None, name: str = "tokenizer.json") -> Tokenizer:
     """The tokenizer that `meta` (of `read_meta`, or of a checkpoint) describes; GPT-2's for None.
 
     Raises ValueError, with `name` as where it comes from, for what describes none.
@@ -129,11 +129,12 @@ def load_tokenizer(meta: Mapping[str, Any] | None, name: str = "meta.json") -> T
 
 def check_meta(meta: Any, name: str) -> dict[str, Any]:
     """`meta` itself, a Meta. Raises ValueError, beginning with `name`, for what is none."""
-    known = formed(meta, Meta, name, "prepare the data again")
+    remedy = "it must be what data/SET/prepare.py writes: prepare the data again"
+    known = formed(meta, Meta, name, remedy)
     ids = {"bytes": 256, "gpt2": 50257}.get(known["kind"], len(known.get("chars", "")))
     if known["vocab_size"] != ids:
         raise ValueError(f"{name}: vocab_size={known['vocab_size']}, but its kind, "
-                         f"{known['kind']}, has {ids} ids; prepare the data again")
+                         f"{known['kind']}, has {ids} ids; {remedy}")
     return dict(known)
 
 
