@@ -48,7 +48,7 @@ def read_part(folder: Path, part: str, device: torch.device | str = "cpu") -> di
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the mode of any other new file; `save_file` alone makes it 0600."""
+    """Write a safetensors file with the mode of any other new file; `save_file` makes it 0600."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path)
@@ -81,7 +81,7 @@ _Shape = TypedDict("_Shape", get_type_hints(GPTConfig, include_extras=True), tot
 
 
 def read_config(folder: Path) -> GPTConfig:
-    """The shape in model.json. Raises ValueError where it is none, or has what only a newer version knows."""
+    """The shape in model.json. Raises ValueError where it is none, or of a newer version."""
     return GPTConfig(**read_json(folder / "model.json", _Shape, "it must have the fields of gpt/config.py"))
 
 

@@ -54,7 +54,7 @@ def test_going_back_sets_later_checkpoints_aside(flags, folder, capsys):
     before = (folder / "metrics.jsonl").read_bytes()
     back = [*flags, "--init_from=resume", f"--resume_dir={folder / 'step-00000004'}", "--eval_interval=1", "--keep_last=2"]
     assert run.main([*back, "--max_iters=7"]) == 0
-    assert "set aside in" in capsys.readouterr().out
+    assert "moved to" in capsys.readouterr().out
     assert names(folder)[-2:] == ["06", "07"] and names(folder / "set-aside-1") == ["06", "08", "10", "12"]
     assert (folder / "set-aside-1" / "metrics.jsonl").read_bytes() == before
     assert evaluations(folder) == [0, 2, 4, 5, 6, 7]

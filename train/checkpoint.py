@@ -199,7 +199,7 @@ def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, 
 
 
 def _make_room(out_dir: Path) -> None:
-    """Let a step that was saved again, now with its validation loss, take the place of the older folder.
+    """Let a step that was saved again, now with its validation loss, take the older one's place.
 
     At every moment there is a whole checkpoint of that step under a name that counts.
     """
@@ -211,21 +211,23 @@ def _make_room(out_dir: Path) -> None:
 
 
 def prune(out_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints but the last `keep_last`, the one with the lowest validation loss, and multiples of keep_every.
+    """Remove checkpoints but the last `keep_last`, the best, and multiples of keep_every.
 
-    What somebody reads goes next time. A link was set by somebody, who may remove it.
+    One that is being read goes the next time. A link stays: whoever made it may remove it.
     """
     folders = whole_checkpoints(out_dir)
-    kept = worth_keeping(folders, keep_last) | {f for f in folders if keep_every and step_of(f) % keep_every == 0}
+    kept = worth_keeping(folders, keep_last)
+    kept |= {f for f in folders if keep_every and step_of(f) % keep_every == 0}
     for folder in folders:
         if folder not in kept and not folder.is_symlink():
             remove(folder)
 
 
 def roll_back(out_dir: Path, step: int) -> Path | None:
-    """Set aside all checkpoints later than `step`, with the metrics up to them: a run goes on from there another way.
+    """Move all checkpoints later than `step`, with a copy of the metrics, to a folder of their own.
 
-    Else pruning, which keeps the latest steps, would take theirs for the newest. Gives the folder they are in, if any.
+    The run goes on from `step`, and pruning, which keeps the latest steps, would take them for the
+    newest. Returns the folder; None where there was nothing to move.
     """
     _make_room(out_dir)  # a kill may have come before
     later = [folder for folder in step_folders(out_dir) if step_of(folder) > step]
@@ -235,7 +237,7 @@ def roll_back(out_dir: Path, step: int) -> Path | None:
     aside.mkdir()
     if (out_dir / METRICS).exists():
         shutil.copy(out_dir / METRICS, aside)
-    for folder in later[::-1]:  # the latest first: a kill here leaves a run that goes on from before them
+    for folder in later[::-1]:  # the latest first: after a kill in between the rest still counts
         folder.rename(aside / folder.name)
     sync(out_dir)
     return aside
@@ -250,7 +252,8 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World
     parameters, names = dict(model.named_parameters()), optim.numbered(model, optimizer)
     kinds = sorted({key.rpartition(":")[2] for key in saved_shapes(folder, "optimizer")})
     moments = {
-        name: {kind: torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name]) for kind in kinds}
+        name: {kind: torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name])
+               for kind in kinds}
         for name in names
     }
     flat = {f"{name}:{kind}": t for name, known in moments.items() for kind, t in known.items()}
@@ -274,7 +277,8 @@ def _check_shapes(folder: Path, part: str, needed: dict[str, tuple[int, ...]]) -
     if odd := sorted(needed.items() ^ found.items()):
         name = odd[0][0]
         there, here = (shapes.get(name, "none") for shapes in (found, needed))
-        raise ValueError(f"{folder}: the shape of {name} is {there} in its {part}, this run's is {here}")
+        raise ValueError(f"{folder}: the shape of {name} is {there} in its {part}, this run's is "
+                         f"{here}")
 
 
 def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from train import parallel
 from train.parallel import World
 
-# Of torchrun and schedulers; of Slurm's --signal before the time is up; of a terminal that is closed; of Ctrl-C.
+# Sent by torchrun and schedulers; by Slurm's --signal before the time is up; when a terminal is
+# closed; by Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-SAME_PRESS_S = 1.0  # Ctrl-C reaches a rank twice: from the terminal, and from torchrun, which heard it too
+SAME_PRESS_S = 1.0  # one Ctrl-C reaches a rank twice: from the terminal, and from torchrun
 LOCK = ".lock"
 CLOSED = " is closed"
 HUNG = 86  # the exit code of a rank that ends because another one, or it, hangs
@@ -48,10 +49,11 @@ def listen(asked: Asked) -> Iterator[None]:
 
     def hear(number, _frame):
         interrupted = number == signal.SIGINT
-        if interrupted and asked.by == signal.SIGINT.name and time.monotonic() - asked.at > SAME_PRESS_S:
+        again = asked.by == signal.SIGINT.name and time.monotonic() - asked.at > SAME_PRESS_S
+        if interrupted and again:
             raise KeyboardInterrupt
         if interrupted and not asked.by:
-            with contextlib.suppress(OSError):  # not by print, which may be at work in what this interrupts
+            with contextlib.suppress(OSError):  # not print, which this may have interrupted
                 os.write(2, b"\nCtrl-C: saves after this step and ends; once more: ends without\n")
         asked.by, asked.at = signal.Signals(number).name, time.monotonic()
 
@@ -65,14 +67,16 @@ def listen(asked: Asked) -> Iterator[None]:
 
 
 def detach_closed() -> str:
-    """Give stdout and stderr, where nobody can read them any more, to nobody; which those were, for a message.
+    """Point stdout and stderr at the null device where nobody can read them any more.
 
-    A pipe's reader ended (`| head`), or a terminal was closed. Later writes would fail, too, at exit at the latest.
+    A pipe's reader ended (`| head`), or a terminal was closed. Without this each later write would
+    fail, too. Returns the names of those that were closed, for a message.
     """
     poll, names = select.poll(), {1: "stdout", 2: "stderr"}
     for descriptor in names:
         poll.register(descriptor, 0)
-    gone = [descriptor for descriptor, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    closed = select.POLLERR | select.POLLHUP
+    gone = [descriptor for descriptor, event in poll.poll(0) if event & closed]
     nobody = os.open(os.devnull, os.O_WRONLY)
     for descriptor in gone:
         os.dup2(nobody, descriptor)
@@ -84,8 +88,8 @@ def detach_closed() -> str:
 def only_run(out_dir: Path, w: World) -> Iterator[None]:
     """Hold out_dir against other runs. Raises ValueError, on all ranks, where one is at work in it.
 
-    The lock is the kernel's (flock): it goes with the process, however that ends. A folder made for it goes again
-    where nothing else came into it.
+    The lock is the kernel's (flock): it goes with the process, however that ends. A folder that
+    was made for the lock is removed again if nothing else was written to it.
     """
     held = contextlib.ExitStack()
     with held:

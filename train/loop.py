@@ -41,7 +41,8 @@ def train(config: Config) -> None:
     if run.asked.by == signal.SIGINT.name:
         raise KeyboardInterrupt
     if run.asked.by.endswith(faults.CLOSED):
-        raise OSError(f"{run.asked.by}, so the run ended at step {run.step}, saved; it goes on with --init_from=resume")
+        raise OSError(f"{run.asked.by}, so the run saved and ended at step {run.step}; go on with "
+                      "--init_from=resume")
 
 
 def writer(run: Run) -> checkpoint.Writer:
@@ -62,7 +63,7 @@ def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -
     out_dir = Path(run.config.run.out_dir)
     aside = parallel.first_rank_decides(lambda: checkpoint.roll_back(out_dir, run.step), run.world)
     if aside is not None:
-        report.say(f"set aside in {aside}: checkpoints later than step {run.step}, and the metrics up to them")
+        report.say(f"moved to {aside}: checkpoints later than step {run.step}, with their metrics")
     parallel.together(lambda: report.begin(run.step, run.evaluated), run.world)
     try:
         step_until_done(run, report, checkpoints)
@@ -168,8 +169,9 @@ def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoi
     run.best_val_loss = min(run.best_val_loss, float("inf") if val_loss is None else val_loss)
     if not due:
         return
-    if not (val_loss is None or math.isfinite(val_loss)) or not checkpoint.finite(run.model, run.optimizer):
-        report.say(f"not saved: at step {run.step} the validation loss or a weight is no finite number")
+    known = val_loss is None or math.isfinite(val_loss)
+    if not known or not checkpoint.finite(run.model, run.optimizer):
+        report.say(f"not saved: at step {run.step} the validation loss or a weight is not finite")
         return
     run.progress.begins(f"save of step {run.step}")
     checkpoints.wait()

@@ -67,8 +67,8 @@ def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
     if run.init_from == "resume":
         source, said = resumable(Path(run.resume_dir or out_dir))
         if there and not run.eval_only and Path(source).resolve().parent != out_dir.resolve():
-            raise ValueError(f"{out_dir} already holds a run ({there[-1].name}), of which {source} is no checkpoint; "
-                             "give another --out_dir")
+            raise ValueError(f"{out_dir} already holds a run ({there[-1].name}), and {source} is "
+                             "not one of its checkpoints; give another --out_dir")
         return "resume", source, said
     if there and not run.eval_only:
         raise ValueError(
@@ -88,7 +88,7 @@ def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
 
 
 def resumable(path: Path) -> tuple[str, str]:
-    """What at `path` a run can go on from: nanoGPT's checkpoint, or our newest sound one; what to say."""
+    """What at `path` can be resumed, nanoGPT's checkpoint or our newest sound one; what to say."""
     if (path / nanogpt.FILE).exists() and not whole_checkpoints(path):
         return str(path), ""
     return newest(path)
@@ -149,7 +149,7 @@ def continued(path: Path, said: str, asked: GPTConfig, w: World) -> Origin:
     """A run of ours, or of nanoGPT's, put back to where this checkpoint was written."""
     if not (path / DONE).is_file():
         return _continued_nanogpt(path, asked)
-    held = ExitStack()  # until all is read: another run may be saving, and removing, where --resume_dir is
+    held = ExitStack()  # until all is read: another run may save, and prune, in --resume_dir
 
     def resume(*run: Any) -> Begun:
         with held:

@@ -57,7 +57,7 @@ class Report:
 
     @contextmanager
     def _terminal(self) -> Iterator[None]:
-        """For what is written to the terminal: where that is gone, the run is asked to stop, and saves."""
+        """Around what is written to the terminal: where that is gone, ask the run to stop."""
         try:
             yield
         except OSError:
@@ -66,12 +66,13 @@ class Report:
             self.asked.by = self.asked.by or gone + CLOSED
 
     def begin(self, step: int, evaluated: bool) -> None:
-        """Open the run's folder: config.json, and metrics.jsonl cut back to the step that the run goes on from, with
-        that step's evaluation if it is not made again."""
+        """Open the run's folder: config.json, and metrics.jsonl cut back to the `step` that the run
+        goes on from; its evaluation stays where it was `evaluated` and so is not made again."""
         if self.speaks:
             write_json(self.out_dir / "config.json", dict(flatten(self.config)))
             log = self.out_dir / METRICS
-            before = [e for e in read_metrics(log) if e["iter"] < step or (evaluated and "val/loss" in e and e["iter"] == step)]
+            before = [e for e in read_metrics(log) if e["iter"] < step
+                      or (evaluated and "val/loss" in e and e["iter"] == step)]
             with whole(log) as file:
                 file.writelines(json.dumps(entry).encode() + b"\n" for entry in before)
             self.bar = tqdm(total=self.config.optim.max_iters, initial=step, unit="step", disable=None,
@@ -165,7 +166,7 @@ class Report:
 
 
 def read_metrics(log: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; none where there is no file. A last line that was cut short does not count.
+    """The entries of a metrics.jsonl, none where there is no file, without a last line cut short.
 
     Raises ValueError, with the line's number, for what is no entry.
     """

@@ -57,7 +57,7 @@ class Run:
 def build(config: Config, held: ExitStack | None = None) -> Run:
     """Everything a run needs, on this rank's device: data, model, optimizer; resumed where that is asked for.
 
-    A run that is going to write gives `held`, which then holds its folder against others, from before it is looked at.
+    A run that will write gives `held`: its folder is locked there before it is looked at.
     """
     world = parallel.world()
     device = hardware.resolve_device(config.run.device, world.local_rank)
