@@ -56,7 +56,7 @@ def writer(run: Run) -> checkpoint.Writer:
 
 
 def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -> None:
-    """Evaluate and save when due, else step; once any rank was asked to stop, save at the next step and end.
+    """Train in the run's folder: set aside what is later than its step, open its log, train, draw.
 
     However it ends, the checkpoint that is being written becomes whole first.
     """
@@ -74,6 +74,7 @@ def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -
 
 
 def step_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -> None:
+    """Evaluate and save when due, else step; asked to stop, on any rank, save after the step."""
     c = run.config
     while True:
         lr = optim.learning_rate(run.step, c.optim)
