@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from data import cli
+from data.bounds import NotEmpty
 
 PLAIN = {"tie_weights": True, "direction": "forward", "seam": -1}  # all that GPT-2 elsewhere is
 
@@ -21,7 +22,7 @@ PLAIN = {"tie_weights": True, "direction": "forward", "seam": -1}  # all that GP
 class Export:
     """Write a model in another project's format."""
 
-    out_dir: str = "out"
+    out_dir: NotEmpty = "out"
     """a run's folder, or one checkpoint in it"""
     to: Literal["hf", "nanogpt", "safetensors"] = "hf"
     folder: str = ""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.files import read_json
-from data.tokenizer import Tokenizer, load_tokenizer, read_meta
+from data.tokenizer import Tokenizer, check_meta, load_tokenizer, read_meta
 from gpt import nanogpt, run_folder
 from gpt.config import SIZES, GPTConfig
 from gpt.model import GPT
@@ -87,7 +87,8 @@ def read_config(folder: Path) -> GPTConfig:
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
     """What data.tokenizer.load_tokenizer makes the model's tokenizer from."""
-    return read_json(folder / "tokenizer.json", dict[str, Any], "it must be as a meta.json")
+    file = folder / "tokenizer.json"
+    return check_meta(read_json(file, dict[str, Any], "it must be as a meta.json"), str(file))
 
 
 def config_json(config: GPTConfig) -> str:
