@@ -223,8 +223,16 @@ def remove(folder: Path) -> bool:
         except BlockingIOError:
             return False
         # Renamed first, so that half of it is never taken for whole.
-        shutil.rmtree(folder.rename(folder.with_name(f"{TEMPORARY}{folder.name}")))
+        discard(folder.rename(folder.with_name(f"{TEMPORARY}{folder.name}")))
     return True
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; of a link to one the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def free_name(path: Path) -> Path:

@@ -163,7 +163,7 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(flags, monkeypa
 
 def test_names_that_are_not_ours_are_left_alone(flags, folder):
     """A copy `step-00000004-old` ended every save with a traceback; a `step-best` was taken for the newest."""
-    for name in ("step-00000004-old", "step-best", "step-4"):
+    for name in ("step-00000004-old", "step-best", "step-best.again", "step-4"):
         shutil.copytree(folder / "step-00000004", folder / name)
     (folder / "step-notes.txt").write_text("mine")
     moved = folder.parent / "moved"
@@ -172,8 +172,20 @@ def test_names_that_are_not_ours_are_left_alone(flags, folder):
     assert find_checkpoint(folder).name == "step-00000012"
     assert run.main([*flags, "--init_from=resume", "--max_iters=16", "--keep_last=1"]) == 0
     assert names(folder)[-1] == "16" and len(names(folder)) <= 3
-    assert {"step-00000004-old", "step-best", "step-4", "step-notes.txt"} < {p.name for p in folder.iterdir()}
+    assert {"step-00000004-old", "step-best", "step-best.again", "step-4", "step-notes.txt"} < {p.name for p in folder.iterdir()}
     assert (folder / "step-00000004").is_symlink() and read_state(moved)["step"] == 4
+
+
+def test_a_linked_or_broken_step_makes_room_for_the_one_saved_again(flags, folder, tmp_path):
+    """What a kill can leave beside a link to another disk, or beside a folder without DONE."""
+    (folder / "step-00000012").rename(tmp_path / "moved")
+    (folder / "step-00000012").symlink_to(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", folder / f"step-00000012{AGAIN}")
+    shutil.copytree(tmp_path / "moved", folder / f"step-00000010{AGAIN}")
+    (folder / "step-00000010" / "DONE").unlink()
+    assert run.main([*flags, "--init_from=resume", "--max_iters=13"]) == 0
+    assert not (folder / "step-00000012").is_symlink() and (tmp_path / "moved" / "DONE").is_file()
+    assert names(folder)[-3:] == ["10", "12", "13"] and (folder / "set-aside-1" / "step-00000010").is_dir()
 
 
 def test_steps_beyond_eight_digits_come_last(tmp_path):

@@ -29,6 +29,7 @@ from gpt.run_folder import (
     DONE,
     TEMPORARY,
     Entry,
+    discard,
     entry,
     free_name,
     remove,
@@ -144,7 +145,7 @@ def _prepare(out_dir: Path, folder: Path, needed: int) -> None:
     """An empty folder, where there is room for so many bytes."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for leftover in out_dir.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover)
+        discard(leftover)
     free = shutil.disk_usage(out_dir).free
     if free < needed + MARGIN_BYTES:
         raise OSError(f"{needed / 1e6:,.1f} MB and some are needed, {free / 1e6:,.1f} MB are free")
@@ -203,8 +204,10 @@ def _make_room(out_dir: Path) -> None:
 
     At every moment there is a whole checkpoint of that step under a name that counts.
     """
-    for newer in out_dir.glob(f"step-*{AGAIN}"):
+    for newer in whole_checkpoints(out_dir):
         place = newer.with_name(newer.name.removesuffix(AGAIN))
+        if place == newer:
+            continue
         if not place.exists() or remove(place):
             newer.rename(place)
     sync(out_dir)
@@ -227,11 +230,13 @@ def roll_back(out_dir: Path, step: int) -> Path | None:
     """Move all checkpoints later than `step`, with a copy of the metrics, to a folder of their own.
 
     The run goes on from `step`, and pruning, which keeps the latest steps, would take them for the
-    newest. Returns the folder; None where there was nothing to move.
+    newest. What is not whole, of any step, goes there too. Returns the folder; None where there was
+    nothing to move.
     """
-    _make_room(out_dir)  # a kill may have come before
-    later = [folder for folder in step_folders(out_dir) if step_of(folder) > step]
+    later = [folder for folder in step_folders(out_dir)
+             if step_of(folder) > step or not (folder / DONE).is_file()]
     if not later:
+        _make_room(out_dir)  # a kill may have come before
         return None
     aside = free_name(out_dir / "set-aside")
     aside.mkdir()
@@ -239,7 +244,7 @@ def roll_back(out_dir: Path, step: int) -> Path | None:
         shutil.copy(out_dir / METRICS, aside)
     for folder in later[::-1]:  # the latest first: after a kill in between the rest still counts
         folder.rename(aside / folder.name)
-    sync(out_dir)
+    _make_room(out_dir)
     return aside
 
 
@@ -250,7 +255,8 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World
     Raises ValueError, before anything is placed, where names or shapes are not this run's.
     """
     parameters, names = dict(model.named_parameters()), optim.numbered(model, optimizer)
-    kinds = sorted({key.rpartition(":")[2] for key in saved_shapes(folder, "optimizer")})
+    found = {part: saved_shapes(folder, part) for part in ("model", "optimizer")}
+    kinds = sorted({key.rpartition(":")[2] for key in found["optimizer"]})
     moments = {
         name: {kind: torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name])
                for kind in kinds}
@@ -258,7 +264,7 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World
     }
     flat = {f"{name}:{kind}": t for name, known in moments.items() for kind, t in known.items()}
     for part, needed in (("model", parameters), ("optimizer", flat)):
-        _check_shapes(folder, part, {name: tuple(t.shape) for name, t in needed.items()})
+        _check_shapes(folder, part, found[part], {k: tuple(t.shape) for k, t in needed.items()})
     read_into(folder, "optimizer", flat)
     with about(folder, "start from its weights alone with --init_from=FOLDER"):
         optim.place(moments, model, optimizer)
@@ -272,8 +278,8 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World
     return True
 
 
-def _check_shapes(folder: Path, part: str, needed: dict[str, tuple[int, ...]]) -> None:
-    found = saved_shapes(folder, part)
+def _check_shapes(folder: Path, part: str, found: dict[str, tuple[int, ...]],
+                  needed: dict[str, tuple[int, ...]]) -> None:
     if odd := sorted(needed.items() ^ found.items()):
         name = odd[0][0]
         there, here = (shapes.get(name, "none") for shapes in (found, needed))
