@@ -144,6 +144,8 @@ def write(model: GPT, folder: Path, vocab_size: int) -> None:
     ours |= {k: ours[k][:vocab_size] for k in ("transformer.wte.weight", "lm_head.weight")}
     theirs.load_state_dict({k: ours.get(k, torch.zeros_like(v)) for k, v in theirs.state_dict().items()})
     theirs.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # safetensors makes them 0600
+        file.chmod((folder / "config.json").stat().st_mode)
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     idx = torch.randint(vocab_size, (1, min(c.block_size, 32)), generator=torch.Generator().manual_seed(0))
     difference = (again(idx).logits - model.cpu().eval().predict(idx)[..., :vocab_size]).abs().max().item()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import run_folder, sample
+from gpt import export, run_folder, sample
 from gpt.pretrained import read_part, save_tensors
 from gpt.run_folder import AGAIN, find_checkpoint, newest_sound, read_state, reading, whole_checkpoints
 from tests import ranks
@@ -302,6 +302,15 @@ def test_files_have_the_mode_of_any_other_new_file(folder, tmp_path):
     (tmp_path / "usual").touch()
     modes = {f.name: stat.S_IMODE(f.stat().st_mode) for f in find_checkpoint(folder).iterdir()}
     assert set(modes.values()) == {stat.S_IMODE((tmp_path / "usual").stat().st_mode)}
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors"])
+def test_so_have_exported_files(to, folder, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    assert export.main([f"--out_dir={folder}", f"--to={to}", f"--folder={tmp_path / to}"]) == 0
+    (tmp_path / "usual").touch()
+    modes = {stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / to).iterdir()}
+    assert modes == {stat.S_IMODE((tmp_path / "usual").stat().st_mode)}
 
 
 @pytest.mark.parametrize(("line", "said"), [
