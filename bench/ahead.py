@@ -1,14 +1,17 @@
-"""Compile every kernel ahead of time, for GPUs that need not be there, and report what the compiler made of it.
+"""Compile every kernel ahead of time, for GPUs that need not be there, and report what the compiler
+made of it.
 
     python bench/ahead.py                          every case of bench/cases.py, for sm_80, sm_86, sm_90 and sm_100
     python bench/ahead.py --quick=True --arch=90   GPT-2's four sizes, for Hopper
 
-For each kernel, launch setting and architecture: registers, spills, shared memory, resident blocks, matrix
-instructions, the width of global loads and stores (bench/sass.py). For each memory-bound operator: the bytes it moves
-over the fewest possible (bench/traffic.py). A table goes to stdout, everything to a JSON file.
+For each kernel, launch setting and architecture: registers, spills, shared memory, resident blocks,
+matrix instructions, the width of global loads and stores (bench/sass.py). For each memory-bound
+operator: the bytes it moves over the fewest possible (bench/traffic.py). A table goes to stdout,
+everything to a JSON file.
 
-The kernels are compiled by Triton's own launch path: the operators run on tensors without data (bench/offline.py), and
-what they would launch is specialised and compiled exactly as on the device, for a target named by a stand-in driver.
+The kernels are compiled by Triton's own launch path: the operators run on tensors without data
+(bench/offline.py), and what they would launch is specialised and compiled exactly as on the device,
+for a target named by a stand-in driver.
 """
 
 import os
@@ -35,7 +38,8 @@ MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy", "linear_cross_ent
 
 @dataclass(frozen=True)
 class Options:
-    """Compile every kernel for GPUs that need not be there; report registers, spills, occupancy and bytes moved."""
+    """Compile every kernel for GPUs that need not be there; report registers, spills, occupancy and
+    bytes moved."""
 
     arch: str = "80,86,90,100"  # compute capabilities without the dot, with commas between
     quick: bool = False  # only GPT-2's four sizes, in bf16
@@ -48,7 +52,8 @@ class Options:
 
 
 class OfflineDriver:
-    """What Triton asks of a driver before it compiles; the device is numbered like its architecture."""
+    """What Triton asks of a driver before it compiles; the device is numbered like its
+    architecture."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -66,7 +71,8 @@ class OfflineDriver:
 
 
 def compile_cases(batch: list[Case], arch: int) -> list[dict]:
-    """One row per kernel and launch setting that the cases use, with the names of the cases that use it.
+    """One row per kernel and launch setting that the cases use, with the names of the cases that
+    use it.
 
     A kernel that does not compile has an "error" in place of what there would be to say about it.
     """
@@ -78,16 +84,19 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
     case = batch[0]
 
     def launched(kernel, grid, args, kwargs):
-        row = {"family": case.family, "kernel": name_of(kernel), "arch": arch, "settings": _settings(kernel, args, kwargs)}
+        row = {"family": case.family, "kernel": name_of(kernel), "arch": arch,
+               "settings": _settings(kernel, args, kwargs)}
         try:
             with redirect_stdout(StringIO()):  # where ptxas fails, Triton prints all of its input
                 compiled = compile_kernel(kernel, *args, grid=grid, warmup=True, **kwargs)
         except triton.TritonError as error:
-            rows.setdefault(repr(row), row | {"error": _reason(error), "cases": []})["cases"].append(str(case))
+            rows.setdefault(repr(row),
+                            row | {"error": _reason(error), "cases": []})["cases"].append(str(case))
             return
         if compiled.hash not in rows:
             m = compiled.metadata
-            found = sass.facts(compiled.asm["cubin"], arch, m.num_warps, m.shared, getattr(m, "tmem_size", None) or 0)
+            found = sass.facts(compiled.asm["cubin"], arch, m.num_warps, m.shared,
+                               getattr(m, "tmem_size", None) or 0)
             rows[compiled.hash] = row | found | {"cases": []}
         if str(case) not in rows[compiled.hash]["cases"]:
             rows[compiled.hash]["cases"].append(str(case))
@@ -95,16 +104,19 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
     with patch.object(triton.runtime.driver, "_active", OfflineDriver(arch)):
         for case in batch:
             with offline(divmod(arch, 10), launched):
-                deque(cases.run(cases.operator(case, "triton"), cases.arguments(case, "meta"), cases.options(case, "meta")), 0)
+                deque(cases.run(cases.operator(case, "triton"), cases.arguments(case, "meta"),
+                                cases.options(case, "meta")), 0)
     return list(rows.values())
 
 
 def _settings(kernel, args: list, kwargs: dict) -> dict:
-    """What distinguishes this launch: the dtype, absent tensors, compile-time constants, warps, stages, registers."""
+    """What distinguishes this launch: the dtype, absent tensors, compile-time constants, warps,
+    stages, registers."""
     parameters = {p.name: p.is_constexpr for p in kernel.params}
     bound = kernel.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in parameters})
     bound.apply_defaults()
-    dtype = next((str(v.dtype).removeprefix("torch.") for v in bound.arguments.values() if hasattr(v, "dtype")), "")
+    dtype = next((str(v.dtype).removeprefix("torch.")
+                  for v in bound.arguments.values() if hasattr(v, "dtype")), "")
     constants = {k: v if isinstance(v, bool | int | float | str | None) else str(v)
                  for k, v in bound.arguments.items() if parameters[k] or v is None}
     return {"dtype": dtype, **constants, **{k: v for k, v in kwargs.items() if k not in parameters}}
@@ -113,7 +125,8 @@ def _settings(kernel, args: list, kwargs: dict) -> dict:
 def _reason(error: Exception) -> str:
     """The line of a compiler's complaint that says what is wrong."""
     lines = str(error).strip().splitlines()
-    return next((line for line in lines if "fatal" in line or "error:" in line.lower()), lines[0]).strip()
+    return next((line for line in lines if "fatal" in line or "error:" in line.lower()),
+                lines[0]).strip()
 
 
 def _become_compiler() -> None:
@@ -147,17 +160,24 @@ def report(chosen: Iterable[Case], archs: list[int], processes: int) -> dict:
     for case in chosen:
         families[case.family].append(case)
     batches = [(batch, arch) for batch in families.values() for arch in archs]
-    # The kernels of linear_cross_entropy see (M, V) alone: of cases that differ in N, one is enough.
-    bound = list({(c.operator, c.shape if c.operator != "linear_cross_entropy" else c.shape[::2], c.dtype, c.variant): c
-                  for batch in families.values() for c in batch if c.operator in MEMORY_BOUND}.values())
+    # The kernels of linear_cross_entropy see (M, V) alone: of cases that differ in N, one is
+    # enough.
+    bound = list({(c.operator, c.shape if c.operator != "linear_cross_entropy" else c.shape[::2],
+                   c.dtype, c.variant): c
+                  for batch in families.values()
+                  for c in batch if c.operator in MEMORY_BOUND}.values())
     capabilities = [divmod(arch, 10) for arch in archs]
-    workers = get_context("forkserver")  # its processes begin without triton, and share one import of torch
+    # its processes begin without triton, and share one import of torch
+    workers = get_context("forkserver")
     workers.set_forkserver_preload(["bench.traffic"])
     with ProcessPoolExecutor(processes, mp_context=workers, initializer=_become_compiler) as pool:
         kernels = [row for rows in pool.map(compile_cases, *zip(*batches)) for row in rows]
-    with ProcessPoolExecutor(processes, mp_context=workers, initializer=_become_interpreter) as pool:
-        moved = [row for rows in pool.map(traffic.traffic, bound, [capabilities] * len(bound)) for row in rows]
-    return {"environment": environment() | {"ptxas": _ptxas()}, "kernels": kernels, "traffic": moved}
+    with ProcessPoolExecutor(processes, mp_context=workers,
+                             initializer=_become_interpreter) as pool:
+        moved = [row for rows in pool.map(traffic.traffic, bound, [capabilities] * len(bound))
+                 for row in rows]
+    return {"environment": environment() | {"ptxas": _ptxas()}, "kernels": kernels,
+            "traffic": moved}
 
 
 def _ptxas() -> dict:
@@ -169,7 +189,8 @@ def _ptxas() -> dict:
 def table(rows: list[list[str]]) -> str:
     """Rows of cells, the first one the header, as columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+                     for row in rows)
 
 
 def kernel_table(kernels: list[dict]) -> str:
@@ -177,14 +198,17 @@ def kernel_table(kernels: list[dict]) -> str:
         return " ".join(f"{name}x{n}" for name, n in found.items()) or "-"
 
     def cells(row: dict) -> list[str]:
-        named = [row["kernel"], str(row["arch"]), " ".join(f"{k}={v}" for k, v in row["settings"].items())]
+        named = [row["kernel"], str(row["arch"]),
+                 " ".join(f"{k}={v}" for k, v in row["settings"].items())]
         if "error" in row:
             return [*named, *["-"] * 5, f"DOES NOT COMPILE: {row['error']}"]
         return [*named, str(row["registers"]), str(row["spill_bytes"]), str(row["shared_bytes"]),
-                f"{row['blocks_per_multiprocessor']} ({row['limited_by']})", counts(row["matrix_instructions"]),
+                f"{row['blocks_per_multiprocessor']} ({row['limited_by']})",
+                counts(row["matrix_instructions"]),
                 counts(row["global_accesses"])]
 
-    header = ["kernel", "sm", "settings", "regs", "spill B", "shared B", "blocks/SM", "matrix", "global accesses"]
+    header = ["kernel", "sm", "settings", "regs", "spill B", "shared B", "blocks/SM", "matrix",
+              "global accesses"]
     ordered = sorted(kernels, key=lambda row: (row["family"], row["kernel"], row["arch"]))
     return table([header, *map(cells, ordered)])
 
@@ -205,10 +229,13 @@ def main(options: Options) -> int:
     except ValueError:
         unknown = [options.arch]
     if unknown:
-        raise ValueError(f"--arch={options.arch}: unknown {unknown[0]}; choose from {', '.join(map(str, sass.MULTIPROCESSOR))}")
-    chosen = [c for c in (cases.quick() if options.quick else cases.full()) if options.family in ("", c.family)]
+        raise ValueError(f"--arch={options.arch}: unknown {unknown[0]}; choose from "
+                         f"{', '.join(map(str, sass.MULTIPROCESSOR))}")
+    chosen = [c for c in (cases.quick() if options.quick else cases.full())
+              if options.family in ("", c.family)]
     if not chosen:
-        raise ValueError(f"--family={options.family}: choose from {', '.join(sorted(set(cases.FAMILY.values())))}")
+        raise ValueError(f"--family={options.family}: choose from "
+                         f"{', '.join(sorted(set(cases.FAMILY.values())))}")
     result = report(chosen, archs, options.processes)
     write_result(options.out, result)
     print(kernel_table(result["kernels"]))
@@ -216,7 +243,8 @@ def main(options: Options) -> int:
         print("\n" + traffic_table(result["traffic"]))
     broken = sum("error" in row for row in result["kernels"])
     spilling = sum(row.get("spill_bytes", 0) > 0 for row in result["kernels"])
-    print(f"\n{len(result['kernels'])} kernels: {broken} do not compile, {spilling} spill. Written to {options.out}")
+    print(f"\n{len(result['kernels'])} kernels: {broken} do not compile, {spilling} spill. Written "
+          f"to {options.out}")
     return int(broken > 0)
 
 

@@ -1,4 +1,5 @@
-"""The operator calls that the bench compiles ahead, counts, tunes and times: which shapes, and how to make one.
+"""The operator calls that the bench compiles ahead, counts, tunes and times: which shapes, and how
+to make one.
 
 Letters: B batch, T sequence, H heads, D head dimension; M rows, N features, V vocabulary.
 """
@@ -22,9 +23,10 @@ WINDOW, DROPOUT = 256, 0.1
 class Case:
     """One call of a public operator.
 
-    `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy and (M, N, V) for
-    linear_cross_entropy. `variant`: "window", "documents" or "dropout" for attention; "nobias" for the norms, "fp32
-    residual" for add_layernorm. Parameters of the norms and the weight of the head are fp32, as under autocast.
+    `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy and (M, N,
+    V) for linear_cross_entropy. `variant`: "window", "documents" or "dropout" for attention;
+    "nobias" for the norms, "fp32 residual" for add_layernorm. Parameters of the norms and the
+    weight of the head are fp32, as under autocast.
     """
 
     operator: str
@@ -60,20 +62,22 @@ def quick() -> list[Case]:
 
 
 def full() -> list[Case]:
-    """GPT-2's sizes, then the head dimensions, widths, vocabularies, dtypes and variants around them: whatever settings
-    launch.py has, some case here is given them."""
+    """GPT-2's sizes, then the head dimensions, widths, vocabularies, dtypes and variants around
+    them: whatever settings launch.py has, some case here is given them."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     dims = (16, 32, 40, 80, 96, 128, 160, 192, 256)
     widths = (64, 128, 256, 384, 512, 1000, 2048, 3072, 4096, 5120, 8192, 16384)
     return quick() + [
         *(Case("attention_qkv", (16, T, 12, D)) for D in dims),
-        *(Case("attention_qkv", (16, T, 12, D), dtype) for D in (64, 128, 256) for dtype in (fp16, fp32)),
+        *(Case("attention_qkv", (16, T, 12, D), dtype) for D in (64, 128, 256)
+          for dtype in (fp16, fp32)),
         *(Case("attention_qkv", (16, T, 12, D), bf16, variant)
           for D in (64, 128) for variant in ("window", "documents", "dropout")),
         *(Case(operator, (ROWS, N)) for operator in ("add_layernorm", "layernorm") for N in widths),
         *(Case("layernorm", (ROWS, N), fp32) for N in (768, *widths)),
         Case("layernorm", (ROWS, 768), fp16),
-        *(Case(operator, (ROWS, 768), bf16, "nobias") for operator in ("add_layernorm", "layernorm")),
+        *(Case(operator, (ROWS, 768), bf16, "nobias")
+          for operator in ("add_layernorm", "layernorm")),
         Case("add_layernorm", (ROWS, 768), bf16, "fp32 residual"),
         *(Case("cross_entropy", (ROWS, v)) for v in (65, 50257, 131072)),
         *(Case("cross_entropy", (ROWS, V), dtype) for dtype in (fp16, fp32)),
@@ -85,7 +89,8 @@ def full() -> list[Case]:
 
 
 def arguments(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
-    """The tensors of a case, normally distributed; targets and parameters are what a model would pass."""
+    """The tensors of a case, normally distributed; targets and parameters are what a model would
+    pass."""
     def normal(*shape: int, dtype: torch.dtype = case.dtype, grad: bool = True) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device).requires_grad_(grad)
 
@@ -95,13 +100,16 @@ def arguments(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
         case "attention", (B, t, H, D):
             return [normal(B, t, H, D) for _ in range(3)]
         case "layernorm" | "add_layernorm" as operator, (M, N):
-            residual = [normal(M, N, dtype=torch.float32 if case.variant == "fp32 residual" else case.dtype)]
-            parameters = [normal(N, dtype=torch.float32) for _ in range(1 if case.variant == "nobias" else 2)]
+            residual = [normal(M, N, dtype=torch.float32 if case.variant == "fp32 residual"
+                               else case.dtype)]
+            parameters = [normal(N, dtype=torch.float32)
+                          for _ in range(1 if case.variant == "nobias" else 2)]
             return [normal(M, N), *(residual if operator == "add_layernorm" else []), *parameters]
         case "cross_entropy", (M, v):
             return [normal(M, v), torch.randint(v, (M,), device=device)]
         case "linear_cross_entropy", (M, N, v):
-            return [normal(M, N), normal(v, N, dtype=torch.float32), torch.randint(v, (M,), device=device)]
+            return [normal(M, N), normal(v, N, dtype=torch.float32),
+                    torch.randint(v, (M,), device=device)]
     raise ValueError(f"no case for {case.operator} of shape {case.shape}; see bench/cases.py")
 
 
@@ -111,7 +119,8 @@ def options(case: Case, device: torch.device | str = "cpu") -> dict:
         return {"window": WINDOW}
     if case.variant == "documents":  # four documents of equal length in a row
         t = case.shape[1]
-        starts = torch.arange(t, device=device, dtype=torch.int32) // max(1, t // 4) * max(1, t // 4)
+        starts = torch.arange(t, device=device,
+                              dtype=torch.int32) // max(1, t // 4) * max(1, t // 4)
         return {"doc_start": starts.expand(case.shape[:2]).contiguous()}
     if case.variant == "dropout":
         return {"dropout": DROPOUT, "seed": torch.zeros((), dtype=torch.int64, device=device)}
@@ -129,29 +138,34 @@ def leaves(args: list[Tensor]) -> list[Tensor]:
 
 def run(fn: Callable, args: list[Tensor], kwargs: dict,
         gradients: list[Tensor] | None = None) -> Iterator[tuple[str, list[Tensor]]]:
-    """Call an operator: yields ("forward", its outputs), ("gradients", those of its outputs) and ("backward", the
-    gradient of every leaf).
+    """Call an operator: yields ("forward", its outputs), ("gradients", those of its outputs) and
+    ("backward", the gradient of every leaf).
 
     Unless given, a scalar output (a loss) has gradient 1, any other a normally distributed one.
     """
     outputs = fn(*args, **kwargs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     yield "forward", outputs
-    gradients = gradients or [torch.ones_like(o) if o.ndim == 0 else torch.randn_like(o) for o in outputs]
+    gradients = gradients or [torch.ones_like(o) if o.ndim == 0 else torch.randn_like(o)
+                              for o in outputs]
     yield "gradients", gradients
     yield "backward", list(torch.autograd.grad(outputs, leaves(args), gradients))
 
 
 def inaccuracy(fn: Callable, case: Case, device: torch.device | str) -> str:
-    """What is wrong with the outputs or gradients of `fn`, or "": it may err at most twice as much as PyTorch's operator
-    does in the same dtype, both against the definition in fp64, and one unit in the last place of the largest value."""
+    """What is wrong with the outputs or gradients of `fn`, or "": it may err at most twice as much
+    as PyTorch's operator does in the same dtype, both against the definition in fp64, and one unit
+    in the last place of the largest value."""
     args, kwargs = arguments(case, device), options(case, device)
     ours = dict(run(fn, args, kwargs))
     theirs = dict(run(operator(case, "torch"), args, kwargs, ours["gradients"]))
-    wide = [a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a for a in args]
-    exact = dict(run(operator(case, "reference"), wide, kwargs, [g.double() for g in ours["gradients"]]))
+    wide = [a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a
+            for a in args]
+    exact = dict(run(operator(case, "reference"), wide, kwargs,
+                     [g.double() for g in ours["gradients"]]))
     for phase in ("forward", "backward"):
-        for i, (got, other, true) in enumerate(zip(ours[phase], theirs[phase], exact[phase], strict=True)):
+        for i, (got, other,
+                true) in enumerate(zip(ours[phase], theirs[phase], exact[phase], strict=True)):
             error, allowed = ((t.double() - true).abs().max().item() for t in (got, other))
             allowed = 2 * allowed + torch.finfo(got.dtype).eps * true.abs().max().item()
             if not error <= allowed:  # also when it is nan

@@ -1,10 +1,12 @@
-"""What decides how attention and dropout run on a CPU: each form's error, then its time, forward and backward, in turns.
+"""What decides how attention and dropout run on a CPU: each form's error, then its time, forward
+and backward, in turns.
 
     python bench/cpu_forms.py
 
-Attention of packed qkv: PyTorch's fused operator, its unfused one (which it takes where there is dropout), and our blocks
-(kernels/cpu_attention.py), with dropout and without. Errors are against the definition in fp64, of the output and of the
-gradient, as norms. Dropout: PyTorch's, and our masks of few random words (kernels/dropout.py).
+Attention of packed qkv: PyTorch's fused operator, its unfused one (which it takes where there is
+dropout), and our blocks (kernels/cpu_attention.py), with dropout and without. Errors are against
+the definition in fp64, of the output and of the gradient, as norms. Dropout: PyTorch's, and our
+masks of few random words (kernels/dropout.py).
 """
 
 import sys
@@ -25,7 +27,8 @@ from kernels import dropout, reference
 from kernels.cpu_attention import attention_qkv
 
 CPU = torch.device("cpu")
-SHAPES = [(12, 64, 4, 32), (16, 256, 6, 64), (64, 256, 6, 64), (1, 1024, 12, 64), (1, 4096, 12, 64)]  # B, T, H, D
+# B, T, H, D
+SHAPES = [(12, 64, 4, 32), (16, 256, 6, 64), (64, 256, 6, 64), (1, 1024, 12, 64), (1, 4096, 12, 64)]
 P = 0.2
 
 
@@ -41,7 +44,8 @@ class Options:
 def fused(qkv: Tensor, dropout: float = 0.0) -> Tensor:
     """PyTorch's own choice: fused, but where there is dropout."""
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                          dropout_p=dropout).transpose(1, 2)
 
 
 def unfused(qkv: Tensor) -> Tensor:
@@ -76,23 +80,32 @@ def main(options: Options) -> dict:
     attention, dropouts = [], []
     for B, T, H, D in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
-            x, dy = torch.randn(B, T, 3, H, D, dtype=dtype, requires_grad=True), torch.randn(B, T, H, D, dtype=dtype)
+            x, dy = torch.randn(B, T, 3, H, D, dtype=dtype,
+                                requires_grad=True), torch.randn(B, T, H, D, dtype=dtype)
             forms = {"fused": fused, "unfused": unfused, "blocks": attention_qkv}
             wrong = {name: errors(form, x, dy) for name, form in forms.items()} if T <= 1024 else {}
-            forms |= {f"PyTorch's, dropout {P}": partial(fused, dropout=P), f"blocks, dropout {P}": drawn}
-            times = measure({name: partial(step, form, x, dy) for name, form in forms.items()}, device=CPU, warmup=1,
+            forms |= {f"PyTorch's, dropout {P}": partial(fused, dropout=P),
+                      f"blocks, dropout {P}": drawn}
+            times = measure({name: partial(step, form, x, dy) for name, form in forms.items()},
+                            device=CPU, warmup=1,
                             repeats=options.repeats)
-            attention.append({"B": B, "T": T, "H": H, "D": D, "dtype": dtype, "times": times, "errors": wrong})
-            print(f"{B} x {T} x {H} x {D} {dtype}: " + ", ".join(f"{name} {t.median_ms:.2f} ms" for name, t in times.items()))
-            print("    errors " + ", ".join(f"{name} {e['output']:.1e} {e['gradient']:.1e}" for name, e in wrong.items()))
+            attention.append({"B": B, "T": T, "H": H, "D": D, "dtype": dtype, "times": times,
+                              "errors": wrong})
+            print(f"{B} x {T} x {H} x {D} {dtype}: "
+                  + ", ".join(f"{name} {t.median_ms:.2f} ms" for name, t in times.items()))
+            print("    errors " + ", ".join(f"{name} {e['output']:.1e} {e['gradient']:.1e}"
+                                            for name, e in wrong.items()))
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(64, 256, 384, dtype=dtype, requires_grad=True)
         forms = {"PyTorch's": partial(F.dropout, p=P), "ours": partial(dropout, p=P)}
-        times = measure({name: partial(step, form, x, torch.ones_like(x)) for name, form in forms.items()}, device=CPU,
+        times = measure({name: partial(step, form, x, torch.ones_like(x))
+                         for name, form in forms.items()}, device=CPU,
                         repeats=options.repeats)
         dropouts.append({"elements": x.numel(), "dtype": dtype, "times": times})
-        print(f"dropout of {x.numel():,} {dtype}: " + ", ".join(f"{name} {t.median_ms:.2f} ms" for name, t in times.items()))
-    result = {"benchmark": "cpu_forms", "environment": environment(CPU), "attention": attention, "dropout": dropouts}
+        print(f"dropout of {x.numel():,} {dtype}: "
+              + ", ".join(f"{name} {t.median_ms:.2f} ms" for name, t in times.items()))
+    result = {"benchmark": "cpu_forms", "environment": environment(CPU), "attention": attention,
+              "dropout": dropouts}
     write_result(options.out or ROOT / "bench" / "results" / f"forms-{machine(CPU)}.json", result)
     return result
 

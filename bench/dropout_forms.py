@@ -1,10 +1,12 @@
-"""Does a model learn with our attention dropout as it does with PyTorch's? Validation loss of a small model that overfits.
+"""Does a model learn with our attention dropout as it does with PyTorch's? Validation loss of a
+small model that overfits.
 
     python bench/dropout_forms.py --data_dir=data/shakespeare_char
 
-On a CPU the masks of our dropout come from few random words (kernels/dropout.py) and those of the attention are drawn block by
-block (kernels/cpu_attention.py). Here the same runs are made with PyTorch's own dropout of the probabilities, and with none
-in the attention, from the same seeds: on a slice of the text short enough that dropout matters.
+On a CPU the masks of our dropout come from few random words (kernels/dropout.py) and those of the
+attention are drawn block by block (kernels/cpu_attention.py). Here the same runs are made with
+PyTorch's own dropout of the probabilities, and with none in the attention, from the same seeds: on
+a slice of the text short enough that dropout matters.
 """
 
 import statistics
@@ -43,7 +45,8 @@ class Options:
 def on_probabilities(qkv: Tensor, *, dropout: float = 0.0, **_: object) -> Tensor:
     """PyTorch's: each probability is dropped on its own."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout,
+                                          is_causal=True).transpose(1, 2)
 
 
 def none(qkv: Tensor, **_: object) -> Tensor:
@@ -58,22 +61,26 @@ FORMS: dict[str, Callable] = {
 
 def run(form: Callable, seed: int, options: Options, data: Path) -> float:
     """Validation loss at the end."""
-    config = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=options.dropout)
-    c = OptimConfig(learning_rate=1e-3, min_lr=1e-4, max_iters=options.max_iters, lr_decay_iters=options.max_iters,
+    config = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128,
+                       dropout=options.dropout)
+    c = OptimConfig(learning_rate=1e-3, min_lr=1e-4, max_iters=options.max_iters,
+                    lr_decay_iters=options.max_iters,
                     warmup_iters=50, beta2=0.99)
     torch.manual_seed(seed)
     model = GPT(config, load("torch")._replace(attention_qkv=form))
     optimizer = optim.build(model, c)
     batches = Loader(open_tokens(data), block_size=64, batch_size=12, seed=seed)
     for step in range(options.max_iters):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = optim.learning_rate(step, c)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = optim.learning_rate(
+            step, c)
         model(*next(batches)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     model.eval()
     with torch.no_grad():
-        held_out = eval_batches(open_split(options.data_dir, "val"), block_size=64, batch_size=12, count=100, seed=0)
+        held_out = eval_batches(open_split(options.data_dir, "val"), block_size=64, batch_size=12,
+                                count=100, seed=0)
         return statistics.mean(model(*batch).item() for batch in held_out)
 
 
@@ -87,13 +94,15 @@ def main(options: Options) -> None:
         for seed in range(options.seeds):
             for name, form in FORMS.items():
                 losses[name].append(run(form, seed, options, data))
-                print(f"seed {seed}, dropout of {name}: validation loss {losses[name][-1]:.4f}", flush=True)
+                print(f"seed {seed}, dropout of {name}: validation loss {losses[name][-1]:.4f}",
+                      flush=True)
     finally:
         data.unlink()
     for name in FORMS:
         spread = f" +- {statistics.stdev(losses[name]):.4f}" if options.seeds > 1 else ""
         print(f"{name:26}{statistics.mean(losses[name]):.4f}{spread}")
-    result = {"benchmark": "dropout_forms", "environment": environment("cpu"), "options": options, "val_loss": losses}
+    result = {"benchmark": "dropout_forms", "environment": environment("cpu"), "options": options,
+              "val_loss": losses}
     write_result(options.out, result)
 
 

@@ -1,4 +1,5 @@
-"""Tokens/s of text generation, one sequence at a time: ours beside transformers' and a nanoGPT checkout's.
+"""Tokens/s of text generation, one sequence at a time: ours beside transformers' and a nanoGPT
+checkout's.
 
     python bench/generation.py --device=cpu --nanogpt=DIR
 
@@ -48,40 +49,51 @@ def main(options: Options) -> dict:
     idx = torch.randint(50257, (1, 4), device=device)
     model.to(device)
 
-    greedy = {name: generate()[0].tolist() for name, generate in makers(options, weights, model, idx, 16, top_k=1).items()}
+    greedy = {name: generate()[0].tolist()
+              for name, generate in makers(options, weights, model, idx, 16, top_k=1).items()}
     for name, text in greedy.items():
         if text != greedy["ours, float32"]:
-            raise ValueError(f"{name} writes {text} where ours writes {greedy['ours, float32']}; not timed")
+            raise ValueError(f"{name} writes {text} where ours writes {greedy['ours, float32']}; "
+                             "not timed")
     best = GPT(config).eval()
     best.load_state_dict(weights)
-    best.to(device, weights_dtype(Sample(max_new_tokens=options.new_tokens), best.to(device), idx.shape[1]))
+    best.to(device,
+            weights_dtype(Sample(max_new_tokens=options.new_tokens), best.to(device), idx.shape[1]))
     callables = {
         "ours": lambda: best.generate(idx, options.new_tokens),
         **makers(options, weights, model, idx, options.new_tokens),
     }
     timings = measure(callables, device=device, warmup=1, repeats=options.repeats)
     rate = {name: options.new_tokens / timing.median_ms * 1e3 for name, timing in timings.items()}
-    rows: dict[str, dict] = {name: {"time": timings[name], "tokens_per_s": rate[name]} for name in timings}
+    rows: dict[str, dict] = {name: {"time": timings[name], "tokens_per_s": rate[name]}
+                             for name in timings}
     rows["ours"]["dtype"] = str(best.lm_head.weight.dtype).removeprefix("torch.")
     for name in rows:
-        print(f"{name:20}{rate[name]:8.1f} tokens/s   ours is {rate['ours'] / rate[name]:.2f} x this")
-    result = {"benchmark": "generation", "environment": environment(device), "options": options, "variants": rows}
-    out = Path(options.out) if options.out else ROOT / "bench" / "results" / f"generation-{machine(device)}.json"
+        print(f"{name:20}{rate[name]:8.1f} tokens/s   ours is {rate['ours'] / rate[name]:.2f} x "
+              "this")
+    result = {"benchmark": "generation", "environment": environment(device), "options": options,
+              "variants": rows}
+    out = Path(
+        options.out) if options.out else ROOT / "bench" / "results" / f"generation-{machine(device)}.json"
     write_result(out, result)
     print(f"written to {out}")
     return result
 
 
-def makers(options: Options, weights: dict[str, Tensor], model: GPT, idx: Tensor, n: int, temperature: float = 1.0,
+def makers(options: Options, weights: dict[str, Tensor], model: GPT, idx: Tensor, n: int,
+           temperature: float = 1.0,
            top_k: int | None = None) -> dict[str, Callable[[], Tensor]]:
     """What continues idx by n tokens, by name; all in fp32."""
-    found: dict[str, Callable[[], Tensor]] = {"ours, float32": lambda: model.generate(idx, n, temperature, top_k)}
+    found: dict[str,
+                Callable[[], Tensor]] = {
+                    "ours, float32": lambda: model.generate(idx, n, temperature, top_k)}
     here = (model.config, weights, idx.device, torch.float32)
     if importlib.util.find_spec("transformers"):
         theirs: Any = peers.transformers_gpt2(*here).module.eval()
         theirs.generation_config.pad_token_id = theirs.generation_config.eos_token_id = None
         found["transformers"] = lambda: theirs.generate(
-            idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=top_k != 1, top_k=top_k or 0, use_cache=True,
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=top_k != 1,
+            top_k=top_k or 0, use_cache=True,
         )
     if options.nanogpt:
         nano: Any = peers.nanogpt(options.nanogpt, *here).module.eval()

@@ -1,10 +1,12 @@
-"""Peak memory of a training step by batch size, on each kernel suite, up to the largest power of two that fits.
+"""Peak memory of a training step by batch size, on each kernel suite, up to the largest power of
+two that fits.
 
     python bench/memory.py                     # GPT-2 124M, torch and triton
     python bench/memory.py --case=1558M
 
-A step is that of bench/mfu.py, uncompiled, so that no size waits for a compiler. What counts is the most that PyTorch had
-allocated at once: weights, optimizer and activations; the CUDA context is not in it.
+A step is that of bench/mfu.py, uncompiled, so that no size waits for a compiler. What counts is the
+most that PyTorch had allocated at once: weights, optimizer and activations; the CUDA context is not
+in it.
 """
 
 import gc
@@ -38,10 +40,12 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Measure, print, and write the JSON as each suite ends. Raises ValueError without a GPU, which alone keeps such a count."""
+    """Measure, print, and write the JSON as each suite ends. Raises ValueError without a GPU, which
+    alone keeps such a count."""
     device = hardware.resolve_device("auto")
     if device.type != "cuda":
-        raise ValueError(f"bench/memory.py needs a CUDA device, whose allocator counts; this is {device.type}")
+        raise ValueError("bench/memory.py needs a CUDA device, whose allocator counts; this is "
+                         f"{device.type}")
     if options.case not in GPU_CASES:
         raise ValueError(f"--case={options.case}: there are {', '.join(GPU_CASES)}")
     config, _ = GPU_CASES[options.case]
@@ -68,7 +72,8 @@ def sweep(peak: Callable[[int], int | None]) -> dict[int, int]:
 
 
 def peak_bytes(config: GPTConfig, suite: str, device: torch.device, batch: int) -> int | None:
-    """The most allocated in the second of two steps, when the optimizer has its state; None where memory runs out."""
+    """The most allocated in the second of two steps, when the optimizer has its state; None where
+    memory runs out."""
     torch.manual_seed(0)
     try:
         return _two_steps(config, suite, batch, device)

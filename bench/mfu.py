@@ -1,17 +1,20 @@
-"""Tokens/s, both MFUs, memory and compile time of training steps, ours beside the peers', interleaved in one process.
+"""Tokens/s, both MFUs, memory and compile time of training steps, ours beside the peers',
+interleaved in one process.
 
     python bench/mfu.py                                   # what this machine has: a GPU's four sizes, or a CPU's small ones
     python bench/mfu.py --device=cpu --nanogpt=DIR        # against a nanoGPT checkout
     python bench/mfu.py --cases=124M --batch_size=auto    # the largest batch that fits
     python bench/mfu.py --suites=torch,triton,triton+attention=torch
 
-A step is forward, backward, gradient clipping and the optimizer, on a fixed batch. The peers' losses on the same weights
-and batch must agree before anything is timed. A suite is one of kernels.load, with single families from another one after
-plus signs: what `triton+attention=torch` takes longer than `triton` is the share of the attention kernel.
+A step is forward, backward, gradient clipping and the optimizer, on a fixed batch. The peers'
+losses on the same weights and batch must agree before anything is timed. A suite is one of
+kernels.load, with single families from another one after plus signs: what `triton+attention=torch`
+takes longer than `triton` is the share of the attention kernel.
 
-The cold start of a compiled variant is its first step with an empty compiler cache; the warm one is the first step after
-forgetting the compiled code but not the cache. Triton kernels of our own stay loaded, so only a variant that is the first to
-use one pays for it. Memory is that of the variant alone: weights, optimizer state, and the most a step adds.
+The cold start of a compiled variant is its first step with an empty compiler cache; the warm one is
+the first step after forgetting the compiled code but not the cache. Triton kernels of our own stay
+loaded, so only a variant that is the first to use one pays for it. Memory is that of the variant
+alone: weights, optimizer state, and the most a step adds.
 """
 
 import gc
@@ -39,14 +42,17 @@ from gpt import GPT, GPTConfig, hardware
 from gpt.flops import mfu
 from kernels import FAMILIES, resolve
 
-# name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run there: the "macbook" command
-# of nanoGPT's README, its shakespeare_char, of which its own code takes 12 to 16 s a step, and one sequence of GPT-2.
+# name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run
+# there: the "macbook" command of nanoGPT's README, its shakespeare_char, of which its own code
+# takes 12 to 16 s a step, and one sequence of GPT-2.
 GPU_CASES = {
-    name: (replace(shape, vocab_size=50304, bias=False, activation="gelu"), 16) for name, shape in GPT2.items()
+    name: (replace(shape, vocab_size=50304, bias=False, activation="gelu"), 16)
+    for name, shape in GPT2.items()
 }
 CPU_CASES = {
     "macbook": (GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128), 12),
-    "shakespeare_char": (GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, dropout=0.2), 64),
+    "shakespeare_char": (GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384,
+                                   dropout=0.2), 64),
     "124M_one": (GPU_CASES["124M"][0], 1),
 }
 CASES = GPU_CASES | CPU_CASES
@@ -62,15 +68,19 @@ class Options:
 
     device: str = "auto"
     dtype: str = "auto"
-    """of our matrix multiplications; a peer is measured in this one, and in its own default where that differs"""
+    """of our matrix multiplications; a peer is measured in this one, and in its own default where
+    that differs"""
     cases: str = ""
-    """names, with commas: 124M 350M 774M 1558M, macbook, shakespeare_char, 124M_one; empty: those for the device"""
+    """names, with commas: 124M 350M 774M 1558M, macbook, shakespeare_char, 124M_one; empty: those
+    for the device"""
     suites: str = ""
-    """kernel suites of ours, with commas; empty: on a GPU torch, triton and each family's replacement, on a CPU torch"""
+    """kernel suites of ours, with commas; empty: on a GPU torch, triton and each family's
+    replacement, on a CPU torch"""
     peers: str = "transformers,liger"
     """what else is measured where it is installed, with commas; empty: nothing"""
     batch_size: BatchSize = 0
-    """sequences in a step; 0: the case's own; auto: on a GPU the most that every eager variant can hold"""
+    """sequences in a step; 0: the case's own; auto: on a GPU the most that every eager variant can
+    hold"""
     nanogpt: str = ""
     """folder of a nanoGPT checkout to measure against"""
     steps: Positive = 10
@@ -89,16 +99,20 @@ def main(options: Options) -> dict:
     if device.type == "cpu":
         hardware.keep_freed_memory()  # as the trainer does; the peers gain by it, too
     dtype = hardware.resolve_dtype(options.dtype, device)
-    names = options.cases.split(",") if options.cases else list(GPU_CASES if device.type == "cuda" else CPU_CASES)
+    names = options.cases.split(",") if options.cases else list(GPU_CASES if device.type == "cuda"
+                                                                else CPU_CASES)
     if unknown := [name for name in names if name not in CASES]:
-        raise ValueError(f"--cases={options.cases}: no case {unknown[0]!r}; there are {', '.join(CASES)}")
+        raise ValueError(f"--cases={options.cases}: no case {unknown[0]!r}; there are "
+                         f"{', '.join(CASES)}")
     if options.batch_size == "auto" and device.type != "cuda":
-        raise ValueError(f"--batch_size=auto needs a GPU's limit, this is {device.type}; give a number")
+        raise ValueError(f"--batch_size=auto needs a GPU's limit, this is {device.type}; give a "
+                         "number")
     out = result_file(options, device)
     result: dict = {"benchmark": "mfu", "environment": environment(device), "cases": {}}
     for name in names:
         config, own = CASES[name]
-        batch = options.batch_size if isinstance(options.batch_size, int) and options.batch_size else own
+        batch = options.batch_size if isinstance(options.batch_size,
+                                                 int) and options.batch_size else own
         result["cases"][name] = measure_case(config, batch, device, dtype, options)
         result["environment"] = environment(device)
         write_result(out, result)
@@ -109,11 +123,14 @@ def main(options: Options) -> dict:
 
 def result_file(options: Options, device: torch.device) -> Path:
     """Where the result goes."""
-    return Path(options.out) if options.out else ROOT / "bench" / "results" / f"mfu-{machine(device)}.json"
+    return Path(
+        options.out) if options.out else ROOT / "bench" / "results" / f"mfu-{machine(device)}.json"
 
 
-def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype, options: Options) -> dict:
-    """One shape: all variants built on the same weights, checked against each other, then timed in turns."""
+def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype,
+                 options: Options) -> dict:
+    """One shape: all variants built on the same weights, checked against each other, then timed in
+    turns."""
     torch.manual_seed(0)
     weights = {k: v.detach().clone() for k, v in GPT(config).state_dict().items()}
     runners = variants(config, weights, device, dtype, options)
@@ -121,8 +138,10 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
     if options.batch_size == "auto":
         batch = largest_batch(partial(fits, runners, config), limit=512)
     idx, targets = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
-    # Dynamo counts the variants of all modules of one class together, and runs those above its limit uncompiled.
-    with fresh_cache(), torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+    # Dynamo counts the variants of all modules of one class together, and runs those above its
+    # limit uncompiled.
+    with fresh_cache(), torch._dynamo.config.patch(recompile_limit=256,
+                                                   fail_on_recompile_limit_hit=True):
         cold = first_steps(runners, idx, targets)
         torch._dynamo.reset()
         warm = first_steps([peer for peer in runners if peer.compiled], idx, targets)
@@ -130,17 +149,21 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
         memory = {peer.name: peak_memory_bytes(peer, idx, targets) for peer in runners}
         steps = {peer.name: (lambda peer=peer: peer.step(idx, targets).item()) for peer in runners}
         timings = measure(steps, device=device, warmup=1, repeats=options.steps)
-        profiled = profile_all(runners, config, idx, targets, result_file(options, device).parent) if options.profile else None
+        profiled = profile_all(runners, config, idx, targets,
+                               result_file(options, device).parent) if options.profile else None
     rows = {}
     for peer in runners:
         tokens_per_s = batch * config.block_size / timings[peer.name].median_ms * 1e3
         rows[peer.name] = {
-            "dtype": str(peer.dtype).removeprefix("torch."), "compiled": peer.compiled, "suite": peer.suite,
+            "dtype": str(peer.dtype).removeprefix("torch."), "compiled": peer.compiled,
+            "suite": peer.suite,
             "loss": losses[peer.name], "step": timings[peer.name], "tokens_per_s": tokens_per_s,
-            **mfu(config, tokens_per_s, hardware.device_name(device)), "peak_memory_bytes": memory[peer.name],
+            **mfu(config, tokens_per_s, hardware.device_name(device)),
+            "peak_memory_bytes": memory[peer.name],
             "cold_start_s": cold[peer.name], "warm_start_s": warm.get(peer.name),
         }
-    result = {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows), "profile": profiled}
+    result = {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows),
+              "profile": profiled}
     del runners, steps
     gc.collect()
     return result
@@ -167,9 +190,11 @@ def peak_memory_bytes(peer: Peer, idx: Tensor, targets: Tensor) -> int | None:
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest batch up to `limit` that fits: doubled until one does not, then bisected. Raises ValueError if 1 does not."""
+    """The largest batch up to `limit` that fits: doubled until one does not, then bisected. Raises
+    ValueError if 1 does not."""
     if not fits(1):
-        raise ValueError("--batch_size=auto: not even one sequence fits; choose a smaller --cases, or fewer --suites and --peers")
+        raise ValueError("--batch_size=auto: not even one sequence fits; choose a smaller --cases, "
+                         "or fewer --suites and --peers")
     good, bad = 1, 2
     while bad <= limit and fits(bad):
         good, bad = bad, 2 * bad
@@ -181,9 +206,11 @@ def largest_batch(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def fits(runners: list[Peer], config: GPTConfig, batch: int) -> bool:
-    """Whether every eager variant can take a step of `batch` sequences with all the others' weights in memory."""
+    """Whether every eager variant can take a step of `batch` sequences with all the others' weights
+    in memory."""
     try:
-        idx, targets = torch.randint(config.vocab_size, (2, batch, config.block_size), device=runners[0].device)
+        idx, targets = torch.randint(config.vocab_size, (2, batch, config.block_size),
+                                     device=runners[0].device)
         for peer in runners:
             if not peer.compiled:
                 peer.rehearse(idx, targets).item()
@@ -199,12 +226,15 @@ def fits(runners: list[Peer], config: GPTConfig, batch: int) -> bool:
 
 
 def shares(rows: dict[str, dict]) -> list[dict]:
-    """For every suite that replaces single families of another one measured alike: the milliseconds a step takes more."""
+    """For every suite that replaces single families of another one measured alike: the milliseconds
+    a step takes more."""
     found = []
     for name, row in rows.items():
         base, plus, change = (row["suite"] or "").partition("+")
         for other in rows.values():
-            if plus and other["suite"] == base and (other["compiled"], other["dtype"]) == (row["compiled"], row["dtype"]):
+            if plus and other["suite"] == base and (other["compiled"],
+                                                    other["dtype"]) == (row["compiled"],
+                                                                        row["dtype"]):
                 more = row["step"].median_ms - other["step"].median_ms
                 found.append({"variant": name, "suite": base, "change": change, "more_ms": more,
                               "more_of_step": more / other["step"].median_ms})
@@ -212,21 +242,27 @@ def shares(rows: dict[str, dict]) -> list[dict]:
 
 
 def suites(options: Options, device: torch.device) -> list[tuple[str, str, dict[str, str]]]:
-    """(name, suite, families from elsewhere) of each of --suites. Raises ValueError for one that is none, or cannot run here."""
-    every = ["torch", "triton", *(f"triton+{family}=torch" for family in FAMILIES)] if device.type == "cuda" else ["torch"]
+    """(name, suite, families from elsewhere) of each of --suites. Raises ValueError for one that is
+    none, or cannot run here."""
+    every = ["torch", "triton",
+             *(f"triton+{family}=torch"
+               for family in FAMILIES)] if device.type == "cuda" else ["torch"]
     found = []
     for name in options.suites.split(",") if options.suites else every:
         suite, *changes = name.split("+")
         families = dict(change.partition("=")[::2] for change in changes)
         if unknown := families.keys() - FAMILIES.keys():
-            raise ValueError(f"--suites={name}: no family {min(unknown)!r}; write SUITE+FAMILY=SUITE with {', '.join(FAMILIES)}")
+            raise ValueError(f"--suites={name}: no family {min(unknown)!r}; write "
+                             f"SUITE+FAMILY=SUITE with {', '.join(FAMILIES)}")
         resolve(suite, device, **families)
         found.append((name, suite, families))
     return found
 
 
-def variants(config: GPTConfig, weights: dict, device: torch.device, dtype: torch.dtype, options: Options) -> list[Peer]:
-    """Ours first, on each suite; then whatever peer is at hand, in our dtype and, where it differs, as it comes by default.
+def variants(config: GPTConfig, weights: dict, device: torch.device, dtype: torch.dtype,
+             options: Options) -> list[Peer]:
+    """Ours first, on each suite; then whatever peer is at hand, in our dtype and, where it differs,
+    as it comes by default.
 
     A suite with a replacement is measured compiled only, unless nothing is compiled.
     """
@@ -234,22 +270,27 @@ def variants(config: GPTConfig, weights: dict, device: torch.device, dtype: torc
     ways = [False, True] if options.compile else [False]
     found: list[Peer] = []
 
-    def add(make: Callable[..., Peer], name: str, dtype: torch.dtype, compiled: bool, like: Peer | None, **more: Any) -> Peer:
-        found.append(make(*here, dtype, name=name + ", compiled" * compiled, compiled=compiled, like=like, **more))
+    def add(make: Callable[..., Peer], name: str, dtype: torch.dtype, compiled: bool,
+            like: Peer | None, **more: Any) -> Peer:
+        found.append(make(*here, dtype, name=name + ", compiled" * compiled, compiled=compiled,
+                          like=like, **more))
         found[-1].compiled = compiled
         return found[-1]
 
-    def both(make: Callable[..., Peer], name: str, dtype: torch.dtype, like: Peer | None = None, **more: Any) -> None:
+    def both(make: Callable[..., Peer], name: str, dtype: torch.dtype, like: Peer | None = None,
+             **more: Any) -> None:
         for compiled in ways:
             like = add(make, name, dtype, compiled, like, **more)
 
     for name, suite, families in chosen:
         for compiled in ways[-1:] if families else ways:
             label = "ours" if len(chosen) == 1 else f"ours, {name}"
-            add(peers.ours, label, dtype, compiled, found[0] if found else None, kernels=suite, **families).suite = name
+            add(peers.ours, label, dtype, compiled, found[0] if found else None, kernels=suite,
+                **families).suite = name
     wanted = [name for name in options.peers.split(",") if name]
     if strangers := set(wanted) - {"transformers", "liger"}:
-        raise ValueError(f"--peers={options.peers}: no peer {min(strangers)!r}; there are transformers, liger, and --nanogpt=DIR")
+        raise ValueError(f"--peers={options.peers}: no peer {min(strangers)!r}; there are "
+                         "transformers, liger, and --nanogpt=DIR")
     if options.nanogpt:
         default = dtype if device.type == "cuda" else torch.float32  # it has no autocast on a CPU
         make = partial(peers.nanogpt, options.nanogpt)
@@ -269,13 +310,17 @@ def show(name: str, case: dict) -> None:
     base = rows.get("nanoGPT") or rows.get("transformers") or next(iter(rows.values()))
     against = next(k for k, v in rows.items() if v is base)
     print(f"\n{name}: batch {case['batch_size']} x {case['config'].block_size} tokens")
-    print(f"{'':40}{'tokens/s':>10}{'ms/step':>10}{'mfu palm':>10}{'causal':>8}{'GiB':>7}{'cold s':>8}{'warm s':>8}{'loss':>9}  "
+    print(
+        f"{'':40}{'tokens/s':>10}{'ms/step':>10}{'mfu palm':>10}{'causal':>8}{'GiB':>7}{'cold s':>8}{'warm s':>8}{'loss':>9}  "
           f"x {against}")
     for label, row in rows.items():
-        used = [f"{100 * row[k]:.1f}%" if row[k] is not None else "n/a" for k in ("mfu_palm", "mfu_causal")]
+        used = [f"{100 * row[k]:.1f}%" if row[k] is not None else "n/a"
+                for k in ("mfu_palm", "mfu_causal")]
         memory = "n/a" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:.1f}"
-        starts = [f"{row[k]:.1f}" if row["compiled"] else "" for k in ("cold_start_s", "warm_start_s")]
-        print(f"{label + ', ' + row['dtype'] if row['dtype'] not in label else label:40}{row['tokens_per_s']:10,.0f}"
+        starts = [f"{row[k]:.1f}" if row["compiled"] else ""
+                  for k in ("cold_start_s", "warm_start_s")]
+        print(
+            f"{label + ', ' + row['dtype'] if row['dtype'] not in label else label:40}{row['tokens_per_s']:10,.0f}"
               f"{row['step'].median_ms:10.1f}{used[0]:>10}{used[1]:>8}{memory:>7}{starts[0]:>8}{starts[1]:>8}{row['loss']:9.4f}  "
               f"{base['step'].median_ms / row['step'].median_ms:.2f}")
     for share in case["shares"]:

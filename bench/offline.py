@@ -1,10 +1,12 @@
-"""Run the operators with no device, no data and no arithmetic: each kernel launch is handed to a function instead.
+"""Run the operators with no device, no data and no arithmetic: each kernel launch is handed to a
+function instead.
 
     with offline((9, 0), launched):             # launched(kernel, grid, args, kwargs)
         for phase, tensors in cases.run(load("triton").layernorm, cases.arguments(case, "meta"), {}): ...
 
-The tensors are on PyTorch's "meta" device: shapes, dtypes and strides without data, so logits of 16,384 x 50,304 and
-their matmuls cost nothing, and whatever would read a value on the host (`.item()`) fails. The kernel files are not told.
+The tensors are on PyTorch's "meta" device: shapes, dtypes and strides without data, so logits of
+16,384 x 50,304 and their matmuls cost nothing, and whatever would read a value on the host
+(`.item()`) fails. The kernel files are not told.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +31,8 @@ FREE = ("empty", "new_empty", "detach", "alias")  # move no bytes, though they m
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a kernel sees of a tensor without data: a dtype, and an address in the range of its storage."""
+    """What a kernel sees of a tensor without data: a dtype, and an address in the range of its
+    storage."""
 
     dtype: torch.dtype
     address: int
@@ -39,20 +42,25 @@ class Pointer:
 
 
 class Storages:
-    """Hands out addresses; `nbytes[address >> STORAGE_BITS]` is the size of the storage an address belongs to."""
+    """Hands out addresses; `nbytes[address >> STORAGE_BITS]` is the size of the storage an address
+    belongs to."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[int, object]] = {}  # the storage is kept, so that its key is not used again
+        # the storage is kept, so that its key is not used again
+        self._known: dict[int, tuple[int, object]] = {}
         self.nbytes: dict[int, int] = {}
 
     def pointer(self, tensor: Tensor) -> Pointer:
         storage = tensor.untyped_storage()
         index, _ = self._known.setdefault(storage._cdata, (len(self._known) + 1, storage))
         self.nbytes[index] = storage.nbytes()
-        return Pointer(tensor.dtype, (index << STORAGE_BITS) + int(tensor.storage_offset()) * tensor.element_size())
+        return Pointer(tensor.dtype,
+                       (index << STORAGE_BITS)
+                       + int(tensor.storage_offset()) * tensor.element_size())
 
     def pointers(self, arg: object) -> object:
-        """A launch argument with its tensors replaced: plain ones, those in tuples, the base of a tensor descriptor."""
+        """A launch argument with its tensors replaced: plain ones, those in tuples, the base of a
+        tensor descriptor."""
         if isinstance(arg, Tensor):
             return self.pointer(arg)
         if type(arg) is tuple:
@@ -63,9 +71,11 @@ class Storages:
 
 
 class _Bodies(TorchDispatchMode):
-    """Enters the Python body of our operators, where PyTorch would stop at the output shapes they declare.
+    """Enters the Python body of our operators, where PyTorch would stop at the output shapes they
+    declare.
 
-    `moved` hears of every other operator that touches memory: its name and the bytes of the tensors in and out.
+    `moved` hears of every other operator that touches memory: its name and the bytes of the tensors
+    in and out.
     """
 
     def __init__(self, moved: Callable[[str, int], None]) -> None:
@@ -99,7 +109,8 @@ def _nbytes(tensor: Tensor) -> int:
 @contextmanager
 def offline(capability: tuple[int, int], launched: Callable,
             moved: Callable[[str, int], None] = lambda name, nbytes: None) -> Iterator[Storages]:
-    """Within it, kernels go to `launched(kernel, grid, args, kwargs)`, with settings for a device of this capability.
+    """Within it, kernels go to `launched(kernel, grid, args, kwargs)`, with settings for a device
+    of this capability.
 
     For tensors on the meta device.
     """
@@ -116,7 +127,9 @@ def offline(capability: tuple[int, int], launched: Callable,
         for kind in (JITFunction, InterpretedFunction):
             stack.enter_context(patch.object(kind, "run", run))
         stack.enter_context(patch.object(launch, "capability", lambda device: capability))
-        stack.enter_context(patch.object(launch, "multiprocessors", lambda device: MULTIPROCESSORS[capability]))
-        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))  # meta has no autocast
+        stack.enter_context(patch.object(launch,
+                                         "multiprocessors", lambda device: MULTIPROCESSORS[capability]))
+        # meta has no autocast
+        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))
         stack.enter_context(_Bodies(moved))
         yield storages

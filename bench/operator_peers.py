@@ -1,6 +1,8 @@
-"""Who else computes an operator: every implementation of one case of bench/cases.py that this machine could have.
+"""Who else computes an operator: every implementation of one case of bench/cases.py that this
+machine could have.
 
-An implementation takes the arguments of our operator. One that cannot run here is a sentence that says why.
+An implementation takes the arguments of our operator. One that cannot run here is a sentence that
+says why.
 """
 
 from collections.abc import Callable
@@ -24,21 +26,25 @@ def implementations(case: Case, device: torch.device) -> dict[str, Callable | st
     """All that could be measured on a case, ours first: a callable, or why it is left out."""
     cuda = device.type == "cuda"
     found: dict[str, Callable | str] = {
-        OURS: operator(case, "triton") if cuda else f"the Triton kernels need a CUDA device, this is {device.type}",
+        OURS: operator(case, "triton") if cuda else "the Triton kernels need a CUDA device, this "
+                                                    f"is {device.type}",
     }
     if not cuda:
         found["reference"] = operator(case, "reference")
     found["torch"] = operator(case, "torch")
-    if case.operator != "attention":  # alone it is one call of scaled_dot_product_attention: nothing to fuse
+    # alone it is one call of scaled_dot_product_attention: nothing to fuse
+    if case.operator != "attention":
         found["torch, compiled"] = compiled(operator(case, "torch"))
     if case.family == "attention":
-        return found | {name: partial(_forced, backend, operator(case, "torch")) for name, backend in BACKENDS.items()} | {
-            "flash-attn": _flash_attn(case, cuda)}
+        return found | {name: partial(_forced, backend, operator(case, "torch"))
+                        for name, backend in BACKENDS.items()} | {
+"flash-attn": _flash_attn(case, cuda)}
     return found | {"Liger": _liger(case, cuda)}
 
 
 def compiled(fn: Callable) -> Callable:
-    """torch.compile for one set of shapes. Earlier ones are forgotten, lest it generalise over them and lose speed."""
+    """torch.compile for one set of shapes. Earlier ones are forgotten, lest it generalise over them
+    and lose speed."""
     torch.compiler.reset()
     return torch.compile(fn, dynamic=False)
 
@@ -55,7 +61,8 @@ def _flash_attn(case: Case, cuda: bool) -> Callable | str:
 
 
 def _liger(case: Case, cuda: bool) -> Callable | str:
-    """Liger's operators, which round nothing here that ours do not: parameters fp32, the head's weight in the dtype of x."""
+    """Liger's operators, which round nothing here that ours do not: parameters fp32, the head's
+    weight in the dtype of x."""
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
     if not cuda:
@@ -68,4 +75,5 @@ def _liger(case: Case, cuda: bool) -> Callable | str:
         return lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)
     if case.operator == "cross_entropy":
         return lambda logits, targets: liger.liger_cross_entropy(logits, targets, ignore_index=-1)
-    return lambda x, w, targets: liger.liger_fused_linear_cross_entropy(x, w.to(x.dtype), targets, ignore_index=-1)
+    return lambda x, w, targets: liger.liger_fused_linear_cross_entropy(x, w.to(x.dtype), targets,
+                                                                        ignore_index=-1)

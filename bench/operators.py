@@ -1,12 +1,14 @@
-"""Each operator, forward and backward apart, against its peers and the floor: checked first, then timed in turns.
+"""Each operator, forward and backward apart, against its peers and the floor: checked first, then
+timed in turns.
 
     python bench/operators.py                              # GPT-2's sizes and attention from T = 512 to 16384; small on a CPU
     python bench/operators.py --sizes=124M --sweep=False
 
-The floor is operations over the rate of a large matrix product, or bytes over that of a large copy, both measured in this
-run; attention's operations are counted once per score that is used. Every implementation runs at the full shape first and
-is compared, where a slice of it can be, with kernels/reference.py in fp64; one that is wrong is refused with its value and
-the right one, and has no time. Peers that are not installed, or cannot run here, are named.
+The floor is operations over the rate of a large matrix product, or bytes over that of a large copy,
+both measured in this run; attention's operations are counted once per score that is used. Every
+implementation runs at the full shape first and is compared, where a slice of it can be, with
+kernels/reference.py in fp64; one that is wrong is refused with its value and the right one, and has
+no time. Peers that are not installed, or cannot run here, are named.
 """
 
 import sys
@@ -28,11 +30,16 @@ from data import cli
 from data.bounds import NonNegativeFloat, Positive
 from gpt import hardware
 
-SWEEP = (512, 1024, 2048, 4096, 8192, 16384)  # sequence lengths, with cases.ROWS tokens in each batch
-CHECKED_ROWS = 64  # of the losses: the other rows' targets are ignored while checking, which leaves them out of the gradient
-# Reads alone may run a little faster than a copy (data sheets are about 12 % above one). More is a wrong clock or floor.
+# sequence lengths, with cases.ROWS tokens in each batch
+SWEEP = (512, 1024, 2048, 4096, 8192, 16384)
+# of the losses: the other rows' targets are ignored while checking, which leaves them out of the
+# gradient
+CHECKED_ROWS = 64
+# Reads alone may run a little faster than a copy (data sheets are about 12 % above one). More is a
+# wrong clock or floor.
 IMPOSSIBLE = 1.15
-PEERS_FAIL_WITH = (RuntimeError, TypeError, ValueError)  # where one has no kernel for a shape, dtype or device
+# where one has no kernel for a shape, dtype or device
+PEERS_FAIL_WITH = (RuntimeError, TypeError, ValueError)
 PHASES = ("forward", "backward", "both")
 
 
@@ -56,13 +63,16 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Measure, print, and write the JSON as each case ends. 1 where ours is wrong, or a time is impossible; else 0."""
+    """Measure, print, and write the JSON as each case ends. 1 where ours is wrong, or a time is
+    impossible; else 0."""
     began = time.perf_counter()
     device = hardware.resolve_device(options.device)
     chosen = chosen_cases(options, device)
-    out = Path(options.out) if options.out else ROOT / "bench" / "results" / f"operators-{device.type}.json"
+    out = Path(
+        options.out) if options.out else ROOT / "bench" / "results" / f"operators-{device.type}.json"
     rates, ceilings = measure_rates(device)
-    result: dict = {"benchmark": "operators", "environment": environment(device), "rates": ceilings, "cases": {}, "left_out": []}
+    result: dict = {"benchmark": "operators", "environment": environment(device),
+                    "rates": ceilings, "cases": {}, "left_out": []}
     for case in chosen:
         if options.minutes and time.perf_counter() - began > 60 * options.minutes:
             result["left_out"].append(str(case))
@@ -75,45 +85,54 @@ def main(options: Options) -> int:
     if result["left_out"]:
         print(f"\nleft out after {options.minutes} minutes: {'; '.join(result['left_out'])}")
     print(f"written to {out}")
-    return int(any(case["impossible"] or OURS in case["refused"] for case in result["cases"].values()))
+    return int(any(case["impossible"] or OURS in case["refused"]
+                   for case in result["cases"].values()))
 
 
 def chosen_cases(options: Options, device: torch.device) -> list[Case]:
     """The cases in order of worth. Raises ValueError for a size that is none."""
     if device.type == "cpu":
-        small = [Case("attention_qkv", (2, 128, 4, 64)), Case("add_layernorm", (256, 256)), Case("layernorm", (256, 256)),
+        small = [Case("attention_qkv", (2, 128, 4, 64)), Case("add_layernorm", (256, 256)),
+                 Case("layernorm", (256, 256)),
                  Case("cross_entropy", (128, 1000)), Case("linear_cross_entropy", (128, 64, 1000))]
         swept = [Case("attention", (1, T, 4, 64)) for T in SWEEP[:2]] if options.sweep else []
         return [Case(case.operator, case.shape, torch.float32) for case in small + swept]
     names = options.sizes.split(",")
     if unknown := [name for name in names if name not in cases.GPT2]:
-        raise ValueError(f"--sizes={options.sizes}: no size {unknown[0]!r}; there are {', '.join(cases.GPT2)}")
+        raise ValueError(f"--sizes={options.sizes}: no size {unknown[0]!r}; there are "
+                         f"{', '.join(cases.GPT2)}")
     sizes = [cases.gpt2(name, options.batch_size) for name in names]
-    swept = [Case("attention", (max(1, cases.ROWS // T), T, 768 // D, D)) for D in (64, 128) for T in SWEEP]
-    return list(dict.fromkeys([*sizes[0], *(swept if options.sweep else []), *(case for size in sizes[1:] for case in size)]))
+    swept = [Case("attention", (max(1, cases.ROWS // T), T, 768 // D, D)) for D in (64, 128)
+             for T in SWEEP]
+    return list(dict.fromkeys([*sizes[0], *(swept if options.sweep else []),
+                               *(case for size in sizes[1:] for case in size)]))
 
 
 # -- the floor -------------------------------------------------------------------
 
 
 def measure_rates(device: torch.device) -> tuple[Rates, dict]:
-    """The ceilings of this device, on random data: a copy well beyond the cache, and a large matrix product in the dtype
-    that the cases have; with their timings, for the JSON."""
+    """The ceilings of this device, on random data: a copy well beyond the cache, and a large matrix
+    product in the dtype that the cases have; with their timings, for the JSON."""
     cuda = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
     source = torch.randn(2**28 if cuda else 2**23, device=device)
     target = torch.empty_like(source)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    times = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device=device, repeats=20 if cuda else 5)
+    times = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device=device,
+                    repeats=20 if cuda else 5)
     copied = 2 * source.numel() * source.element_size()
-    rates = Rates(matmul_tflops=2 * n**3 / times["matmul"].median_ms * 1e-9, copy_gbs=copied / times["copy"].median_ms * 1e-6)
-    return rates, {"matmul_tflops": rates.matmul_tflops, "copy_gbs": rates.copy_gbs, "matmul": times["matmul"],
-                   "matmul_shape": [n, n, n], "dtype": dtype, "copy": times["copy"], "copied_bytes": copied}
+    rates = Rates(matmul_tflops=2 * n**3 / times["matmul"].median_ms * 1e-9,
+                  copy_gbs=copied / times["copy"].median_ms * 1e-6)
+    return rates, {"matmul_tflops": rates.matmul_tflops, "copy_gbs": rates.copy_gbs,
+                   "matmul": times["matmul"],
+                   "matmul_shape": [n, n, n], "dtype": dtype, "copy": times["copy"],
+                   "copied_bytes": copied}
 
 
 def work(case: Case) -> dict[str, Work | None]:
-    """The least each phase must do. A loss may write its gradient while it is read for the forward: then the backward has
-    nothing left to do, and only the two together have a floor."""
+    """The least each phase must do. A loss may write its gradient while it is read for the forward:
+    then the backward has nothing left to do, and only the two together have a floor."""
     size, shape = case.dtype.itemsize, case.shape
     if case.family == "attention":
         apart = floors.attention(shape[0], shape[1], shape[2], shape[3], size)
@@ -123,8 +142,10 @@ def work(case: Case) -> dict[str, Work | None]:
         apart = {phase: Work(bytes=n) for phase, n in traffic.floor_bytes(case).items()}
     both = apart["forward"] + apart["backward"]
     if case.operator == "cross_entropy":
-        both = Work(bytes=both.bytes - case.shape[0] * case.shape[1] * size)  # the logits are read once
-    return {"forward": apart["forward"], "backward": None if case.family == "cross_entropy" else apart["backward"], "both": both}
+        # the logits are read once
+        both = Work(bytes=both.bytes - case.shape[0] * case.shape[1] * size)
+    return {"forward": apart["forward"], "backward": None if case.family == "cross_entropy"
+            else apart["backward"], "both": both}
 
 
 def speed(timing: Timing, least: Work | None, rates: Rates) -> dict:
@@ -143,18 +164,21 @@ def speed(timing: Timing, least: Work | None, rates: Rates) -> dict:
 def refuse_impossible(name: str, phase: str, row: dict) -> None:
     """Raises ValueError for a time that no device could have: the clock, or the floor, is wrong."""
     if row["of_floor"] is not None and row["of_floor"] > IMPOSSIBLE:
-        raise ValueError(f"{name}, {phase}: {row['timing'].median_ms:.4g} ms is {100 * row['of_floor']:.0f} % of what this "
-                         f"device can do; nothing is reported above {100 * IMPOSSIBLE:.0f} %")
+        raise ValueError(f"{name}, {phase}: {row['timing'].median_ms:.4g} ms is "
+                         f"{100 * row['of_floor']:.0f} % of what this device can do; nothing is "
+                         f"reported above {100 * IMPOSSIBLE:.0f} %")
 
 
 # -- check -----------------------------------------------------------------------
 
 
 def wrong(fn: Callable, case: Case, device: torch.device) -> str:
-    """What is wrong with `fn` at the full shape, or "": in norm, a result or gradient may be twice as far from the
-    definition in fp64 as PyTorch's operator is, and four units in the last place. The worst element is told with both values.
+    """What is wrong with `fn` at the full shape, or "": in norm, a result or gradient may be twice
+    as far from the definition in fp64 as PyTorch's operator is, and four units in the last place.
+    The worst element is told with both values.
 
-    Attention is compared in its last sequence and head, norms everywhere, losses with all but CHECKED_ROWS rows ignored.
+    Attention is compared in its last sequence and head, norms everywhere, losses with all but
+    CHECKED_ROWS rows ignored.
     """
     torch.manual_seed(0)
     args = cases.arguments(case, device)
@@ -164,14 +188,15 @@ def wrong(fn: Callable, case: Case, device: torch.device) -> str:
     gradients = dict(cases.run(cases.operator(case, "torch"), _again(args), {}))["gradients"]
     got, yard = (_results(f, _again(args), gradients) for f in (fn, cases.operator(case, "torch")))
     here = _slice(case, kept)
-    exact = _results(cases.operator(case, "reference"), [_wide(here(a)) for a in args], [here(g).double() for g in gradients])
+    exact = _results(cases.operator(case, "reference"), [_wide(here(a)) for a in args],
+                     [here(g).double() for g in gradients])
     for i, (g, y, t) in enumerate(zip(got, yard, exact, strict=True)):
         g, y = here(g).double(), here(y).double()
         allowed = 2 * (y - t).norm().item() + 4 * torch.finfo(case.dtype).eps * t.norm().item()
         if not (error := (g - t).norm().item()) <= allowed:  # also when it is nan
             at = (g - t).abs().nan_to_num(nan=float("inf")).flatten().argmax()
-            return (f"tensor {i}: {g.flatten()[at].item():.6g} where {t.flatten()[at].item():.6g} is right; "
-                    f"error in norm {error:.3g}, allowed {allowed:.3g}")
+            return (f"tensor {i}: {g.flatten()[at].item():.6g} where {t.flatten()[at].item():.6g} "
+                    f"is right; error in norm {error:.3g}, allowed {allowed:.3g}")
     return ""
 
 
@@ -190,8 +215,8 @@ def _results(fn: Callable, args: list[Tensor], gradients: list[Tensor]) -> list[
 
 
 def _slice(case: Case, kept: Tensor) -> Callable[[Tensor], Tensor]:
-    """What of a tensor is compared: of attention the last sequence and head, which depend on no other; of a loss the rows
-    that count, where a tensor has rows."""
+    """What of a tensor is compared: of attention the last sequence and head, which depend on no
+    other; of a loss the rows that count, where a tensor has rows."""
     def last(t: Tensor) -> Tensor:
         return t[-1:, ..., -1:, :].detach().requires_grad_(t.requires_grad)
 
@@ -206,7 +231,8 @@ def _slice(case: Case, kept: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def phases(fn: Callable, args: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """What is timed of an implementation: forward as in training, backward on a graph that is kept, and both."""
+    """What is timed of an implementation: forward as in training, backward on a graph that is kept,
+    and both."""
     kept = dict(cases.run(fn, args, {}))  # also warms up what compiles
     gradients = kept["gradients"]
     outputs = fn(*args)
@@ -217,8 +243,10 @@ def phases(fn: Callable, args: list[Tensor]) -> dict[str, Callable[[], object]]:
             "both": lambda: dict(cases.run(fn, args, {}, gradients))}
 
 
-def admit(case: Case, device: torch.device) -> tuple[dict[str, Callable], dict[str, str], dict[str, str]]:
-    """(implementations that are right, why others were left out, what is wrong with the refused)."""
+def admit(case: Case, device: torch.device) -> tuple[dict[str, Callable], dict[str, str],
+                                                     dict[str, str]]:
+    """(implementations that are right, why others were left out, what is wrong with the
+    refused)."""
     right, skipped, refused = {}, {}, {}
     for name, fn in implementations(case, device).items():
         if isinstance(fn, str):
@@ -228,7 +256,8 @@ def admit(case: Case, device: torch.device) -> tuple[dict[str, Callable], dict[s
             fault = wrong(fn, case, device)
         except PEERS_FAIL_WITH as error:
             if isinstance(error, torch.OutOfMemoryError):
-                raise ValueError(f"{case}, {name}: {str(error).splitlines()[0]}; give a smaller --batch_size") from error
+                raise ValueError(f"{case}, {name}: {str(error).splitlines()[0]}; give a smaller "
+                                 "--batch_size") from error
             if name == OURS:
                 raise
             skipped[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -247,7 +276,8 @@ def measure_case(case: Case, rates: Rates, device: torch.device, repeats: int) -
         right, skipped, refused = admit(case, device)
         args = cases.arguments(case, device)
         runs = {name: phases(fn, _again(args)) for name, fn in right.items()}
-        times = {phase: measure({name: run[phase] for name, run in runs.items()}, device=device, repeats=repeats,
+        times = {phase: measure({name: run[phase] for name, run in runs.items()}, device=device,
+                                repeats=repeats,
                                 min_time_ms=1.0) for phase in PHASES}
     least = work(case)
     variants: dict[str, dict] = {name: {} for name in right}
@@ -256,19 +286,23 @@ def measure_case(case: Case, rates: Rates, device: torch.device, repeats: int) -
         for name, timing in times[phase].items():
             variants[name][phase] = row = speed(timing, least[phase], rates)
             try:
-                if device.type == "cuda":  # a CPU's caches are not flushed, and may well be faster than its memory
+                # a CPU's caches are not flushed, and may well be faster than its memory
+                if device.type == "cuda":
                     refuse_impossible(name, phase, row)
             except ValueError as error:
                 impossible.append(str(error))
                 variants[name][phase] = None
-    floor = {phase: w and {"flops": w.flops, "bytes": w.bytes, "ms": w.ns(rates) * 1e-6} for phase, w in least.items()}
-    return {"operator": case.operator, "shape": case.shape, "dtype": case.dtype, "floor": floor, "variants": variants,
+    floor = {phase: w and {"flops": w.flops, "bytes": w.bytes, "ms": w.ns(rates) * 1e-6}
+             for phase, w in least.items()}
+    return {"operator": case.operator, "shape": case.shape, "dtype": case.dtype, "floor": floor,
+            "variants": variants,
             "skipped": skipped, "refused": refused, "impossible": impossible}
 
 
 def show(case: Case, found: dict) -> None:
     """A table of one case."""
-    print(f"\n{case}\n{'':18}" + "".join(f"{phase + ' ms':>14}{'rate':>14}{'of floor':>10}" for phase in PHASES))
+    print(f"\n{case}\n{'':18}" + "".join(f"{phase + ' ms':>14}{'rate':>14}{'of floor':>10}"
+                                         for phase in PHASES))
     for name, row in found["variants"].items():
         print(f"{name:18}" + "".join(_cells(row[phase]) for phase in PHASES))
     for what in ("skipped", "refused"):

@@ -1,8 +1,10 @@
-"""What the trainer itself costs: `python bench/overhead.py` [CONFIG] [--key=value ...], the quickstart on a CPU by default.
+"""What the trainer itself costs: `python bench/overhead.py` [CONFIG] [--key=value ...], the
+quickstart on a CPU by default.
 
-Of each step of the real loop (batches, learning rate, loss over ranks, report, progress line, metrics.jsonl) the time that is
-not in forward, backward, clipping, optimizer step or zero_grad. Those calls are timed where the loop makes them, so a CPU,
-where they return when they are done, is what this measures; on a GPU the loop runs ahead and waits for nothing.
+Of each step of the real loop (batches, learning rate, loss over ranks, report, progress line,
+metrics.jsonl) the time that is not in forward, backward, clipping, optimizer step or zero_grad.
+Those calls are timed where the loop makes them, so a CPU, where they return when they are done, is
+what this measures; on a GPU the loop runs ahead and waits for nothing.
 """
 
 import dataclasses
@@ -47,16 +49,21 @@ class Stopwatch:
 def measure(config: Config) -> tuple[Timing, Timing, Run]:
     """Milliseconds of whole steps, and of what in them is the trainer's own."""
     with tempfile.TemporaryDirectory() as folder:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, out_dir=folder, init_from="scratch"))
+        config = dataclasses.replace(config,
+                                     run=dataclasses.replace(config.run, out_dir=folder,
+                                                             init_from="scratch"))
         run, watch = build(config), Stopwatch()
         if run.device.type != "cpu":
-            raise ValueError(f"--device={run.device.type}: calls return before their work is done there; use --device=cpu")
+            raise ValueError(f"--device={run.device.type}: calls return before their work is done "
+                             "there; use --device=cpu")
         report = Report(run.config, run.world, run.device, run.asked)
         report.begin(run.step, run.evaluated)
         run.wrapped.forward = watch.timed(run.wrapped.forward)
-        torch.Tensor.backward, before = watch.timed(torch.Tensor.backward), torch.Tensor.backward  # type: ignore[method-assign]
+        before, timed = torch.Tensor.backward, watch.timed(torch.Tensor.backward)
+        torch.Tensor.backward = timed  # type: ignore[method-assign]
         run.optimizer.step = watch.timed(run.optimizer.step)  # type: ignore[method-assign]
-        run.optimizer.zero_grad = watch.timed(run.optimizer.zero_grad)  # type: ignore[method-assign]
+        zero_grad = watch.timed(run.optimizer.zero_grad)
+        run.optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
         clip, parallel.clip = parallel.clip, watch.timed(parallel.clip)
         try:
             steps = [one(run, report, watch) for _ in range(WARMUP + STEPS)][WARMUP:]
@@ -68,7 +75,8 @@ def measure(config: Config) -> tuple[Timing, Timing, Run]:
 
 
 def one(run: Run, report: Report, watch: Stopwatch) -> tuple[float, float]:
-    """A step as train_until_done takes it: milliseconds of it all, and of what is not the trainer's."""
+    """A step as train_until_done takes it: milliseconds of it all, and of what is not the
+    trainer's."""
     start = time.perf_counter()
     lr = optim.learning_rate(run.step, run.config.optim)
     report.step(run.step, lr, loop.train_step(run, lr), run.batches)
@@ -86,9 +94,11 @@ def report(given: list[str]) -> None:
     config = given if given and not given[0].startswith("-") else ["configs/quickstart.py", *given]
     whole, own, run = measure(parse([*config, "--device=cpu"]))
     fraction = sum(own.samples) / sum(whole.samples)
-    print(f"step {whole}, of it the trainer {own}: {100 * fraction:.2f} % of all time over {STEPS} steps")
+    print(f"step {whole}, of it the trainer {own}: {100 * fraction:.2f} % of all time over {STEPS} "
+          "steps")
     result = {"benchmark": "overhead", "environment": environment("cpu"), "config": config[0],
-              "batch_size": run.config.data.batch_size, "step": whole.as_json(), "trainer": own.as_json(), "fraction": fraction}
+              "batch_size": run.config.data.batch_size, "step": whole.as_json(),
+              "trainer": own.as_json(), "fraction": fraction}
     write_result(Path(ROOT / "bench" / "results" / "overhead-cpu.json"), result)
 
 

@@ -1,10 +1,12 @@
-"""The same run on two kernel suites: do they learn the same? 200 steps of GPT-2 124M on real text; a small model on a CPU.
+"""The same run on two kernel suites: do they learn the same? 200 steps of GPT-2 124M on real text;
+a small model on a CPU.
 
     python bench/parity.py                            # torch against triton on a GPU, reference against torch on a CPU
     python bench/parity.py --steps=50 --out=parity.json
 
-Both start from one seed, so from the same weights, and read the same batches; they are train/run.py as users run it. The
-text is the source of Python's standard library: in GPT-2's tokens where its vocabulary is at hand, else as bytes.
+Both start from one seed, so from the same weights, and read the same batches; they are train/run.py
+as users run it. The text is the source of Python's standard library: in GPT-2's tokens where its
+vocabulary is at hand, else as bytes.
 """
 
 import json
@@ -25,8 +27,8 @@ from data.python_stdlib import prepare
 from data.small import write_dataset
 from gpt import hardware
 
-# nats of validation loss: twice the 0.011 between the best and the worst of five seeds of the macbook run (bench/LOG.md).
-# Suites that share the seed should be closer.
+# nats of validation loss: twice the 0.011 between the best and the worst of five seeds of the
+# macbook run (bench/LOG.md). Suites that share the seed should be closer.
 LIMIT = 0.02
 
 
@@ -40,7 +42,8 @@ class Options:
     batch_size: Positive = 16
     """sequences of 1024 tokens on a GPU, of 64 on a CPU"""
     suites: str = ""
-    """two or more, with commas, the first being what the others must equal; empty: torch,triton or reference,torch"""
+    """two or more, with commas, the first being what the others must equal; empty: torch,triton or
+    reference,torch"""
     out: str = ""
     """JSON file for the result; empty: bench/results/parity-DEVICE.json"""
 
@@ -51,20 +54,24 @@ def main(options: Options) -> int:
     cuda = device.type == "cuda"
     names = (options.suites or ("torch,triton" if cuda else "reference,torch")).split(",")
     if len(set(names)) < 2:
-        raise ValueError(f"--suites={options.suites}: give at least two, with commas, the first to compare the others with")
+        raise ValueError(f"--suites={options.suites}: give at least two, with commas, the first to "
+                         "compare the others with")
     steps = options.steps or (200 if cuda else 20)
-    out = Path(options.out) if options.out else ROOT / "bench" / "results" / f"parity-{device.type}.json"
+    out = Path(
+        options.out) if options.out else ROOT / "bench" / "results" / f"parity-{device.type}.json"
     with tempfile.TemporaryDirectory() as scratch:
         corpus = write_corpus(Path(scratch) / "data", cuda)
-        flags = [f"--data_dir={scratch}/data", f"--device={device}", *settings(steps, options.batch_size, cuda)]
+        flags = [f"--data_dir={scratch}/data", f"--device={device}",
+                 *settings(steps, options.batch_size, cuda)]
         runs = {name: train(Path(scratch) / name, [*flags, f"--kernels={name}"]) for name in names}
     against = {name: compare(runs[names[0]], runs[name]) for name in names[1:]}
-    write_result(out, {"benchmark": "parity", "environment": environment(device), "corpus": corpus, "steps": steps,
+    write_result(out, {"benchmark": "parity", "environment": environment(device), "corpus": corpus,
+                       "steps": steps,
                        "limit": LIMIT, "suites": runs, "against": against})
     for name, found in against.items():
-        print(f"{name} against {names[0]}, {steps} steps on {corpus}: validation loss {runs[name]['val_loss']:.4f} and "
-              f"{runs[names[0]]['val_loss']:.4f}; training losses differ by {found['mean']:.2g} on average, at most "
-              f"{found['most']:.2g}")
+        print(f"{name} against {names[0]}, {steps} steps on {corpus}: validation loss "
+              f"{runs[name]['val_loss']:.4f} and {runs[names[0]]['val_loss']:.4f}; training losses "
+              f"differ by {found['mean']:.2g} on average, at most {found['most']:.2g}")
     print(f"written to {out}")
     return int(any(not abs(found["val"]) <= LIMIT for found in against.values()))
 
@@ -82,7 +89,8 @@ def write_corpus(folder: Path, gpt2_tokens: bool) -> str:
             parts: dict[str, list[np.ndarray]] = {"train": [], "val": []}
             for path in prepare.source_files(root):
                 ids = encode_ordinary((root / path).read_text(encoding="utf-8", errors="replace"))
-                parts["val" if prepare.is_validation(path) else "train"] += [ids, np.array([END_OF_TEXT], ids.dtype)]
+                parts["val" if prepare.is_validation(path)
+                      else "train"] += [ids, np.array([END_OF_TEXT], ids.dtype)]
             splits = {name: np.concatenate(part).astype(np.uint16) for name, part in parts.items()}
             write_dataset(folder, splits, {"name": "python_stdlib, GPT-2's tokens"}, "gpt2", 50257)
             return "python_stdlib in GPT-2's tokens"
@@ -91,31 +99,39 @@ def write_corpus(folder: Path, gpt2_tokens: bool) -> str:
 
 
 def settings(steps: int, batch_size: int, cuda: bool) -> list[str]:
-    """Flags of train/run.py: GPT-2 124M as configs/train_gpt2.py has it, or something a CPU does in seconds."""
+    """Flags of train/run.py: GPT-2 124M as configs/train_gpt2.py has it, or something a CPU does in
+    seconds."""
     values: dict[str, object] = {
-        "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": max(1, steps // 10), "eval_interval": steps,
-        "eval_iters": 20, "gradient_accumulation_steps": 1, "batch_size": batch_size, "log_interval": 1,
+        "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": max(1, steps // 10),
+        "eval_interval": steps,
+        "eval_iters": 20, "gradient_accumulation_steps": 1, "batch_size": batch_size,
+        "log_interval": 1,
         "always_save_checkpoint": False, "seed": 1337,
     }
     if not cuda:
-        values |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "learning_rate": 4e-3, "min_lr": 4e-4}
+        values |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64,
+                   "learning_rate": 4e-3, "min_lr": 4e-4}
     return [f"--{name}={value}" for name, value in values.items()]
 
 
 def train(out_dir: Path, flags: list[str]) -> dict:
-    """One run: its training losses, its validation loss at the end, and its median tokens/s after the first ten steps."""
+    """One run: its training losses, its validation loss at the end, and its median tokens/s after
+    the first ten steps."""
     command = [sys.executable, str(ROOT / "train" / "run.py"), f"--out_dir={out_dir}", *flags]
     if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise ValueError(f"train/run.py ended with {code} on {flags[-1]}; its last lines are above")
     entries = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return {"flags": [flag for flag in flags if not flag.startswith("--data_dir")],  # which is gone by now
+    # which is gone by now
+    return {"flags": [flag for flag in flags if not flag.startswith("--data_dir")],
             "loss": [e["loss"] for e in entries if "loss" in e],
             "val_loss": [e["val/loss"] for e in entries if "val/loss" in e][-1],
-            "tokens_per_s": float(np.median([e["tokens_per_s"] for e in entries if "loss" in e][10:] or [0.0]))}
+            "tokens_per_s": float(
+                np.median([e["tokens_per_s"] for e in entries if "loss" in e][10:] or [0.0]))}
 
 
 def compare(first: dict, other: dict) -> dict[str, float]:
-    """How far two runs are apart: the absolute differences of their training losses, and `val`, signed."""
+    """How far two runs are apart: the absolute differences of their training losses, and `val`,
+    signed."""
     apart = [abs(a - b) for a, b in zip(first["loss"], other["loss"], strict=True)]
     return {"mean": fmean(apart), "most": max(apart), "val": other["val_loss"] - first["val_loss"]}
 

@@ -1,7 +1,8 @@
-"""Models that train the same GPT: ours, and others' with the same weights, as something the bench can step.
+"""Models that train the same GPT: ours, and others' with the same weights, as something the bench
+can step.
 
-Every peer starts from the same tensors, named as in gpt/model.py, and is asked for its loss on the same batch before
-anything is timed: one that disagrees is refused.
+Every peer starts from the same tensors, named as in gpt/model.py, and is asked for its loss on the
+same batch before anything is timed: one that disagrees is refused.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # 
 
 @dataclass
 class Peer:
-    """A model with its optimizer; `loss(idx, targets)` is the mean cross-entropy, before autocast."""
+    """A model with its optimizer; `loss(idx, targets)` is the mean cross-entropy, before
+    autocast."""
 
     name: str
     module: nn.Module
@@ -40,7 +42,8 @@ class Peer:
     suite: str = ""
 
     def rehearse(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """A step that leaves the weights as they are: AdamW's learning rate and decay are 0 in it."""
+        """A step that leaves the weights as they are: AdamW's learning rate and decay are 0 in
+        it."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -50,12 +53,15 @@ class Peer:
         return loss
 
     def bytes_held(self) -> int:
-        """Of weights and optimizer state, which stay between steps; another peer may hold the same ones."""
-        states = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+        """Of weights and optimizer state, which stay between steps; another peer may hold the same
+        ones."""
+        states = (t for state in self.optimizer.state.values()
+                  for t in state.values() if isinstance(t, Tensor))
         return sum(t.nbytes for t in [*self.module.parameters(), *states])
 
     def step(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Forward, backward, clipping and the optimizer: one step of training; the loss, on the device."""
+        """Forward, backward, clipping and the optimizer: one step of training; the loss, on the
+        device."""
         with hardware.autocast(self.device, self.dtype):
             loss = self.loss(idx, targets)
         loss.backward()
@@ -74,11 +80,15 @@ class Peer:
         return loss
 
 
-def ours(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype, *, name: str = "ours",
-         kernels: str | Kernels = "torch", compiled: bool = False, like: Peer | None = None, **families: str) -> Peer:
-    """Our model on a kernel suite; `families` replace single ones, as in kernels.load. Or on any Kernels.
+def ours(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype,
+         *, name: str = "ours",
+         kernels: str | Kernels = "torch", compiled: bool = False, like: Peer | None = None,
+         **families: str) -> Peer:
+    """Our model on a kernel suite; `families` replace single ones, as in kernels.load. Or on any
+    Kernels.
 
-    It shares the parameters and the optimizer of the peer `like`, so that many variants of a large model fit a GPU.
+    It shares the parameters and the optimizer of the peer `like`, so that many variants of a large
+    model fit a GPU.
     """
     operators = load(kernels, **families) if isinstance(kernels, str) else kernels
     model = shared(GPT, like, config, operators)
@@ -87,7 +97,8 @@ def ours(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dt
         model.to(device)
     if compiled:
         model.compile()
-    return Peer(name, model, model, like.optimizer if like else optim.build(model, OPTIM), device, dtype)
+    return Peer(name, model, model, like.optimizer if like else optim.build(model, OPTIM),
+                device, dtype)
 
 
 def shared(make: Callable[..., nn.Module], like: Peer | None, *arguments: Any) -> Any:
@@ -101,11 +112,17 @@ def shared(make: Callable[..., nn.Module], like: Peer | None, *arguments: Any) -
 
 
 def liger_kernels() -> Kernels:
-    """Liger's layer norm and fused linear cross-entropy among PyTorch's operators; written for liger-kernel 0.8.
+    """Liger's layer norm and fused linear cross-entropy among PyTorch's operators; written for
+    liger-kernel 0.8.
 
-    It has no residual add beside a layer norm (only beside RMSNorm) and no attention. Its norm wants a bias: zeros.
+    It has no residual add beside a layer norm (only beside RMSNorm) and no attention. Its norm
+    wants a bias: zeros.
     """
-    from liger_kernel.transformers.functional import liger_cross_entropy, liger_fused_linear_cross_entropy, liger_layer_norm
+    from liger_kernel.transformers.functional import (
+        liger_cross_entropy,
+        liger_fused_linear_cross_entropy,
+        liger_layer_norm,
+    )
 
     def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
         return liger_layer_norm(x, w, torch.zeros_like(w) if b is None else b, eps)
@@ -115,26 +132,32 @@ def liger_kernels() -> Kernels:
         total = (residual + x).to(residual.dtype)
         return total, layernorm(total, w, b, eps).to(x.dtype)
 
-    def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -1) -> Tensor:
+    def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
+                      ignore_index: int = -1) -> Tensor:
         return liger_cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)
 
     def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
                              ignore_index: int = -1) -> Tensor:
-        return liger_fused_linear_cross_entropy(x, weight, targets, reduction=reduction, ignore_index=ignore_index)
+        return liger_fused_linear_cross_entropy(x, weight, targets, reduction=reduction,
+                                                ignore_index=ignore_index)
 
-    return load("torch")._replace(layernorm=layernorm, add_layernorm=add_layernorm, cross_entropy=cross_entropy,
+    return load("torch")._replace(layernorm=layernorm, add_layernorm=add_layernorm,
+                                  cross_entropy=cross_entropy,
                                   linear_cross_entropy=linear_cross_entropy)
 
 
-def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype, *,
+def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor],
+            device: torch.device, dtype: torch.dtype, *,
             name: str = "nanoGPT", compiled: bool = False, like: Peer | None = None) -> Peer:
-    """A nanoGPT checkout's own model.py and optimizer. Raises ValueError if `folder` is none, or for a tanh GELU.
+    """A nanoGPT checkout's own model.py and optimizer. Raises ValueError if `folder` is none, or
+    for a tanh GELU.
 
     `like`: as in `ours`.
     """
     file = Path(folder) / "model.py"
     if not file.is_file():
-        raise ValueError(f"--nanogpt={folder}: no model.py there; clone nanoGPT and give its folder")
+        raise ValueError(f"--nanogpt={folder}: no model.py there; clone nanoGPT and give its "
+                         "folder")
     if config.activation != "gelu":
         raise ValueError(f"nanoGPT has no {config.activation}; measure it with activation=gelu")
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
@@ -142,14 +165,17 @@ def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor], d
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
-    arguments = {k: getattr(config, k) for k in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
+    arguments = {k: getattr(config, k)
+                 for k in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd",
+                           "dropout", "bias")}
     with contextlib.redirect_stdout(io.StringIO()):
         model = shared(module.GPT, like, module.GPTConfig(**arguments))
         if like is None:
             model.load_state_dict(weights)
             model.to(device)
             betas = OPTIM.beta1, OPTIM.beta2
-            optimizer = model.configure_optimizers(OPTIM.weight_decay, OPTIM.learning_rate, betas, device.type)
+            optimizer = model.configure_optimizers(OPTIM.weight_decay, OPTIM.learning_rate, betas,
+                                                   device.type)
         else:
             optimizer = like.optimizer
     if compiled:
@@ -157,21 +183,30 @@ def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor], d
     return Peer(name, model, lambda idx, targets: model(idx, targets)[1], optimizer, device, dtype)
 
 
-def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype, *,
-                      name: str = "transformers", compiled: bool = False, like: Peer | None = None) -> Peer:
-    """Hugging Face's GPT2LMHeadModel with PyTorch's fused attention, and PyTorch's fused AdamW. `like`: as in `ours`."""
+def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: torch.device,
+                      dtype: torch.dtype, *,
+                      name: str = "transformers", compiled: bool = False,
+                      like: Peer | None = None) -> Peer:
+    """Hugging Face's GPT2LMHeadModel with PyTorch's fused attention, and PyTorch's fused AdamW.
+    `like`: as in `ours`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = shared(GPT2LMHeadModel, like, GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
-        n_head=config.n_head, activation_function="gelu_new" if config.activation == "gelu_tanh" else "gelu",
-        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout, use_cache=False,
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head, activation_function="gelu_new" if config.activation == "gelu_tanh"
+        else "gelu",
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+        use_cache=False,
         attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
     ))
     if like is None:
-        turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored (in, out) there
+        # stored (in, out) there
+        turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
+                  "mlp.c_proj.weight")
         state = {k: v.T if k.endswith(turned) else v for k, v in weights.items()}
-        theirs = {k: state.get(k, torch.zeros_like(v)) for k, v in model.state_dict().items()}  # biases config has not: 0
+        # biases config has not: 0
+        theirs = {k: state.get(k, torch.zeros_like(v)) for k, v in model.state_dict().items()}
         model.load_state_dict(theirs)
         model.to(device)
     if compiled:
@@ -180,16 +215,19 @@ def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: tor
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(idx).logits.float().flatten(0, 1), targets.flatten())
 
-    return Peer(name, model, loss, like.optimizer if like else optim.build(model, OPTIM), device, dtype)
+    return Peer(name, model, loss, like.optimizer if like else optim.build(model, OPTIM),
+                device, dtype)
 
 
 def agree(peers: list[Peer], idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """The losses of all peers on one batch. Raises ValueError, with both values, for one that is not the first one's."""
+    """The losses of all peers on one batch. Raises ValueError, with both values, for one that is
+    not the first one's."""
     losses = {peer.name: peer.evaluate(idx, targets) for peer in peers}
     first = peers[0]
     for peer in peers:
         allowed = max(TOLERANCE[peer.dtype], TOLERANCE[first.dtype])
         if not abs(losses[peer.name] - losses[first.name]) <= allowed:
-            raise ValueError(f"{peer.name} has loss {losses[peer.name]:.5f} where {first.name} has {losses[first.name]:.5f}, "
-                             f"on the same weights and batch (allowed: {allowed}); not timed")
+            raise ValueError(f"{peer.name} has loss {losses[peer.name]:.5f} where {first.name} has "
+                             f"{losses[first.name]:.5f}, on the same weights and batch (allowed: "
+                             f"{allowed}); not timed")
     return losses

@@ -1,8 +1,10 @@
-"""Three pictures from the results: `python bench/plots.py` draws those that bench/results has the figures for.
+"""Three pictures from the results: `python bench/plots.py` draws those that bench/results has the
+figures for.
 
 roofline-DEVICE.png   every operator of operators-DEVICE.json under the two measured ceilings
 tokens-DEVICE.png     tokens/s by peer, of mfu-DEVICE.json
-waterfall-DEVICE.png  a training step from its floor to what was measured, of profile-DEVICE.json (made by bench/mfu.py
+waterfall-DEVICE.png  a training step from its floor to what was measured, of profile-DEVICE.json
+(made by bench/mfu.py
                       --profile=True --out=...) or, where there is none, of mfu-DEVICE.json
 
 Nothing here is typed by hand; under each picture stands where it was measured.
@@ -19,14 +21,18 @@ from typing import Any
 from bench.report import RESULTS, where
 from data import cli
 
-# What one element of a norm's or a loss's input takes, forward: two sums, centring, scaling, shifting; an exponential, its sum,
-# a maximum. They only place these points along the axis, where their distance to the roof is the measured one.
+# What one element of a norm's or a loss's input takes, forward: two sums, centring, scaling,
+# shifting; an exponential, its sum, a maximum. They only place these points along the axis, where
+# their distance to the roof is the measured one.
 NOMINAL_OPERATIONS = {"layernorm": 8, "add_layernorm": 9, "cross_entropy": 5}
 NOMINAL_PASSES = {"forward": 1, "backward": 2, "both": 3}
-MARKERS = {"attention": "o", "attention_qkv": "s", "layernorm": "^", "add_layernorm": "v", "cross_entropy": "D",
+MARKERS = {"attention": "o", "attention_qkv": "s", "layernorm": "^", "add_layernorm": "v",
+           "cross_entropy": "D",
            "linear_cross_entropy": "P"}
-COLORS = {"ours": "tab:red", "torch": "tab:blue", "torch, compiled": "tab:cyan", "reference": "tab:gray", "Liger": "tab:purple",
-          "flash-attn": "tab:brown", "SDPA flash": "tab:olive", "SDPA cuDNN": "tab:green", "SDPA efficient": "tab:pink"}
+COLORS = {"ours": "tab:red", "torch": "tab:blue", "torch, compiled": "tab:cyan",
+          "reference": "tab:gray", "Liger": "tab:purple",
+          "flash-attn": "tab:brown", "SDPA flash": "tab:olive", "SDPA cuDNN": "tab:green",
+          "SDPA efficient": "tab:pink"}
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,10 @@ class Options:
 # -- roofline --------------------------------------------------------------------
 
 
-def intensity_and_speed(case: dict[str, Any], phase: str, of_floor: float, rates: dict[str, Any]) -> tuple[float, float]:
-    """(operations per byte, TFLOP/s) of a measured phase: as far below the roof as it is from its floor."""
+def intensity_and_speed(case: dict[str, Any], phase: str, of_floor: float,
+                        rates: dict[str, Any]) -> tuple[float, float]:
+    """(operations per byte, TFLOP/s) of a measured phase: as far below the roof as it is from its
+    floor."""
     floor = case["floor"][phase]
     elements = case["shape"][0] * case["shape"][1]
     flops = floor["flops"] or NOMINAL_PASSES[phase] * NOMINAL_OPERATIONS[case["operator"]] * elements
@@ -53,12 +61,14 @@ def intensity_and_speed(case: dict[str, Any], phase: str, of_floor: float, rates
 
 
 def phases(case: dict[str, Any]) -> tuple[str, str]:
-    """What is shown: forward and backward; of a loss, whose backward has no floor of its own, both together instead."""
+    """What is shown: forward and backward; of a loss, whose backward has no floor of its own, both
+    together instead."""
     return "forward", "both" if case["floor"]["backward"] is None else "backward"
 
 
 def roofline(result: dict[str, Any], figure: Any) -> None:
-    """Operators under the roof: matrix products where it is flat, what only moves bytes where it rises."""
+    """Operators under the roof: matrix products where it is flat, what only moves bytes where it
+    rises."""
     axes, rates = figure.add_subplot(), result["rates"]
     intensities = [rates["matmul_tflops"] * 1e3 / rates["copy_gbs"]]  # the ridge
     shown: dict[str, dict[str, Any]] = {}  # for the legend: how each one's points look
@@ -69,17 +79,23 @@ def roofline(result: dict[str, Any], figure: Any) -> None:
                 if row[phase] is None:
                     continue
                 x, y = intensity_and_speed(case, phase, row[phase]["of_floor"], rates)
-                look = {"marker": MARKERS[case["operator"]], "color": COLORS[name], "fillstyle": fill_style}
+                look = {"marker": MARKERS[case["operator"]], "color": COLORS[name],
+                        "fillstyle": fill_style}
                 axes.plot(x, y, linestyle="none", alpha=0.8, **look)
                 intensities.append(x)
                 shown[name] = {"marker": "o", "color": COLORS[name]}
                 operators[case["operator"]] = {"marker": look["marker"], "color": "k"}
     ends = [min(intensities) / 2, intensities[0], max(intensities) * 2]
-    axes.plot(ends, [min(rates["matmul_tflops"], x * rates["copy_gbs"] / 1e3) for x in ends], "k-", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte (of norms and losses: nominal)", ylabel="TFLOP/s",
-             title=f"Operators under the roof of a copy, {rates['copy_gbs']:,.4g} GB/s, and a matrix product, "
-                   f"{_rate(rates['matmul_tflops'])}\nfilled: forward; hollow: backward, of a loss both together")
-    handles = [axes.plot([], [], linestyle="none", label=label, **look)[0] for label, look in (shown | operators).items()]
+    axes.plot(ends, [min(rates["matmul_tflops"], x * rates["copy_gbs"] / 1e3) for x in ends], "k-",
+              linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte (of norms and losses: "
+                                                "nominal)", ylabel="TFLOP/s",
+             title=f"Operators under the roof of a copy, {rates['copy_gbs']:,.4g} GB/s, and a "
+                   "matrix product, "
+                   f"{_rate(rates['matmul_tflops'])}\nfilled: forward; hollow: backward, of a loss "
+                   "both together")
+    handles = [axes.plot([], [], linestyle="none", label=label, **look)[0]
+               for label, look in (shown | operators).items()]
     figure.legend(handles=handles, fontsize=8, loc="outside right upper")
 
 
@@ -93,18 +109,26 @@ def _rate(tflops: float) -> str:
 def tokens(result: dict[str, Any], figure: Any) -> None:
     """One panel per case, one bar per variant, with quartiles."""
     lines = -(-len(result["cases"]) // 2)  # of two panels each
-    figure.set_size_inches(10, max(6.0, lines * (1 + 0.35 * max(len(found["variants"]) for found in result["cases"].values()))))
+    figure.set_size_inches(10,
+                           max(6.0,
+                               lines
+                               * (1 + 0.35 * max(len(found["variants"])
+                                                 for found in result["cases"].values()))))
     for i, (case, found) in enumerate(result["cases"].items()):
         axes = figure.add_subplot(lines, min(2, len(result["cases"])), i + 1)
         rows = found["variants"]
         count = found["batch_size"] * found["config"]["block_size"]
         speeds = [row["tokens_per_s"] for row in rows.values()]
-        spread = [[row["tokens_per_s"] - 1e3 * count / row["step"]["q3_ms"] for row in rows.values()],
-                  [1e3 * count / row["step"]["q1_ms"] - row["tokens_per_s"] for row in rows.values()]]
+        spread = [[row["tokens_per_s"] - 1e3 * count / row["step"]["q3_ms"]
+                   for row in rows.values()],
+                  [1e3 * count / row["step"]["q1_ms"] - row["tokens_per_s"]
+                   for row in rows.values()]]
         labels = [f"{name}\n{row['dtype']}" for name, row in rows.items()]
-        axes.barh(labels, speeds, xerr=spread, capsize=3, color=["tab:red" if n.startswith("ours") else "tab:blue" for n in rows])
+        axes.barh(labels, speeds, xerr=spread, capsize=3,
+                  color=["tab:red" if n.startswith("ours") else "tab:blue" for n in rows])
         for bar, speed in enumerate(speeds):
-            axes.text(0.02 * max(speeds), bar, f"{speed:,.0f}", va="center", color="white", fontsize=8)
+            axes.text(0.02 * max(speeds), bar, f"{speed:,.0f}", va="center",
+                      color="white", fontsize=8)
         axes.invert_yaxis()
         axes.tick_params(labelsize=8)
         axes.locator_params(axis="x", nbins=5)
@@ -115,30 +139,38 @@ def tokens(result: dict[str, Any], figure: Any) -> None:
 
 
 def waterfall(result: dict[str, Any], figure: Any) -> None:
-    """The first profiled case's fastest variant of ours: the floor by category, then what each took beyond its floor."""
-    case, variants = next((name, found["profile"]["variants"]) for name, found in result["cases"].items() if found.get("profile"))
+    """The first profiled case's fastest variant of ours: the floor by category, then what each took
+    beyond its floor."""
+    case, variants = next((name, found["profile"]["variants"])
+                          for name, found in result["cases"].items() if found.get("profile"))
     ours = {name: row for name, row in variants.items() if name.startswith("ours")} or variants
     name = min(ours, key=lambda n: ours[n]["step_ms"])
     step = ours[name]
     axes, reached = figure.add_subplot(), 0.0
-    bars = [(f"floor: {c}", row["floor_ms"], "tab:gray") for c, row in step["categories"].items() if row["floor_ms"]]
-    bars += [(f"beyond: {c}", row["ms"] - row["floor_ms"], "tab:red") for c, row in step["categories"].items()]
+    bars = [(f"floor: {c}", row["floor_ms"], "tab:gray") for c, row in step["categories"].items()
+            if row["floor_ms"]]
+    bars += [(f"beyond: {c}", row["ms"] - row["floor_ms"], "tab:red")
+             for c, row in step["categories"].items()]
     for label, ms, color in bars:
         axes.barh(label, ms, left=reached, color=color if ms >= 0 else "tab:green")
-        axes.text(max(reached, reached + ms) + 0.005 * step["step_ms"], label, f"{ms:.3g}", va="center", fontsize=8)
+        axes.text(max(reached, reached + ms) + 0.005 * step["step_ms"], label, f"{ms:.3g}",
+                  va="center", fontsize=8)
         reached += ms
     axes.barh("measured", step["step_ms"], color="tab:blue")
-    axes.text(step["step_ms"] * 1.005, "measured", f"{step['step_ms']:.4g}", va="center", fontsize=8)
+    axes.text(step["step_ms"] * 1.005, "measured", f"{step['step_ms']:.4g}",
+              va="center", fontsize=8)
     axes.axvline(step["floor_ms"], color="k", linewidth=0.5, linestyle=":")
     axes.invert_yaxis()
     axes.margins(x=0.08)
-    axes.set(xlabel="ms", title=f"{case}, {name}: one step of {step['tokens']:,} tokens, under the profiler")
+    axes.set(xlabel="ms", title=f"{case}, {name}: one step of {step['tokens']:,} tokens, under the "
+                                "profiler")
 
 
 # -- files -----------------------------------------------------------------------
 
 PICTURES: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any], Any], None]]] = {
-    "roofline": (("operators",), roofline), "tokens": (("mfu",), tokens), "waterfall": (("profile", "mfu"), waterfall)}
+    "roofline": (("operators",), roofline), "tokens": (("mfu",), tokens),
+    "waterfall": (("profile", "mfu"), waterfall)}
 
 
 def source(picture: str, device: str, results: Path) -> dict[str, Any] | None:
@@ -159,12 +191,14 @@ def draw(picture: str, result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     PICTURES[picture][1](result, figure)
-    figure.supxlabel(fill(where(result["environment"]).replace("`", ""), 150, break_on_hyphens=False), fontsize=7)
+    figure.supxlabel(fill(where(result["environment"]).replace("`", ""), 150,
+                          break_on_hyphens=False), fontsize=7)
     figure.savefig(path)
 
 
 def main(options: Options) -> list[Path]:
-    """Draw what there are results for; the pictures' paths. Raises ValueError where there are none."""
+    """Draw what there are results for; the pictures' paths. Raises ValueError where there are
+    none."""
     results = Path(options.results) if options.results else RESULTS
     out = Path(options.out) if options.out else results
     drawn = []
@@ -175,7 +209,8 @@ def main(options: Options) -> list[Path]:
                 draw(picture, result, drawn[-1])
                 print(drawn[-1])
     if not drawn:
-        raise ValueError(f"{results}: no results to draw; run `python bench/suite.py --out={results}` first")
+        raise ValueError(f"{results}: no results to draw; run `python bench/suite.py "
+                         f"--out={results}` first")
     return drawn
 
 

@@ -1,8 +1,10 @@
-"""Where a training step goes: its kernels (on a CPU, its operators) by kind, with the floor of each kind beside it.
+"""Where a training step goes: its kernels (on a CPU, its operators) by kind, with the floor of each
+kind beside it.
 
-`python bench/mfu.py --profile=True` calls this for every variant it measures: a table of each goes into the result, and a
-Chrome trace beside it, for chrome://tracing or ui.perfetto.dev. Profiled steps are slower than timed ones, above all where
-the host is the limit: shares are to be read here, speeds in bench/mfu.py's own table.
+`python bench/mfu.py --profile=True` calls this for every variant it measures: a table of each goes
+into the result, and a Chrome trace beside it, for chrome://tracing or ui.perfetto.dev. Profiled
+steps are slower than timed ones, above all where the host is the limit: shares are to be read here,
+speeds in bench/mfu.py's own table.
 """
 
 import re
@@ -23,8 +25,8 @@ from bench.operators import measure_rates
 from bench.peers import Peer
 from gpt.config import GPTConfig
 
-# What a kernel or operator belongs to: the first of these that its name has. A name that has none is looked up by the
-# operator that launched it, then by that one's caller, and so on.
+# What a kernel or operator belongs to: the first of these that its name has. A name that has none
+# is looked up by the operator that launched it, then by that one's caller, and so on.
 KINDS = {
     "attention": r"attention|flash|fmha|sdpa",
     "cross-entropy": r"cross_entropy|log_softmax|nll_loss|cross-entropy",
@@ -41,7 +43,8 @@ LONGEST = 40  # names in the table
 
 
 def kind(names: Iterable[str]) -> str:
-    """The category of a kernel, from its own name and then those of the operators around it, innermost first."""
+    """The category of a kernel, from its own name and then those of the operators around it,
+    innermost first."""
     for name in names:
         for category, pattern in KINDS.items():
             if re.search(pattern, name, re.IGNORECASE):
@@ -60,12 +63,15 @@ def _around(event: Any) -> Iterator[str]:
 
 
 def operators_of_cpu(events: Iterable[Any]) -> list[tuple[str, str, float]]:
-    """(name, category, milliseconds of its own) of every operator on a CPU. An operator's helpers count as its own kind."""
-    return [(e.name, kind(_around(e)), e.self_cpu_time_total / 1e3) for e in events if e.device_type == DeviceType.CPU]
+    """(name, category, milliseconds of its own) of every operator on a CPU. An operator's helpers
+    count as its own kind."""
+    return [(e.name, kind(_around(e)), e.self_cpu_time_total / 1e3)
+            for e in events if e.device_type == DeviceType.CPU]
 
 
 def kernels_of_device(events: Iterable[Any]) -> list[tuple[str, str, float]]:
-    """(name, category, milliseconds) of every kernel, copy and fill on the device, each by the operator that launched it.
+    """(name, category, milliseconds) of every kernel, copy and fill on the device, each by the
+    operator that launched it.
 
     One whose launch the profiler did not connect with an operator goes by its own name.
     """
@@ -89,7 +95,8 @@ def device_events(events: Iterable[Any]) -> list[Any]:
 
 
 def busy_ms(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of the spans (start, end), in microseconds, was under way, in milliseconds."""
+    """How long at least one of the spans (start, end), in microseconds, was under way, in
+    milliseconds."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -100,8 +107,10 @@ def busy_ms(spans: Iterable[tuple[float, float]]) -> float:
 # -- one step --------------------------------------------------------------------
 
 
-def profile_step(peer: Peer, config: GPTConfig, idx: Tensor, targets: Tensor, rates: Rates, trace: Path) -> dict:
-    """The table of one step of a peer that is warm already, the mean of STEPS; writes the Chrome trace (.json or .json.gz)."""
+def profile_step(peer: Peer, config: GPTConfig, idx: Tensor, targets: Tensor, rates: Rates,
+                 trace: Path) -> dict:
+    """The table of one step of a peer that is warm already, the mean of STEPS; writes the Chrome
+    trace (.json or .json.gz)."""
     cuda = peer.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, acc_events=True) as prof:
@@ -115,14 +124,18 @@ def profile_step(peer: Peer, config: GPTConfig, idx: Tensor, targets: Tensor, ra
     prof.export_chrome_trace(str(trace))
     events = list(prof.events())
     rows = kernels_of_device(events) if cuda else operators_of_cpu(events)
-    busy = busy_ms((e.time_range.start, e.time_range.end) for e in device_events(events)) if cuda else sum(ms for *_, ms in rows)
+    busy = busy_ms((e.time_range.start, e.time_range.end)
+                   for e in device_events(events)) if cuda else sum(ms for *_, ms in rows)
     return table(rows, wall_ms, busy, config, idx.numel(), rates) | {"trace": trace.name}
 
 
-def table(rows: list[tuple[str, str, float]], wall_ms: float, busy: float, config: GPTConfig, tokens: int, rates: Rates) -> dict:
-    """One step from the rows, wall time and busy time of STEPS steps: by category with the floor, and by name.
+def table(rows: list[tuple[str, str, float]], wall_ms: float, busy: float, config: GPTConfig,
+          tokens: int, rates: Rates) -> dict:
+    """One step from the rows, wall time and busy time of STEPS steps: by category with the floor,
+    and by name.
 
-    "idle" is when nothing ran on the device; on a CPU, when no operator did, which is Python's own time.
+    "idle" is when nothing ran on the device; on a CPU, when no operator did, which is Python's own
+    time.
     """
     spent = dict.fromkeys(CATEGORIES, 0.0)
     names: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -135,29 +148,36 @@ def table(rows: list[tuple[str, str, float]], wall_ms: float, busy: float, confi
         floor[part.category] += part.ns(rates) * tokens * 1e-6
     longest = sorted(names.items(), key=lambda item: -sum(item[1]))[:LONGEST]
     return {"step_ms": wall_ms / STEPS, "floor_ms": sum(floor.values()), "tokens": tokens,
-            "categories": {name: {"ms": spent[name], "floor_ms": floor[name]} for name in CATEGORIES},
-            "longest": [{"name": name, "category": category, "ms": sum(ms) / STEPS, "calls": len(ms) / STEPS}
+            "categories": {name: {"ms": spent[name], "floor_ms": floor[name]}
+                           for name in CATEGORIES},
+            "longest": [{"name": name, "category": category, "ms": sum(ms) / STEPS,
+                         "calls": len(ms) / STEPS}
                         for (name, category), ms in longest]}
 
 
 def show(title: str, found: dict, lines: int = 12) -> None:
     """Print a step's table."""
-    print(f"\n{title}: {found['step_ms']:.4g} ms a step under the profiler, floor {found['floor_ms']:.4g} ms\n"
-          f"{'':16}{'ms':>10}{'of step':>9}{'floor ms':>10}")
+    print(f"\n{title}: {found['step_ms']:.4g} ms a step under the profiler, floor "
+          f"{found['floor_ms']:.4g} ms\n{'':16}{'ms':>10}{'of step':>9}{'floor ms':>10}")
     for name, row in found["categories"].items():
         floor = f"{row['floor_ms']:10.3f}" if row["floor_ms"] else ""
         print(f"{name:16}{row['ms']:10.3f}{100 * row['ms'] / found['step_ms']:8.1f}%{floor}")
     for row in found["longest"][:lines]:
-        print(f"  {row['ms']:10.3f} ms {row['calls']:6.0f} x  {row['category']:14} {row['name'][:80]}")
+        print(f"  {row['ms']:10.3f} ms {row['calls']:6.0f} x  {row['category']:14} "
+              f"{row['name'][:80]}")
 
 
-def profile_all(runners: list[Peer], config: GPTConfig, idx: Tensor, targets: Tensor, folder: Path) -> dict:
-    """The table of each variant of a case by its name, printed, against ceilings measured now; traces go to `folder`."""
+def profile_all(runners: list[Peer], config: GPTConfig, idx: Tensor, targets: Tensor,
+                folder: Path) -> dict:
+    """The table of each variant of a case by its name, printed, against ceilings measured now;
+    traces go to `folder`."""
     rates, ceilings = measure_rates(idx.device)
     found = {}
     for peer in runners:
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.n_layer}x{config.n_embd} {peer.name}").strip("-")
+        slug = re.sub(r"[^A-Za-z0-9]+", "-",
+                      f"{config.n_layer}x{config.n_embd} {peer.name}").strip("-")
         peer.step(idx, targets)
-        found[peer.name] = profile_step(peer, config, idx, targets, rates, folder / f"trace-{slug}.json.gz")
+        found[peer.name] = profile_step(peer, config, idx, targets, rates,
+                                        folder / f"trace-{slug}.json.gz")
         show(peer.name, found[peer.name])
     return {"rates": ceilings, "variants": found}

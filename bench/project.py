@@ -1,16 +1,20 @@
-"""A projection, not a measurement: the time of an optimizer step on 1 to 1024 GPUs, from floors, fractions and bandwidths.
+"""A projection, not a measurement: the time of an optimizer step on 1 to 1024 GPUs, from floors,
+fractions and bandwidths.
 
     python bench/project.py --case=124M --node_gbs=300 --network_gbs=40 --matmul_fraction=0.86 --attention_fraction=0.7
 
-Compute is bench/floors.py's parts of a step, each divided by the fraction of its floor that was measured for its kind (1: the
-floor itself). Communication goes over nodes of `gpus_per_node` GPUs, in rings: of G bytes, (g - 1) / g G over the link inside a
-node of g GPUs, then (m - 1) / m G / g over the network between m nodes, for a reduce-scatter or an all-gather; twice that for an
+Compute is bench/floors.py's parts of a step, each divided by the fraction of its floor that was
+measured for its kind (1: the floor itself). Communication goes over nodes of `gpus_per_node` GPUs,
+in rings: of G bytes, (g - 1) / g G over the link inside a node of g GPUs, then (m - 1) / m G / g
+over the network between m nodes, for a reduce-scatter or an all-gather; twice that for an
 all-reduce. Bandwidths are one GPU's, in one direction.
 
-ddp: gradients are all-reduced in the last micro-step of a step, behind its backward pass. fsdp: in each micro-step weights are
-gathered in bf16 for the forward and the backward pass, and gradients reduce-scattered, behind both passes; the optimizer
-is shared out. `overlap` is the fraction of those passes that can hide communication; the backward pass is two thirds of both.
-Not in the model: latencies, stragglers, the data loader, slower matrix products on small batches, contention for memory.
+ddp: gradients are all-reduced in the last micro-step of a step, behind its backward pass. fsdp: in
+each micro-step weights are gathered in bf16 for the forward and the backward pass, and gradients
+reduce-scattered, behind both passes; the optimizer is shared out. `overlap` is the fraction of
+those passes that can hide communication; the backward pass is two thirds of both. Not in the model:
+latencies, stragglers, the data loader, slower matrix products on small batches, contention for
+memory.
 
 The row of one GPU stands beside the measurement where bench/results/mfu-cuda.json has one.
 """
@@ -41,7 +45,8 @@ class Options:
     """GB/s of one GPU to other nodes, in one direction"""
     case: Literal["124M", "350M", "774M", "1558M"] = "124M"
     matmul_tflops: PositiveFloat = 790.0
-    """of bf16 matrix products, as measured on the GPU; the default is arithmetic for an H200, measured nowhere"""
+    """of bf16 matrix products, as measured on the GPU; the default is arithmetic for an H200,
+    measured nowhere"""
     copy_gbs: PositiveFloat = 4300.0
     """of a copy, both directions counted; the same"""
     matmul_fraction: Share = 1.0
@@ -87,7 +92,8 @@ def model(case: str) -> GPTConfig:
 
 
 def ring_ms(gigabytes: float, gpus: int, o: Options) -> float:
-    """Of one reduce-scatter or all-gather: inside the nodes, then between them. An all-reduce is two."""
+    """Of one reduce-scatter or all-gather: inside the nodes, then between them. An all-reduce is
+    two."""
     g = min(gpus, o.gpus_per_node)
     nodes = gpus / g
     return 1e3 * gigabytes * ((g - 1) / g / o.node_gbs + (nodes - 1) / nodes / g / o.network_gbs)
@@ -116,10 +122,12 @@ def project(c: GPTConfig, gpus: int, o: Options) -> Step | None:
 
 
 def measured(case: str, results: Path) -> tuple[str, float] | None:
-    """Our fastest variant's name and tokens/s on one GPU, from a result of bench/mfu.py; None without one."""
+    """Our fastest variant's name and tokens/s on one GPU, from a result of bench/mfu.py; None
+    without one."""
     if not results.is_file():
         return None
-    rows: dict[str, Any] = json.loads(results.read_text())["cases"].get(case, {}).get("variants", {})
+    rows: dict[str, Any] = json.loads(results.read_text())["cases"].get(case,
+                                                                        {}).get("variants", {})
     ours = {name: row["tokens_per_s"] for name, row in rows.items() if name.startswith("ours")}
     return max(ours.items(), key=lambda item: item[1]) if ours else None
 
@@ -128,25 +136,29 @@ def table(o: Options) -> str:
     """The projection as Markdown; each column says what it is."""
     c, rows = model(o.case), []
     single = project(c, 1, o)
-    found = measured(o.case, Path(o.results) if o.results else ROOT / "bench" / "results" / "mfu-cuda.json")
+    found = measured(o.case,
+                     Path(o.results) if o.results else ROOT / "bench" / "results" / "mfu-cuda.json")
     for gpus in GPUS:
         step = project(c, gpus, o)
         if step is None:
-            rows.append(f"| {gpus} | n/a: {o.tokens_per_step} tokens are not shared out equally | | | | |")
+            rows.append(f"| {gpus} | n/a: {o.tokens_per_step} tokens are not shared out equally | "
+                        "| | | |")
             continue
         rate = o.tokens_per_step / step.total_ms * 1e3
         scaling = f"{single.total_ms / step.total_ms / gpus:.0%}" if single else "n/a"
         told = "not measured"
         if gpus == 1 and found:
             told = f"{found[1]:,.0f} ({found[0]}), {found[1] / rate:.0%} of the projection"
-        rows.append(f"| {gpus} | {step.total_ms:.1f} | {rate:,.0f} | {scaling} | {step.communication_ms:.1f}, "
-                    f"{step.exposed_ms:.1f} exposed | {told} |")
+        rows.append(f"| {gpus} | {step.total_ms:.1f} | {rate:,.0f} | {scaling} | "
+                    f"{step.communication_ms:.1f}, {step.exposed_ms:.1f} exposed | {told} |")
     return "\n".join([
-        f"PROJECTION, not a measurement: {o.case}, {o.parallel}, {o.tokens_per_step:,} tokens a step, T = {c.block_size}; given "
-        f"{o.matmul_tflops:g} TFLOP/s and {o.copy_gbs:g} GB/s per GPU, of which matrix products reach {o.matmul_fraction:g}, "
-        f"attention {o.attention_fraction:g}, the rest {o.memory_fraction:g}; {o.node_gbs:g} GB/s in nodes of {o.gpus_per_node}, "
-        f"{o.network_gbs:g} GB/s between; overlap {o.overlap:g}.", "",
-        "| GPUs | projected ms/step | projected tokens/s | projected scaling | projected communication, ms | measured tokens/s |",
+        f"PROJECTION, not a measurement: {o.case}, {o.parallel}, {o.tokens_per_step:,} tokens a "
+        f"step, T = {c.block_size}; given {o.matmul_tflops:g} TFLOP/s and {o.copy_gbs:g} GB/s per "
+        f"GPU, of which matrix products reach {o.matmul_fraction:g}, attention "
+        f"{o.attention_fraction:g}, the rest {o.memory_fraction:g}; {o.node_gbs:g} GB/s in nodes "
+        f"of {o.gpus_per_node}, {o.network_gbs:g} GB/s between; overlap {o.overlap:g}.", "",
+        "| GPUs | projected ms/step | projected tokens/s | projected scaling | projected "
+        "communication, ms | measured tokens/s |",
         "|---|---|---|---|---|---|", *rows,
     ])
 

@@ -1,7 +1,8 @@
-"""README's tables, made from bench/results/*.json: `python bench/report.py` writes them, `--check=True` only compares.
+"""README's tables, made from bench/results/*.json: `python bench/report.py` writes them,
+`--check=True` only compares.
 
-A table stands in README.md between `<!-- bench:NAME -->` and `<!-- /bench -->`. What has no result says so; nothing here is
-typed by hand.
+A table stands in README.md between `<!-- bench:NAME -->` and `<!-- /bench -->`. What has no result
+says so; nothing here is typed by hand.
 """
 
 import json
@@ -31,13 +32,16 @@ def where(environment: dict[str, Any]) -> str:
     """The machine, versions, commit and command of a result, as one sentence under its table."""
     gpu = environment.get("gpu")
     device = gpu["name"] if gpu else f"{environment['cpu']}, {environment['threads']} threads"
-    return (f"{device}; torch {environment['torch']}, Python {environment['python']}; commit {environment['commit'][:8]}, "
-            f"{environment['date'][:10]}; `python {environment['command']}`.")
+    return (f"{device}; torch {environment['torch']}, Python {environment['python']}; commit "
+            f"{environment['commit'][:8]}, {environment['date'][:10]}; `python "
+            f"{environment['command']}`.")
 
 
 def training(result: dict[str, Any]) -> str:
-    """Training steps, one line per case and variant, as a multiple of nanoGPT's own default where it was measured."""
-    lines = ["| case | variant | dtype | ms/step (quartiles) | tokens/s | x nanoGPT |", "|---|---|---|---|---|---|"]
+    """Training steps, one line per case and variant, as a multiple of nanoGPT's own default where
+    it was measured."""
+    lines = ["| case | variant | dtype | ms/step (quartiles) | tokens/s | x nanoGPT |",
+             "|---|---|---|---|---|---|"]
     for case, found in result["cases"].items():
         rows = found["variants"]
         base = rows.get("nanoGPT")
@@ -45,7 +49,8 @@ def training(result: dict[str, Any]) -> str:
             step = row["step"]
             ratio = f"{base['step']['median_ms'] / step['median_ms']:.2f}" if base else ""
             spread = f"{step['median_ms']:.1f} ({step['q1_ms']:.1f} to {step['q3_ms']:.1f})"
-            lines.append(f"| {case} | {name} | {row['dtype']} | {spread} | {row['tokens_per_s']:,.0f} | {ratio} |")
+            lines.append(f"| {case} | {name} | {row['dtype']} | {spread} | "
+                         f"{row['tokens_per_s']:,.0f} | {ratio} |")
     return "\n".join([*lines, "", "Training steps on " + where(result["environment"])])
 
 
@@ -53,23 +58,30 @@ def generation(result: dict[str, Any]) -> str:
     """Text generation, one line per variant."""
     rows = result["variants"]
     lines = ["| variant | tokens/s | ours is |", "|---|---|---|"]
-    lines += [f"| {name}{', ' + row['dtype'] + ' weights' if 'dtype' in row else ''} | {row['tokens_per_s']:.1f} "
-              f"| {rows['ours']['tokens_per_s'] / row['tokens_per_s']:.2f} x this |" for name, row in rows.items()]
+    lines += [f"| {name}{', ' + row['dtype'] + ' weights' if 'dtype' in row else ''} | "
+              f"{row['tokens_per_s']:.1f} | "
+              f"{rows['ours']['tokens_per_s'] / row['tokens_per_s']:.2f} x this |"
+              for name, row in rows.items()]
     told = f"{result['options']['new_tokens']} new tokens of {result['options']['size']}, one sequence, on "
     return "\n".join([*lines, "", told + where(result["environment"])])
 
 
 def operators(result: dict[str, Any]) -> str:
-    """Each operator's implementations, forward and backward (of a loss, which may do all its work forward: both together)."""
-    lines = ["| operator | by | forward ms | | of floor | backward ms | | of floor |", "|---|---|---|---|---|---|---|---|"]
+    """Each operator's implementations, forward and backward (of a loss, which may do all its work
+    forward: both together)."""
+    lines = ["| operator | by | forward ms | | of floor | backward ms | | of floor |",
+             "|---|---|---|---|---|---|---|---|"]
     for case, found in result["cases"].items():
         second = "both" if found["floor"]["backward"] is None else "backward"
         for name, row in found["variants"].items():
-            cells = [cell for phase in ("forward", second) for cell in _measured(row[phase], "both: " * (phase == "both"))]
+            cells = [cell for phase in ("forward", second)
+                     for cell in _measured(row[phase], "both: " * (phase == "both"))]
             lines.append(f"| {case} | {name} | {' | '.join(cells)} |")
     rates = result["rates"]
-    return "\n".join([*lines, "", f"Floor: a copy at {rates['copy_gbs']:,.4g} GB/s, a matrix product at "
-                      f"{rates['matmul_tflops']:.4g} TFLOP/s, measured in the same run on " + where(result["environment"])])
+    return "\n".join([*lines, "", f"Floor: a copy at {rates['copy_gbs']:,.4g} GB/s, a matrix "
+                                  "product at "
+                      f"{rates['matmul_tflops']:.4g} TFLOP/s, measured in the same run on "
+                      + where(result["environment"])])
 
 
 def _measured(row: dict[str, Any] | None, prefix: str) -> tuple[str, str, str]:
@@ -81,22 +93,26 @@ def _measured(row: dict[str, Any] | None, prefix: str) -> tuple[str, str, str]:
 
 def parity(result: dict[str, Any]) -> str:
     """The same run on several suites."""
-    lines = ["| kernels | validation loss | training losses differ, mean | at most | tokens/s |", "|---|---|---|---|---|"]
+    lines = ["| kernels | validation loss | training losses differ, mean | at most | tokens/s |",
+             "|---|---|---|---|---|"]
     for name, run in result["suites"].items():
         apart = result["against"].get(name)
         differ = f"{apart['mean']:.2g} | {apart['most']:.2g}" if apart else "|"
         lines.append(f"| {name} | {run['val_loss']:.4f} | {differ} | {run['tokens_per_s']:,.0f} |")
-    return "\n".join([*lines, "", f"{result['steps']} steps on {result['corpus']}, one seed, on " + where(result["environment"])])
+    return "\n".join([*lines, "", f"{result['steps']} steps on {result['corpus']}, one seed, on "
+                      + where(result["environment"])])
 
 
 def memory(result: dict[str, Any]) -> str:
     """Peak memory of a step by batch size, GiB."""
     suites = result["suites"]
     batches = sorted({int(batch) for found in suites.values() for batch in found["peak_bytes"]})
-    lines = ["| kernels | " + " | ".join(f"batch {batch}" for batch in batches) + " |", "|---" * (1 + len(batches)) + "|"]
+    lines = ["| kernels | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
+             "|---" * (1 + len(batches)) + "|"]
     for name, found in suites.items():
         peaks = [found["peak_bytes"].get(str(batch)) for batch in batches]
-        lines.append(f"| {name} | " + " | ".join(f"{p / 2**30:.1f}" if p is not None else "does not fit" for p in peaks) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{p / 2**30:.1f}" if p is not None
+                                                 else "does not fit" for p in peaks) + " |")
     told = f"Peak memory in GiB of a step of {result['case']}, {result['config']['block_size']} tokens a sequence, on "
     return "\n".join([*lines, "", told + where(result["environment"])])
 

@@ -1,8 +1,9 @@
 """What the compiler made of a kernel, read from its machine code (SASS) with cuobjdump.
 
-`facts` gives registers, spills, shared memory, blocks per multiprocessor, matrix instructions and the widths of global
-loads and stores. The limits of a multiprocessor are those of the CUDA C++ Programming Guide, "Technical specifications
-per compute capability", and of the occupancy calculator that comes with Nsight Compute.
+`facts` gives registers, spills, shared memory, blocks per multiprocessor, matrix instructions and
+the widths of global loads and stores. The limits of a multiprocessor are those of the CUDA C++
+Programming Guide, "Technical specifications per compute capability", and of the occupancy
+calculator that comes with Nsight Compute.
 """
 
 import re
@@ -32,23 +33,28 @@ MULTIPROCESSOR = {
 }
 RESERVED_SHARED_BYTES = 1024  # the system's own, per block, since sm_80
 MATRIX = re.compile(r"\b(HGMMA|QGMMA|IGMMA|HMMA|IMMA|DMMA|QMMA|UTC[A-Z]*MMA)\b")
-# LDGSTS is cp.async, UTMALDG / UTMASTG the tensor memory accelerator, UBLKCP a bulk copy: those move whole tiles.
+# LDGSTS is cp.async, UTMALDG / UTMASTG the tensor memory accelerator, UBLKCP a bulk copy: those
+# move whole tiles.
 MEMORY = re.compile(
     r"\b(LDG|STG|LDGSTS|UTMALDG|UTMASTG|UTMAREDG|UBLKCP|RED|REDG|ATOM|ATOMG)(?![A-Z])((?:\.[A-Z0-9_]+)*)")
 WIDTH = re.compile(r"(?:^|[.])(?:ENL2\.)?(256|128|64|U16|S16|U8|S8)(?:$|[.])")
 SPILL = re.compile(r"\b(LDL|STL)\b")
 
 
-def facts(cubin: bytes, arch: int, warps: int, shared_bytes: int, tensor_memory_columns: int = 0) -> dict:
-    """Everything the report says of one compiled kernel; `shared_bytes` is what the launch asks for, per block."""
+def facts(cubin: bytes, arch: int, warps: int, shared_bytes: int,
+          tensor_memory_columns: int = 0) -> dict:
+    """Everything the report says of one compiled kernel; `shared_bytes` is what the launch asks
+    for, per block."""
     text = _disassemble(cubin)
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage, f"cuobjdump names no registers:\n{text[:500]}"
     registers, stack = map(int, usage.groups())
-    blocks, limit = blocks_per_multiprocessor(arch, warps, registers, shared_bytes, tensor_memory_columns)
+    blocks, limit = blocks_per_multiprocessor(arch, warps, registers, shared_bytes,
+                                              tensor_memory_columns)
     return {
         "registers": registers,
-        "spill_bytes": stack,  # the stack of a thread: kernels without recursion and local arrays only spill to it
+        # the stack of a thread: kernels without recursion and local arrays only spill to it
+        "spill_bytes": stack,
         "spill_instructions": len(SPILL.findall(text)),
         "shared_bytes": shared_bytes,
         "blocks_per_multiprocessor": blocks,
@@ -62,7 +68,8 @@ def blocks_per_multiprocessor(arch: int, warps: int, registers: int, shared_byte
                               tensor_memory_columns: int = 0) -> tuple[int, str]:
     """How many blocks are resident at once, and what keeps it from being more.
 
-    Registers are handed out per warp in units of 256, to warps in fours; shared memory in units of 128 bytes.
+    Registers are handed out per warp in units of 256, to warps in fours; shared memory in units of
+    128 bytes.
     """
     sm = MULTIPROCESSOR[arch]
     registers_of_warp = -(-registers * 32 // 256) * 256
@@ -81,7 +88,8 @@ def blocks_per_multiprocessor(arch: int, warps: int, registers: int, shared_byte
 
 
 def _accesses(text: str) -> Counter:
-    """Instructions that touch global memory, by mnemonic and bits per thread: {"LDG.128": 12, "STG.32": 1}."""
+    """Instructions that touch global memory, by mnemonic and bits per thread: {"LDG.128": 12,
+    "STG.32": 1}."""
     found: Counter = Counter()
     for mnemonic, modifiers in MEMORY.findall(text):
         width = WIDTH.search(modifiers)

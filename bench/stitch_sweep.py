@@ -1,8 +1,10 @@
-"""What joining two models costs, layer by layer: `python bench/stitch_sweep.py --text=FILE`, a few minutes on one core.
+"""What joining two models costs, layer by layer: `python bench/stitch_sweep.py --text=FILE`, a few
+minutes on one core.
 
-Trains small character models, SIZE-fw|bw-OPTIMIZER-SEED, then joins the first, A, to the second, B, at every layer i:
-merged, and through a linear layer at the seam, each under A's head and under B's; validation losses in nats. Writes a
-JSON file and draws it. The trained models are kept in --out_dir and used again.
+Trains small character models, SIZE-fw|bw-OPTIMIZER-SEED, then joins the first, A, to the second, B,
+at every layer i: merged, and through a linear layer at the seam, each under A's head and under B's;
+validation losses in nats. Writes a JSON file and draws it. The trained models are kept in --out_dir
+and used again.
 """
 
 import contextlib
@@ -55,8 +57,11 @@ class Base(NamedTuple):
 
 
 A, B = Base("forward", "adamw", 1337, 2e-3), Base("forward", "adamw", 1339, 2e-3)
-OTHERS = (  # beside A: the other optimizers, SGD with the larger learning rate it needs, and the other direction
-    Base("forward", "adam", 1337, 2e-3), Base("forward", "sgd", 1337, 1e-1), Base("backward", "adamw", 1337, 2e-3),
+# beside A: the other optimizers, SGD with the larger learning rate it needs, and the other
+# direction
+OTHERS = (
+    Base("forward", "adam", 1337, 2e-3), Base("forward", "sgd", 1337, 1e-1),
+    Base("backward", "adamw", 1337, 2e-3),
 )
 
 
@@ -72,10 +77,12 @@ def main(o: Options) -> dict:
     print("layer  merged: A's head  B's head   stitched: B's head  trained   A's head, trained")
     for i in range(o.n_layer + 1):
         layers.append(row := {"layer": i, **joined(o, i)})
-        print(f"{i:5}{row['merge_a']:17.4f}{row['merge_b']:10.4f}{row['stitch_b']:20.4f}{row['stitch_b_trained']:9.4f}"
+        print(
+            f"{i:5}{row['merge_a']:17.4f}{row['merge_b']:10.4f}{row['stitch_b']:20.4f}{row['stitch_b_trained']:9.4f}"
               f"{row['stitch_a_trained']:19.4f}")
     measured = {key: getattr(o, key) for key in ("n_layer", "n_embd", "max_iters", "seam_iters")}
-    result = {"benchmark": "stitch", "environment": environment(), "options": measured, "models": bases, "a": A.name,
+    result = {"benchmark": "stitch", "environment": environment(), "options": measured,
+              "models": bases, "a": A.name,
               "b": B.name, "layers": layers}
     write_result(o.out, result)
     draw(result, Path(o.plot))
@@ -86,9 +93,12 @@ def main(o: Options) -> dict:
 def settings(o: Options, *flags: str) -> Config:
     """A run on one CPU core, evaluated on 60 batches, 46,080 characters."""
     return parse([
-        f"--data_dir={Path(o.out_dir) / 'data'}", "--device=cpu", "--dtype=float32", "--compile=False", "--kernels=torch",
-        f"--n_layer={o.n_layer}", f"--n_embd={o.n_embd}", "--n_head=4", "--block_size=64", "--batch_size=12",
-        "--gradient_accumulation_steps=1", "--warmup_iters=100", "--beta2=0.99", "--eval_iters=60", *flags,
+        f"--data_dir={Path(o.out_dir) / 'data'}", "--device=cpu", "--dtype=float32",
+        "--compile=False", "--kernels=torch",
+        f"--n_layer={o.n_layer}", f"--n_embd={o.n_embd}", "--n_head=4", "--block_size=64",
+        "--batch_size=12",
+        "--gradient_accumulation_steps=1", "--warmup_iters=100", "--beta2=0.99",
+        "--eval_iters=60", *flags,
     ])
 
 
@@ -96,8 +106,10 @@ def trained(o: Options, base: Base) -> dict[str, float]:
     """Train the model unless that was done; its loss."""
     out_dir = Path(o.out_dir) / base.name
     config = settings(
-        o, f"--out_dir={out_dir}", f"--seed={base.seed}", f"--optimizer={base.optimizer}", f"--direction={base.direction}",
-        f"--learning_rate={base.learning_rate}", f"--min_lr={base.learning_rate / 10}", f"--max_iters={o.max_iters}",
+        o, f"--out_dir={out_dir}", f"--seed={base.seed}", f"--optimizer={base.optimizer}",
+        f"--direction={base.direction}",
+        f"--learning_rate={base.learning_rate}", f"--min_lr={base.learning_rate / 10}",
+        f"--max_iters={o.max_iters}",
         f"--lr_decay_iters={o.max_iters}", f"--eval_interval={o.max_iters}", "--init_from=auto",
     )
     done = whole_checkpoints(out_dir)
@@ -112,9 +124,12 @@ def joined(o: Options, i: int) -> dict[str, float]:
     row = {}
     for head in "ab":
         merged, stitched = (build(settings(
-            o, f"--init_from={how}", f"--resume_dir={Path(o.out_dir) / A.name}", f"--merge_dir={Path(o.out_dir) / B.name}",
-            f"--stitch_layer_index={i}", f"--use_original_head={head == 'a'}", f"--out_dir={Path(o.out_dir) / 'none'}",
-            "--learning_rate=2e-3", "--min_lr=2e-4", "--warmup_iters=10", f"--lr_decay_iters={max(o.seam_iters, 11)}",
+            o, f"--init_from={how}", f"--resume_dir={Path(o.out_dir) / A.name}",
+            f"--merge_dir={Path(o.out_dir) / B.name}",
+            f"--stitch_layer_index={i}", f"--use_original_head={head == 'a'}",
+            f"--out_dir={Path(o.out_dir) / 'none'}",
+            "--learning_rate=2e-3", "--min_lr=2e-4", "--warmup_iters=10",
+            f"--lr_decay_iters={max(o.seam_iters, 11)}",
         )) for how in ("merge", "stitch"))
         row[f"merge_{head}"] = loop.evaluate(merged)["val"]
         row[f"stitch_{head}"] = loop.evaluate(stitched)["val"]
@@ -141,14 +156,17 @@ def draw(result: dict, path: Path) -> None:
     for key, label, style in (
         ("merge_a", "merged, A's head", "o-"), ("merge_b", "merged, B's head", "s-"),
         ("stitch_a_trained", "stitched, A's head, trained", "^-"),
-        ("stitch_b", "stitched, B's head, least squares", "v-"), ("stitch_b_trained", "stitched, B's head, trained", "D-"),
+        ("stitch_b", "stitched, B's head, least squares", "v-"),
+        ("stitch_b_trained", "stitched, B's head, trained", "D-"),
     ):
         points = [row["layer"] for row in layers], [row[key] - base for row in layers]
         for axes in (whole, near):
             axes.plot(*points, style, markersize=5, label=label)
-    for axes, title in ((whole, f"{result['a']} under {result['b']}"), (near, "the same, near A's own loss")):
+    for axes, title in ((whole, f"{result['a']} under {result['b']}"),
+                        (near, "the same, near A's own loss")):
         axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.set(xlabel="layer of the cut", ylabel="loss above A's (nats per character)", title=title,
+        axes.set(xlabel="layer of the cut", ylabel="loss above A's (nats per character)",
+                 title=title,
                  xticks=[row["layer"] for row in layers])
         axes.grid(alpha=0.3)
     near.set_ylim(-0.05, 0.3)

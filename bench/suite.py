@@ -1,9 +1,11 @@
-"""Everything that is worth knowing of a machine, in one command and a fixed time: `python bench/suite.py --minutes=9`.
+"""Everything that is worth knowing of a machine, in one command and a fixed time: `python
+bench/suite.py --minutes=9`.
 
-In order of worth: the tests that need a GPU; operators against peers and floor; training steps at four sizes; whether the
-kernels learn what PyTorch's do; memory by batch size. Each part is a process of its own, with its share of what time is
-left; one that hangs is ended, one that fails is recorded, and the next one runs. Each part's JSON and log are in --out as
-soon as it ends, or as far as it came; suite-DEVICE.json has all of it in one file.
+In order of worth: the tests that need a GPU; operators against peers and floor; training steps at
+four sizes; whether the kernels learn what PyTorch's do; memory by batch size. Each part is a
+process of its own, with its share of what time is left; one that hangs is ended, one that fails is
+recorded, and the next one runs. Each part's JSON and log are in --out as soon as it ends, or as far
+as it came; suite-DEVICE.json has all of it in one file.
 
 Exit code: 0; 1 if a part failed or was ended; 2 for a wrong flag.
 """
@@ -35,14 +37,17 @@ class Options:
     parts: str = ""
     """only these, with commas; empty: all that the device can run"""
     out: str = ""
-    """folder for the results, bench/results for those that README's tables are made from; empty: out-suite"""
+    """folder for the results, bench/results for those that README's tables are made from; empty:
+    out-suite"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, relative to the checkout, whose weight is its share of the time and `least_s` what it cannot do without.
+    """A command, relative to the checkout, whose weight is its share of the time and `least_s` what
+    it cannot do without.
 
-    `{out}` in the command is the part's JSON file, `{minutes}` what it should take to end by itself.
+    `{out}` in the command is the part's JSON file, `{minutes}` what it should take to end by
+    itself.
     """
 
     name: str
@@ -68,7 +73,8 @@ class Outcome:
 def parts(device: str) -> list[Part]:
     """All parts, in order of worth. On a CPU, those that run there do so at a size it manages."""
     if device == "cuda":
-        sizes = [Part(f"mfu-{size}", ("bench/mfu.py", f"--cases={size}", *flags, "--out={out}"), weight, least, merge_into="mfu")
+        sizes = [Part(f"mfu-{size}", ("bench/mfu.py", f"--cases={size}", *flags, "--out={out}"),
+                      weight, least, merge_into="mfu")
                  for size, weight, least, flags in (
                      ("124M", 3, 60, ("--suites=torch,triton", "--peers=liger", "--profile=True")),
                      ("350M", 1.5, 60, ("--suites=torch,triton", "--peers=")),
@@ -76,7 +82,8 @@ def parts(device: str) -> list[Part]:
                      ("1558M", 1.5, 60, ("--suites=torch,triton", "--peers=")))]
         return [
             Part("ring3", ("-m", "pytest", "-m", "gpu", "-v", "--tb=short"), 1.5, 20),
-            Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 1.5, 20),
+            Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 1.5,
+                 20),
             *sizes,
             Part("parity", ("bench/parity.py", "--out={out}"), 1, 60),
             Part("memory", ("bench/memory.py", "--out={out}"), 0.5, 15),
@@ -84,9 +91,12 @@ def parts(device: str) -> list[Part]:
     none, here = f"needs a CUDA device, this is {device}", f"--device={device}"
     return [
         Part("ring3", (), 0, 0, skip=none),
-        Part("operators", ("bench/operators.py", here, "--repeats=5", "--minutes={minutes}", "--out={out}"), 1, 10),
-        Part("mfu-macbook", ("bench/mfu.py", here, "--cases=macbook", "--steps=5", "--compile=False",
-                              "--profile=True", "--out={out}"), 1, 10, merge_into="mfu"),
+        Part("operators",
+             ("bench/operators.py", here, "--repeats=5", "--minutes={minutes}", "--out={out}"), 1,
+             10),
+        Part("mfu-macbook",
+             ("bench/mfu.py", here, "--cases=macbook", "--steps=5", "--compile=False",
+               "--profile=True", "--out={out}"), 1, 10, merge_into="mfu"),
         Part("parity", ("bench/parity.py", here, "--out={out}"), 1, 10),
         Part("memory", (), 0, 0, skip=none),
     ]
@@ -99,15 +109,19 @@ def main(options: Options) -> int:
     chosen = choose(parts(device.type), options.parts)
     out = Path(options.out).resolve() if options.out else ROOT / "out-suite"
     out.mkdir(parents=True, exist_ok=True)
-    result: dict = {"benchmark": "suite", "minutes": options.minutes, "environment": environment(device), "parts": {}}
+    result: dict = {"benchmark": "suite", "minutes": options.minutes,
+                    "environment": environment(device), "parts": {}}
     for i, part in enumerate(chosen):
         share = part.weight / max(sum(p.weight for p in chosen[i:]), 1e-9)
         outcome = run(part, (ends - time.monotonic()) * share, out, device.type)
         result["parts"][part.name] = asdict(outcome)
         write_result(out / f"suite-{device.type}.json", result)
-        print(f"{part.name:14}{outcome.status:10}{outcome.seconds:7.1f} s  {outcome.why}", flush=True)
-    bad = [name for name, outcome in result["parts"].items() if outcome["status"] in ("failed", "timed out")]
-    print(f"written to {out / f'suite-{device.type}.json'}" + (f"; not passed: {', '.join(bad)}" if bad else ""))
+        print(f"{part.name:14}{outcome.status:10}{outcome.seconds:7.1f} s  {outcome.why}",
+              flush=True)
+    bad = [name for name, outcome in result["parts"].items()
+           if outcome["status"] in ("failed", "timed out")]
+    print(f"written to {out / f'suite-{device.type}.json'}"
+          + (f"; not passed: {', '.join(bad)}" if bad else ""))
     return int(bool(bad))
 
 
@@ -115,7 +129,8 @@ def choose(known: list[Part], names: str) -> list[Part]:
     """The parts of these names, in their own order. Raises ValueError for a name that is none."""
     wanted = names.split(",") if names else [part.name for part in known]
     if unknown := set(wanted) - {part.name for part in known}:
-        raise ValueError(f"--parts={names}: no part {min(unknown)!r}; there are {', '.join(part.name for part in known)}")
+        raise ValueError(f"--parts={names}: no part {min(unknown)!r}; there are "
+                         f"{', '.join(part.name for part in known)}")
     return [part for part in known if part.name in wanted]
 
 
@@ -124,14 +139,18 @@ def run(part: Part, seconds: float, out: Path, device: str) -> Outcome:
     if part.skip:
         return Outcome("skipped", part.skip)
     if seconds < part.least_s:
-        return Outcome("skipped", f"{max(0.0, seconds):.0f} s left for it, it needs at least {part.least_s:.0f}")
+        return Outcome("skipped", f"{max(0.0, seconds):.0f} s left for it, it needs at least "
+                                  f"{part.least_s:.0f}")
     file = out / (f"{part.name}.json" if part.merge_into else f"{part.name}-{device}.json")
     file.unlink(missing_ok=True)  # an old result must not be taken for this one
-    minutes = f"{0.8 * seconds / 60:.3f}"  # by itself it ends between two cases: a fifth is for the one under way
-    words = [word.replace("{out}", str(file)).replace("{minutes}", minutes) for word in part.command]
+    # by itself it ends between two cases: a fifth is for the one under way
+    minutes = f"{0.8 * seconds / 60:.3f}"
+    words = [word.replace("{out}", str(file)).replace("{minutes}", minutes)
+             for word in part.command]
     began = time.monotonic()
     code, text = launch([sys.executable, *words], out / f"{part.name}.log", seconds)
-    outcome = Outcome("passed", seconds=time.monotonic() - began, command=["python", *words], log=text[-LOG_LINES:])
+    outcome = Outcome("passed", seconds=time.monotonic() - began, command=["python", *words],
+                      log=text[-LOG_LINES:])
     last = next((line for line in reversed(text) if line.strip()), "")
     if code is None:
         outcome.status, outcome.why = "timed out", f"ended after {seconds:.0f} s; what it had written is kept"
@@ -147,9 +166,11 @@ def run(part: Part, seconds: float, out: Path, device: str) -> Outcome:
 
 
 def launch(command: list[str], log: Path, seconds: float) -> tuple[int | None, list[str]]:
-    """(exit code, or None if it had to be ended with all it started; lines of output). The output is in `log` as it comes."""
+    """(exit code, or None if it had to be ended with all it started; lines of output). The output
+    is in `log` as it comes."""
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                   start_new_session=True,
                                    env=os.environ | {"PYTHONUNBUFFERED": "1"})
         try:
             code = process.wait(timeout=seconds)
@@ -170,7 +191,8 @@ def end(process: subprocess.Popen) -> None:
 
 
 def merge(file: Path, into: Path, result: dict) -> None:
-    """Put a part's cases beside those already in `into`, from the same commit and machine; else it starts anew."""
+    """Put a part's cases beside those already in `into`, from the same commit and machine; else it
+    starts anew."""
     same = ("commit", "dirty", "gpu_name", "cpu", "torch", "triton")
 
     def key(found: dict) -> list:

@@ -1,8 +1,10 @@
-"""Every operator under pytest-benchmark: `pytest bench/ --benchmark-only`; `-k "layernorm and forward"` picks some.
+"""Every operator under pytest-benchmark: `pytest bench/ --benchmark-only`; `-k "layernorm and
+forward"` picks some.
 
-A result is checked before it is timed, as in bench/operators.py, whose cases these are. What is timed here is a whole call
-as the host sees it, launch and wait included, which is what pytest-benchmark's clock can tell; the device's own time, with
-an L2 that holds nothing, and the fraction of the floor are bench/operators.py's.
+A result is checked before it is timed, as in bench/operators.py, whose cases these are. What is
+timed here is a whole call as the host sees it, launch and wait included, which is what
+pytest-benchmark's clock can tell; the device's own time, with an L2 that holds nothing, and the
+fraction of the floor are bench/operators.py's.
 """
 
 import pytest
@@ -18,7 +20,8 @@ def pytest_generate_tests(metafunc):
     device = hardware.resolve_device("auto")
     found = [(case, name, device) for case in operators.chosen_cases(operators.Options(), device)
              for name in implementations(case, device)]
-    metafunc.parametrize("case, name, device", found, ids=[f"{case} {name}".replace(" ", "-") for case, name, _ in found])
+    metafunc.parametrize("case, name, device", found,
+                         ids=[f"{case} {name}".replace(" ", "-") for case, name, _ in found])
     metafunc.parametrize("phase", operators.PHASES[:2])
 
 

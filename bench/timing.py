@@ -3,8 +3,9 @@
     timings = measure({"ours": f, "theirs": g}, device="cuda")
     write_result("bench/results/x.json", {"environment": environment("cuda"), "timings": timings})
 
-The variants of one call to `measure` take turns in one process, so that a GPU that warms up or a machine that gets
-busy slows them all alike. Times are milliseconds. Checking that the variants agree comes before, and is the caller's.
+The variants of one call to `measure` take turns in one process, so that a GPU that warms up or a
+machine that gets busy slows them all alike. Times are milliseconds. Checking that the variants
+agree comes before, and is the caller's.
 """
 
 import json
@@ -31,8 +32,10 @@ from gpt.hardware import cpu_has_bf16_units, cpu_units
 
 ROOT = Path(__file__).resolve().parents[1]
 FLUSH_BYTES = 256 * 2**20  # written between samples: twice the largest L2 (B200, 126 MB)
-NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers in indented JSON: samples and curves go on one line
-HEAD_START_CYCLES = 1_000_000  # about 0.5 ms at 2 GHz: longer than the host needs to enqueue an operator
+# a list of numbers in indented JSON: samples and curves go on one line
+NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")
+# about 0.5 ms at 2 GHz: longer than the host needs to enqueue an operator
+HEAD_START_CYCLES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,16 @@ class Timing:
         return f"{self.median_ms:.4g} ms [{self.q1_ms:.4g}, {self.q3_ms:.4g}]"
 
     def as_json(self) -> dict:
-        return {"median_ms": self.median_ms, "q1_ms": self.q1_ms, "q3_ms": self.q3_ms, "samples_ms": list(self.samples)}
+        return {"median_ms": self.median_ms, "q1_ms": self.q1_ms, "q3_ms": self.q3_ms,
+                "samples_ms": list(self.samples)}
 
 
 # -- clocks --------------------------------------------------------------------
 
 
 class Clock(Protocol):
-    """Times one call at a time: `start`, `stop` around it, then `elapsed_ms` for all of them at once."""
+    """Times one call at a time: `start`, `stop` around it, then `elapsed_ms` for all of them at
+    once."""
 
     def prepare(self) -> None:
         """Put the machine in the state that every sample starts from."""
@@ -83,7 +88,8 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """perf_counter. Nothing is flushed: on a CPU the caches between two calls are part of what is measured."""
+    """perf_counter. Nothing is flushed: on a CPU the caches between two calls are part of what is
+    measured."""
 
     def __init__(self) -> None:
         self._samples: list[float] = []
@@ -103,10 +109,12 @@ class CpuClock:
 
 
 class CudaClock:
-    """Events on the device's current stream, read only after a whole round, so that no sample waits for the host.
+    """Events on the device's current stream, read only after a whole round, so that no sample waits
+    for the host.
 
-    Before each sample the L2 cache is overwritten, and the device is kept busy while the host enqueues the call: what
-    is timed is the device's own work without launch gaps. End-to-end speed, gaps included, is bench/mfu.py's.
+    Before each sample the L2 cache is overwritten, and the device is kept busy while the host
+    enqueues the call: what is timed is the device's own work without launch gaps. End-to-end speed,
+    gaps included, is bench/mfu.py's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -145,22 +153,27 @@ def clock(device: torch.device | str) -> Clock:
 # -- measuring -----------------------------------------------------------------
 
 
-def measure(variants: Mapping[str, Callable[[], object]], *, device: torch.device | str, warmup: int = 3,
+def measure(variants: Mapping[str, Callable[[], object]], *, device: torch.device | str,
+            warmup: int = 3,
             repeats: int = 20, min_time_ms: float = 0.0) -> dict[str, Timing]:
-    """Time each callable `repeats` times, in rounds in which each runs once, after `warmup` rounds untimed.
+    """Time each callable `repeats` times, in rounds in which each runs once, after `warmup` rounds
+    untimed.
 
-    The order rotates from round to round, so that no variant always runs after the same other one. On a CPU a sample
-    calls its variant as often as it takes to last `min_time_ms`, and is divided by that number; on a GPU events resolve
-    half a microsecond, and a second call would find its data in the cache, so a sample is one call.
+    The order rotates from round to round, so that no variant always runs after the same other one.
+    On a CPU a sample calls its variant as often as it takes to last `min_time_ms`, and is divided
+    by that number; on a GPU events resolve half a microsecond, and a second call would find its
+    data in the cache, so a sample is one call.
     """
     if repeats < 1 or warmup < 0:
-        raise ValueError(f"measure: repeats={repeats} must be at least 1, warmup={warmup} at least 0")
+        raise ValueError(
+            f"measure: repeats={repeats} must be at least 1, warmup={warmup} at least 0")
     device = torch.device(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return _measure(variants, device, warmup, repeats, min_time_ms)
 
 
-def _measure(variants: Mapping[str, Callable[[], object]], device: torch.device, warmup: int, repeats: int,
+def _measure(variants: Mapping[str, Callable[[], object]], device: torch.device, warmup: int,
+             repeats: int,
              min_time_ms: float) -> dict[str, Timing]:
     stopwatch = clock(device)
     names = list(variants)
@@ -169,7 +182,8 @@ def _measure(variants: Mapping[str, Callable[[], object]], device: torch.device,
             variants[name]()
     calls = dict.fromkeys(names, 1)
     if device.type == "cpu" and min_time_ms > 0:
-        calls = {name: math.ceil(min_time_ms / max(_once(stopwatch, variants[name]), 1e-4)) for name in names}
+        calls = {name: math.ceil(min_time_ms / max(_once(stopwatch, variants[name]), 1e-4))
+                 for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     for i in range(repeats):
         order = names[i % len(names):] + names[:i % len(names)]
@@ -197,10 +211,11 @@ def _once(stopwatch: Clock, fn: Callable[[], object]) -> float:
 
 
 def environment(device: torch.device | str = "cpu") -> dict:
-    """What a reader needs to judge or repeat a result: hardware, clocks and power, versions, commit, command, date.
+    """What a reader needs to judge or repeat a result: hardware, clocks and power, versions,
+    commit, command, date.
 
-    What cannot be found out (no nvidia-smi, not a git checkout) is None. Ask right after measuring: clocks and power
-    are those of that moment.
+    What cannot be found out (no nvidia-smi, not a git checkout) is None. Ask right after measuring:
+    clocks and power are those of that moment.
     """
     device = torch.device(device)
     return {
@@ -218,19 +233,22 @@ def environment(device: torch.device | str = "cpu") -> dict:
 
 
 def machine(device: torch.device) -> str:
-    """What the files of a result are named after: cuda, cpu, or cpu-bf16, whose figures are those of another machine."""
+    """What the files of a result are named after: cuda, cpu, or cpu-bf16, whose figures are those
+    of another machine."""
     return "cpu-bf16" if device.type == "cpu" and cpu_has_bf16_units() else device.type
 
 
 def _command() -> str:
     script, *arguments = sys.argv
     path = Path(script).resolve()
-    return shlex.join([str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name, *arguments])
+    return shlex.join([str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name,
+                       *arguments])
 
 
 def _run(*command: str) -> str | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=30).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT,
+                              timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # not installed, or it says no
         return None
 
@@ -255,20 +273,25 @@ def _cpu_model() -> str:
 
 def _gpu(device: torch.device) -> dict:
     properties = torch.cuda.get_device_properties(device)
-    keys = {"clocks.sm": "sm_clock_mhz", "clocks.max.sm": "max_sm_clock_mhz", "clocks.mem": "memory_clock_mhz",
-            "power.limit": "power_limit_w", "power.draw": "power_draw_w", "temperature.gpu": "temperature_c",
+    keys = {"clocks.sm": "sm_clock_mhz", "clocks.max.sm": "max_sm_clock_mhz",
+            "clocks.mem": "memory_clock_mhz",
+            "power.limit": "power_limit_w", "power.draw": "power_draw_w",
+            "temperature.gpu": "temperature_c",
             "driver_version": "driver"}
     answer = _run("nvidia-smi", "-i", f"GPU-{properties.uuid}", f"--query-gpu={','.join(keys)}",
                   "--format=csv,noheader,nounits")
     values = answer.split(", ") if answer else []
-    smi = dict(zip(keys.values(), values, strict=True)) if len(values) == len(keys) else dict.fromkeys(keys.values())
+    smi = dict(zip(keys.values(), values,
+                   strict=True)) if len(values) == len(keys) else dict.fromkeys(keys.values())
     return {"name": properties.name, "capability": list(torch.cuda.get_device_capability(device)),
-            "multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda, **smi}
 
 
 def write_result(path: str | Path, result: dict) -> None:
-    """Write a result as JSON, whole or not at all: a killed benchmark leaves the last file as it was."""
+    """Write a result as JSON, whole or not at all: a killed benchmark leaves the last file as it
+    was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")

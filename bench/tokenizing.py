@@ -1,9 +1,11 @@
-"""MB/s of text preparation beside tiktoken's own batch encoder, on the same text and the same cores, in turns.
+"""MB/s of text preparation beside tiktoken's own batch encoder, on the same text and the same
+cores, in turns.
 
     python bench/tokenizing.py --text=FILE
 
-`prepare` reads the text from the disk, encodes it, and writes ids, checksums and manifest; tiktoken encodes a list of
-documents that is already in memory, with a thread a core. The ids must be equal before anything is timed.
+`prepare` reads the text from the disk, encodes it, and writes ids, checksums and manifest; tiktoken
+encodes a list of documents that is already in memory, with a thread a core. The ids must be equal
+before anything is timed.
 """
 
 import os
@@ -37,7 +39,8 @@ class Options:
 
 def main(options: Options) -> dict:
     """Check, time in turns, print, write."""
-    from bench.timing import environment, measure, write_result  # here: the workers of `prepare` import this file, and not torch
+    # here: the workers of `prepare` import this file, and not torch
+    from bench.timing import environment, measure, write_result
 
     if not Path(options.text).is_file():
         raise ValueError(f"--text={options.text}: no such file; name one of a few MB")
@@ -54,21 +57,26 @@ def main(options: Options) -> dict:
         def ours() -> None:
             runs.append(Path(folder) / f"out-{len(runs)}")
             with redirect_stdout(null), redirect_stderr(null):
-                prepare(Files(str(texts)), Split(tokens=1), runs[-1], name="text", workers=options.workers)
+                prepare(Files(str(texts)), Split(tokens=1), runs[-1], name="text",
+                        workers=options.workers)
 
         ours()
-        ids = np.concatenate([np.fromfile(runs[-1] / f"{split}.bin", DTYPE) for split in ("val", "train")])
+        ids = np.concatenate([np.fromfile(runs[-1] / f"{split}.bin", DTYPE)
+                              for split in ("val", "train")])
         expected = np.array([*encoding.encode_ordinary(once), END_OF_TEXT])
         if not np.array_equal(ids, np.tile(expected, len(documents))):
             raise ValueError("prepare's ids are not tiktoken's; not timed")
         variants = {"prepare": ours,
-                    "tiktoken": lambda: encoding.encode_ordinary_batch(documents, num_threads=options.workers)}
+                    "tiktoken": lambda: encoding.encode_ordinary_batch(documents,
+                                                                       num_threads=options.workers)}
         timings = measure(variants, device="cpu", warmup=0, repeats=options.repeats)
     speeds = {name: megabytes / timing.median_ms * 1e3 for name, timing in timings.items()}
     for name, speed in speeds.items():
         print(f"{name:10} {speed:6.2f} MB/s   prepare is {speeds['prepare'] / speed:.2f} x this")
-    result = {"benchmark": "tokenizing", "environment": environment(), "megabytes": megabytes, "workers": options.workers,
-              "variants": {n: {"time": t.as_json(), "megabytes_per_s": speeds[n]} for n, t in timings.items()}}
+    result = {"benchmark": "tokenizing", "environment": environment(), "megabytes": megabytes,
+              "workers": options.workers,
+              "variants": {n: {"time": t.as_json(), "megabytes_per_s": speeds[n]}
+                           for n, t in timings.items()}}
     write_result(options.out, result)
     return result
 

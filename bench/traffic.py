@@ -1,10 +1,13 @@
-"""Count the bytes that a memory-bound operator moves, and compare them with the fewest possible. Needs no GPU.
+"""Count the bytes that a memory-bound operator moves, and compare them with the fewest possible.
+Needs no GPU.
 
-Triton's interpreter runs the kernels at their real shapes and launch settings, on tensors without data (loads give
-ones), and only a few programs of each grid, evenly spread; what they load and store is scaled to the whole grid. What
-PyTorch's own operators move on the way (a `.contiguous()`, the sum over partial rows) is added.
+Triton's interpreter runs the kernels at their real shapes and launch settings, on tensors without
+data (loads give ones), and only a few programs of each grid, evenly spread; what they load and
+store is scaled to the whole grid. What PyTorch's own operators move on the way (a `.contiguous()`,
+the sum over partial rows) is added.
 
-Two figures, both over the same floor, which is the operator's own: inputs read once, outputs written once.
+Two figures, both over the same floor, which is the operator's own: inputs read once, outputs
+written once.
 requested    every byte that loads and stores ask for.
 moved        what reaches DRAM behind an ideal L2, in sectors of 32 bytes: a program finds again what it touched last, up
              to its share of the cache (all of it, divided by the programs resident at once), and tensors up to SMALL
@@ -24,7 +27,8 @@ from bench.cases import Case, arguments, operator, options, run
 from bench.offline import MULTIPROCESSORS, STORAGE_BITS, Pointer, name_of, offline
 
 SECTOR = 32  # bytes: what L2 fetches and writes back
-L2_BYTES = {(8, 0): 40e6, (8, 6): 6e6, (8, 9): 96e6, (9, 0): 50e6, (10, 0): 126e6}  # of the GPUs in MULTIPROCESSORS
+# of the GPUs in MULTIPROCESSORS
+L2_BYTES = {(8, 0): 40e6, (8, 6): 6e6, (8, 9): 96e6, (9, 0): 50e6, (10, 0): 126e6}
 SMALL = 4 * 2**20  # bytes
 PROGRAMS = 3  # how many programs of a grid are run
 
@@ -32,8 +36,9 @@ PROGRAMS = 3  # how many programs of a grid are run
 def floor_bytes(case: Case) -> dict[str, int]:
     """The fewest bytes each phase can move: its inputs read once, its outputs written once.
 
-    linear_cross_entropy has matrix products between its kernels, which are not memory-bound: only the kernels count, and
-    their floor is one read of the logits and one write of their gradient, both in its forward.
+    linear_cross_entropy has matrix products between its kernels, which are not memory-bound: only
+    the kernels count, and their floor is one read of the logits and one write of their gradient,
+    both in its forward.
     """
     s = case.dtype.itemsize
     if case.operator == "linear_cross_entropy":
@@ -46,7 +51,8 @@ def floor_bytes(case: Case) -> dict[str, int]:
     r = 4 if case.variant == "fp32 residual" else s
     parameters = 4 * N * (1 if case.variant == "nobias" else 2)
     if case.operator == "layernorm":  # x, y; dy, x, dx, the weight and its gradient
-        return {"forward": 2 * M * N * s + parameters, "backward": 3 * M * N * s + 4 * N + parameters}
+        return {"forward": 2 * M * N * s + parameters,
+                "backward": 3 * M * N * s + 4 * N + parameters}
     assert case.operator == "add_layernorm", f"{case} is not memory-bound"
     # x, residual, total, y; dy, dtotal, total, d (of both, if their dtypes are one)
     backward = M * N * (s + 3 * r + (s if s != r else 0))
@@ -54,9 +60,10 @@ def floor_bytes(case: Case) -> dict[str, int]:
 
 
 def cache_share(capability: tuple[int, int], programs: int, num_warps: int) -> int:
-    """Bytes of L2 per program, when as many are resident as 64 warps per multiprocessor allow (registers may allow
-    fewer, and leave more to each)."""
-    return int(L2_BYTES[capability] / min(programs, MULTIPROCESSORS[capability] * max(1, 64 // num_warps)))
+    """Bytes of L2 per program, when as many are resident as 64 warps per multiprocessor allow
+    (registers may allow fewer, and leave more to each)."""
+    return int(L2_BYTES[capability]
+               / min(programs, MULTIPROCESSORS[capability] * max(1, 64 // num_warps)))
 
 
 # -- counting one program ------------------------------------------------------
@@ -71,7 +78,8 @@ class Window:
         self._size = 0
 
     def misses(self, sectors: np.ndarray, elsewhere: "Window | None" = None) -> np.ndarray:
-        """Those of the distinct `sectors` that are not here (nor in `elsewhere`); all of them are from now on."""
+        """Those of the distinct `sectors` that are not here (nor in `elsewhere`); all of them are
+        from now on."""
         known = [*self._recent, *(elsewhere._recent if elsewhere else ())]
         missing = sectors[~np.isin(sectors, np.concatenate(known))] if known else sectors
         self._recent.append(sectors)
@@ -95,10 +103,14 @@ class Tally:
     def access(self, addresses: np.ndarray, mask: np.ndarray, nbytes: int, direction: str) -> None:
         touched = np.broadcast_to(addresses, mask.shape)[mask]
         self.requested += touched.size * nbytes
-        sectors = np.sort(touched // SECTOR, axis=None, kind="stable")  # they come in order, or nearly: fast
+        # they come in order, or nearly: fast
+        sectors = np.sort(touched // SECTOR, axis=None, kind="stable")
         sectors = sectors[np.diff(sectors, prepend=sectors[:1] + 1) != 0]
-        missing = self.reads.misses(sectors, self.writes) if direction == "r" else self.writes.misses(sectors)
-        storages, counts = np.unique(missing >> (STORAGE_BITS - int(math.log2(SECTOR))), return_counts=True)
+        missing = self.reads.misses(sectors,
+                                    self.writes) if direction == "r" else self.writes.misses(
+                                        sectors)
+        storages, counts = np.unique(missing >> (STORAGE_BITS - int(math.log2(SECTOR))),
+                                     return_counts=True)
         for storage, count in zip(storages.tolist(), counts.tolist()):
             self.missed[storage, direction] += count * SECTOR
 
@@ -108,7 +120,8 @@ class Tally:
 
 @contextmanager
 def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
-    """Triton's interpreter, with loads and stores counted instead of done, over the `chosen` programs of the grid."""
+    """Triton's interpreter, with loads and stores counted instead of done, over the `chosen`
+    programs of the grid."""
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder
@@ -117,7 +130,8 @@ def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
     def ones(ptrs):
         kind = ptrs.get_element_ty()
         bits = 0x3F80 if kind.is_bf16() else 1  # the interpreter keeps bf16 as raw bits
-        return interpreter.TensorHandle(np.full(ptrs.data.shape, bits, interpreter._get_np_dtype(kind)), kind)
+        return interpreter.TensorHandle(np.full(ptrs.data.shape, bits,
+                                                interpreter._get_np_dtype(kind)), kind)
 
     def load(ptrs, mask, other, *hints):
         tally.access(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8, "r")
@@ -136,17 +150,23 @@ def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
 
     executor = interpreter.GridExecutor
     with ExitStack() as stack:
-        for name, fn in {"create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": atomic,
-                         "set_grid_dim": lambda *_: set_dim(*grid), "set_grid_idx": next_program}.items():
+        for name, fn in {"create_masked_load": load, "create_masked_store": store,
+                         "create_atomic_rmw": atomic,
+                         "set_grid_dim": lambda *_: set_dim(*grid),
+                         "set_grid_idx": next_program}.items():
             stack.enter_context(patch.object(builder, name, fn))
-        stack.enter_context(patch.object(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs)))
+        stack.enter_context(patch.object(executor,
+                                         "_init_args_hst", lambda self, args, kwargs: (list(args),
+                                                                                       kwargs)))
         stack.enter_context(patch.object(executor, "_restore_args_dev", lambda self, *_: None))
         yield executor
 
 
-def _launch_bytes(kernel, grid: tuple[int, int, int], args: list, kwargs: dict, nbytes: dict[int, int],
+def _launch_bytes(kernel, grid: tuple[int, int, int], args: list, kwargs: dict,
+                  nbytes: dict[int, int],
                   share: int) -> tuple[int, int]:
-    """(requested, moved) bytes of one launch; nbytes are the sizes of the storages, share that of a program in L2."""
+    """(requested, moved) bytes of one launch; nbytes are the sizes of the storages, share that of a
+    program in L2."""
     programs = math.prod(grid)
     count = min(PROGRAMS, programs)
     chosen = [(2 * i + 1) * programs // (2 * count) for i in range(count)]
@@ -156,42 +176,51 @@ def _launch_bytes(kernel, grid: tuple[int, int, int], args: list, kwargs: dict, 
     scale = programs / count
     moved = 0.0
     for (storage, _), missed in tally.missed.items():
-        moved += min(missed * scale, nbytes[storage]) if nbytes[storage] <= SMALL else missed * scale
+        moved += min(missed * scale,
+                     nbytes[storage]) if nbytes[storage] <= SMALL else missed * scale
     return round(tally.requested * scale), round(moved)
 
 
 def _key(kernel, grid: tuple, args: list, kwargs: dict, nbytes: dict[int, int], share: int) -> str:
-    """Equal for launches that move equally many bytes: addresses enter by the storage they are in, numbered in order of
-    appearance, and by where in a sector they begin."""
+    """Equal for launches that move equally many bytes: addresses enter by the storage they are in,
+    numbered in order of appearance, and by where in a sector they begin."""
     seen: dict[int, int] = {}
 
     def alike(arg):
         if isinstance(arg, Pointer):
             storage = arg.address >> STORAGE_BITS
-            return arg.dtype, seen.setdefault(storage, len(seen)), nbytes[storage], arg.address % SECTOR
+            return arg.dtype, seen.setdefault(storage,
+                                              len(seen)), nbytes[storage], arg.address % SECTOR
         return arg
 
-    return repr((name_of(kernel), grid, [*map(alike, args)], {k: alike(v) for k, v in kwargs.items()}, share))
+    return repr((name_of(kernel), grid, [*map(alike, args)],
+                 {k: alike(v) for k, v in kwargs.items()}, share))
 
 
-def traffic(case: Case, capabilities: list[tuple[int, int]], fn: Callable | None = None) -> list[dict]:
-    """One row per phase and capability: bytes requested and moved, by kernel, the floor, and their ratios.
+def traffic(case: Case, capabilities: list[tuple[int, int]],
+            fn: Callable | None = None) -> list[dict]:
+    """One row per phase and capability: bytes requested and moved, by kernel, the floor, and their
+    ratios.
 
-    Must run in a process that set TRITON_INTERPRET=1 before it imported triton. `fn` replaces the operator.
+    Must run in a process that set TRITON_INTERPRET=1 before it imported triton. `fn` replaces the
+    operator.
     """
     import triton
 
     assert triton.knobs.runtime.interpret, "bytes are counted in the interpreter: set TRITON_INTERPRET=1"
     fn = fn or operator(case, "triton")
-    known: dict[str, tuple[int, int]] = {}  # capabilities often share their settings, and with them the count
+    # capabilities often share their settings, and with them the count
+    known: dict[str, tuple[int, int]] = {}
     rows = []
     for capability in capabilities:
         phases = _phases(case, capability, fn, known)
-        rows += [_row(case, capability, phase, floor, phases[phase]) for phase, floor in floor_bytes(case).items()]
+        rows += [_row(case, capability, phase, floor, phases[phase])
+                 for phase, floor in floor_bytes(case).items()]
     return rows
 
 
-def _phases(case: Case, capability: tuple[int, int], fn: Callable, known: dict) -> dict[str, dict[str, tuple[int, int]]]:
+def _phases(case: Case, capability: tuple[int, int], fn: Callable,
+            known: dict) -> dict[str, dict[str, tuple[int, int]]]:
     """Of each phase, the (requested, moved) bytes by kernel."""
     counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
 
@@ -205,7 +234,8 @@ def _phases(case: Case, capability: tuple[int, int], fn: Callable, known: dict) 
             share = cache_share(capability, programs, kwargs.get("num_warps", 4))
             key = _key(kernel, grid, args, kwargs, storages.nbytes, share)
             if key not in known:
-                known[key] = _launch_bytes(kernel, (*grid, 1, 1)[:3], args, kwargs, storages.nbytes, share)
+                known[key] = _launch_bytes(kernel, (*grid, 1, 1)[:3], args, kwargs,
+                                           storages.nbytes, share)
             add(name_of(kernel), *known[key])
 
     def by_torch(name, nbytes):
@@ -222,11 +252,14 @@ def _phases(case: Case, capability: tuple[int, int], fn: Callable, known: dict) 
     return phases
 
 
-def _row(case: Case, capability: tuple[int, int], phase: str, floor: int, by_kernel: dict[str, tuple[int, int]]) -> dict:
+def _row(case: Case, capability: tuple[int, int], phase: str, floor: int,
+         by_kernel: dict[str, tuple[int, int]]) -> dict:
     requested, moved = (sum(part) for part in zip(*by_kernel.values(), strict=True))
     return {
-        "case": str(case), "operator": case.operator, "phase": phase, "arch": capability[0] * 10 + capability[1],
+        "case": str(case), "operator": case.operator, "phase": phase,
+        "arch": capability[0] * 10 + capability[1],
         "floor_bytes": floor, "requested_bytes": requested, "moved_bytes": moved,
-        "requested_over_floor": round(requested / floor, 4), "moved_over_floor": round(moved / floor, 4),
+        "requested_over_floor": round(requested / floor, 4),
+        "moved_over_floor": round(moved / floor, 4),
         "moved_by": {name: moved for name, (_, moved) in by_kernel.items()},
     }

@@ -1,13 +1,15 @@
-"""Find launch settings by measuring, on the GPU of this machine, and say which suite is fastest there.
+"""Find launch settings by measuring, on the GPU of this machine, and say which suite is fastest
+there.
 
     python bench/tune.py                                 all four sizes of GPT-2, all families of operators
     python bench/tune.py --sizes=124M --family=layernorm
 
-Each function of kernels/launch.py is tuned in turn, with the others as they are or as already chosen: every candidate's
-outputs and gradients are checked first, then those that are right are timed interleaved, and the fastest by median is
-taken, if it beats today's setting by more than MARGIN. Then the operators are timed against PyTorch's fused ones under
-torch.compile. Rows ready for launch.py are printed; everything goes to the user's cache (and to --out), as JSON. Most of
-the time goes into compiling the candidates, which Triton caches: a second run is faster.
+Each function of kernels/launch.py is tuned in turn, with the others as they are or as already
+chosen: every candidate's outputs and gradients are checked first, then those that are right are
+timed interleaved, and the fastest by median is taken, if it beats today's setting by more than
+MARGIN. Then the operators are timed against PyTorch's fused ones under torch.compile. Rows ready
+for launch.py are printed; everything goes to the user's cache (and to --out), as JSON. Most of the
+time goes into compiling the candidates, which Triton caches: a second run is faster.
 """
 
 import itertools
@@ -35,7 +37,8 @@ MARGIN = 0.01  # a setting is changed for at least 1 %: less is within the noise
 
 @dataclass(frozen=True)
 class Options:
-    """Find launch settings by measuring on this machine's GPU, and compare with PyTorch's fused operators."""
+    """Find launch settings by measuring on this machine's GPU, and compare with PyTorch's fused
+    operators."""
 
     sizes: str = ",".join(cases.GPT2)  # which GPT-2 sizes, with commas between
     family: str = ""  # only this family of operators (attention, layernorm, cross_entropy)
@@ -67,21 +70,24 @@ def product(**knobs: tuple) -> Callable[[Call, dict], Iterator[dict]]:
 
 
 def per_multiprocessor(*counts: int) -> Callable[[Call, int], Iterator[int]]:
-    """These numbers of programs for each multiprocessor, whose count is the call's last argument."""
+    """These numbers of programs for each multiprocessor, whose count is the call's last
+    argument."""
     return lambda call, current: (n * call.arguments[-1] for n in counts)
 
 
 def rows_of_layernorm(call: Call, current: dict) -> Iterator[dict]:
-    """Tiles of the same row length with 8 to 64 elements per thread; forward, in one to eight chunks."""
+    """Tiles of the same row length with 8 to 64 elements per thread; forward, in one to eight
+    chunks."""
     block = current.get("BLOCK_N") or current["CHUNKS"] * current["LANES"]
-    for rows, warps, chunks in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8) if "CHUNKS" in current else (1,)):
+    for rows, warps, chunks in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16),
+                                                 (1, 2, 4, 8) if "CHUNKS" in current else (1,)):
         if 8 <= rows * block // (32 * warps) <= 64:
             chunked = {"CHUNKS": chunks, "LANES": block // chunks} if "CHUNKS" in current else {}
             yield current | {"ROWS": rows, "num_warps": warps} | chunked
 
 
-# For each function of launch.py: the phase its kernel runs in, and the settings to try. chunk_rows is not among them: it
-# trades speed for memory, which no clock can weigh.
+# For each function of launch.py: the phase its kernel runs in, and the settings to try. chunk_rows
+# is not among them: it trades speed for memory, which no clock can weigh.
 _tiles = {"num_warps": (4, 8), "num_stages": (2, 3), "maxnreg": (None, 128)}
 _blocks = product(BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
 KNOBS: dict[str, tuple[str, Callable]] = {
@@ -108,8 +114,8 @@ def candidates(call: Call, current: Settings) -> dict[str, Settings]:
 
 
 def choose(times: Mapping[str, Timing], current: str) -> str:
-    """The fastest by median; the current one unless beaten by more than MARGIN. A current one that could not be timed
-    is beaten by any."""
+    """The fastest by median; the current one unless beaten by more than MARGIN. A current one that
+    could not be timed is beaten by any."""
     best = min(times, key=lambda name: times[name].median_ms)
     if current in times and times[best].median_ms > (1 - MARGIN) * times[current].median_ms:
         return current
@@ -117,15 +123,17 @@ def choose(times: Mapping[str, Timing], current: str) -> str:
 
 
 def fastest(peers: list[dict]) -> dict[str, str]:
-    """The suite each family should come from: triton only where the sum of its operators' steps is the smaller one at
-    every size measured."""
+    """The suite each family should come from: triton only where the sum of its operators' steps is
+    the smaller one at every size measured."""
     totals: dict[tuple[str, str], dict[str, float]] = {}
     for row in peers:
         total = totals.setdefault((row["family"], row["size"]), {"triton": 0.0, "torch": 0.0})
         for suite in total:
             total[suite] += row["step"][suite].median_ms
     families = dict.fromkeys(family for family, _ in totals)
-    return {family: "triton" if all(t["triton"] < t["torch"] for (f, _), t in totals.items() if f == family) else "torch"
+    return {family: "triton"
+            if all(t["triton"] < t["torch"] for (f, _), t in totals.items() if f == family)
+            else "torch"
             for family in families}
 
 
@@ -140,7 +148,8 @@ def cache_file(gpu: str, environ: Mapping[str, str]) -> Path:
 
 @contextmanager
 def steered() -> Iterator[tuple[dict[Call, Settings], dict[Call, Settings]]]:
-    """(today, chosen): the settings launch.py gave for each call since, and those that are to replace them."""
+    """(today, chosen): the settings launch.py gave for each call since, and those that are to
+    replace them."""
     today: dict[Call, Settings] = {}
     chosen: dict[Call, Settings] = {}
 
@@ -166,12 +175,14 @@ def phases(fn: Callable, case: Case, device: torch.device | str) -> dict[str, Ca
     """What is timed of an operator: the forward alone, and forward and backward together."""
     args, kwargs = cases.arguments(case, device), cases.options(case, device)
     gradients = dict(cases.run(fn, args, kwargs))["gradients"]
-    return {"forward": lambda: fn(*args, **kwargs), "step": lambda: dict(cases.run(fn, args, kwargs, gradients))}
+    return {"forward": lambda: fn(*args, **kwargs),
+            "step": lambda: dict(cases.run(fn, args, kwargs, gradients))}
 
 
 def tune_call(call: Call, current: Settings, chosen: dict[Call, Settings], case: Case, small: Case,
               device: torch.device | str, repeats: int) -> dict:
-    """Try all settings for one call of launch.py; leaves the best in `chosen` and returns the row for it."""
+    """Try all settings for one call of launch.py; leaves the best in `chosen` and returns the row
+    for it."""
     phase, _ = KNOBS[call.function]
     trials = candidates(call, current)
     fn = cases.operator(case, "triton")
@@ -191,16 +202,20 @@ def tune_call(call: Call, current: Settings, chosen: dict[Call, Settings], case:
             failed[label] = wrong
     usable = {label: go for label, go in variants.items() if label not in failed}
     if not usable:
-        raise RuntimeError(f"{call}: none of {len(trials)} settings works on this GPU; the first: {failed[str(current)]}")
+        raise RuntimeError(f"{call}: none of {len(trials)} settings works on this GPU; the first: "
+                           f"{failed[str(current)]}")
     times = measure(usable, device=device, repeats=repeats)
     best = choose(times, str(current))
     chosen[call] = trials[best]
-    return {"function": call.function, "call": str(call), "case": str(case), "phase": phase, "settings": trials[best],
+    return {"function": call.function, "call": str(call), "case": str(case), "phase": phase,
+            "settings": trials[best],
             "before": current, "times": times, "failed": failed}
 
 
-def _wrong(fn: Callable, small: Case, whole: Callable[[], object], device: torch.device | str) -> str:
-    """Why the settings in force cannot be taken, or "": inaccurate, or no way to compile or launch them here."""
+def _wrong(fn: Callable, small: Case, whole: Callable[[], object],
+           device: torch.device | str) -> str:
+    """Why the settings in force cannot be taken, or "": inaccurate, or no way to compile or launch
+    them here."""
     import triton
 
     try:
@@ -212,25 +227,29 @@ def _wrong(fn: Callable, small: Case, whole: Callable[[], object], device: torch
 
 
 def compile_static(fn: Callable) -> Callable:
-    """torch.compile for one set of shapes; earlier ones are forgotten, lest it generalise over them and lose speed."""
+    """torch.compile for one set of shapes; earlier ones are forgotten, lest it generalise over them
+    and lose speed."""
     torch.compiler.reset()
     return torch.compile(fn, dynamic=False)
 
 
 def tune(chosen_cases: list[tuple[str, Case, Case]], device: torch.device | str, repeats: int,
          compiled: Callable[[Callable], Callable] = compile_static) -> dict:
-    """Rows for launch.py and times against PyTorch, for (size, case, small case of the same kind) each."""
+    """Rows for launch.py and times against PyTorch, for (size, case, small case of the same kind)
+    each."""
     rows, peers = [], []
     with steered() as (today, chosen):
         for size, case, small in chosen_cases:
-            phases(cases.operator(case, "triton"), case, device)  # runs once: `today` learns what this case asks for
+            # runs once: `today` learns what this case asks for
+            phases(cases.operator(case, "triton"), case, device)
             for call, current in list(today.items()):
                 if call not in chosen:
                     rows.append(tune_call(call, current, chosen, case, small, device, repeats))
                     print(_line(rows[-1]), flush=True)
             peers.append(_peers(size, case, small, device, repeats, compiled))
             print(_peer_line(peers[-1]), flush=True)
-    return {"environment": environment(device), "rows": rows, "peers": peers, "fastest": fastest(peers)}
+    return {"environment": environment(device), "rows": rows, "peers": peers,
+            "fastest": fastest(peers)}
 
 
 def _peers(size: str, case: Case, small: Case, device: torch.device | str, repeats: int,
@@ -240,7 +259,8 @@ def _peers(size: str, case: Case, small: Case, device: torch.device | str, repea
     if wrong := cases.inaccuracy(fn, small, device):
         raise RuntimeError(f"{small}: {wrong}; no speed is reported for a wrong result")
     suites = {"triton": phases(fn, case, device), "torch": phases(compiled(peer), case, device)}
-    times = {phase: measure({suite: runs[phase] for suite, runs in suites.items()}, device=device, repeats=repeats)
+    times = {phase: measure({suite: runs[phase] for suite, runs in suites.items()}, device=device,
+                            repeats=repeats)
              for phase in ("forward", "step")}
     return {"size": size, "family": case.family, "case": str(case), **times}
 
@@ -255,7 +275,8 @@ def _line(row: dict) -> str:
 
 def _peer_line(row: dict) -> str:
     return f"{row['case']}: " + "; ".join(
-        f"{phase} triton {row[phase]['triton']}, torch {row[phase]['torch']}" for phase in ("forward", "step"))
+        f"{phase} triton {row[phase]['triton']}, torch {row[phase]['torch']}"
+        for phase in ("forward", "step"))
 
 
 def main(options: Options) -> None:
@@ -263,16 +284,19 @@ def main(options: Options) -> None:
         raise ValueError("bench/tune.py measures on a GPU, and PyTorch finds no CUDA device here")
     sizes = options.sizes.split(",")
     if unknown := [size for size in sizes if size not in cases.GPT2]:
-        raise ValueError(f"--sizes={options.sizes}: unknown {unknown[0]}; choose from {', '.join(cases.GPT2)}")
+        raise ValueError(f"--sizes={options.sizes}: unknown {unknown[0]}; choose from "
+                         f"{', '.join(cases.GPT2)}")
     if options.family not in ("", *FAMILIES):
         raise ValueError(f"--family={options.family}: choose from {', '.join(FAMILIES)}")
     chosen = [(size, case, small) for size in sizes
-              for case, small in zip(cases.gpt2(size, options.batch), cases.gpt2(size, 2), strict=True)
+              for case, small in zip(cases.gpt2(size, options.batch), cases.gpt2(size, 2),
+                                     strict=True)
               if options.family in ("", case.family)]
     try:
         result = tune(chosen, "cuda", options.repeats)
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"--batch={options.batch} does not fit on this GPU; try --batch={max(1, options.batch // 2)}") from error
+        raise ValueError(f"--batch={options.batch} does not fit on this GPU; try "
+                         f"--batch={max(1, options.batch // 2)}") from error
     gpu = torch.cuda.get_device_name()
     for path in [cache_file(gpu, os.environ), *([Path(options.out)] if options.out else [])]:
         write_result(path, result)

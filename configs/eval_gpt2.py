@@ -1,7 +1,8 @@
-"""Evaluate OpenAI's GPT-2 (124M) on OpenWebText: one evaluation of 500 batches, and nothing written.
+"""Evaluate OpenAI's GPT-2 (124M) on OpenWebText: one evaluation of 500 batches, and nothing
+written.
 
-nanoGPT's README gives train loss 3.11, validation loss 3.12 for it: theirs, not ours. Needs the weights (network, or a
-cached copy) and `python data/openwebtext/prepare.py`.
+nanoGPT's README gives train loss 3.11, validation loss 3.12 for it: theirs, not ours. Needs the
+weights (network, or a cached copy) and `python data/openwebtext/prepare.py`.
 """
 
 from train.config import Config, DataConfig, RunConfig

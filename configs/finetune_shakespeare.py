@@ -1,15 +1,18 @@
 """Finetune GPT-2 on Shakespeare, with nanoGPT's settings: constant learning rate, 20 steps.
 
-1 sequence x 1024 tokens x 32 micro-batches = 32,768 tokens a step; the text has 301,966, so 20 steps pass over it twice.
-Prepare: `python data/shakespeare/prepare.py`. `--init_from=gpt2` for a smaller one.
+1 sequence x 1024 tokens x 32 micro-batches = 32,768 tokens a step; the text has 301,966, so 20
+steps pass over it twice. Prepare: `python data/shakespeare/prepare.py`. `--init_from=gpt2` for a
+smaller one.
 """
 
 from train.config import Config, DataConfig, OptimConfig, RunConfig
 
 config = Config(
     data=DataConfig(dataset="shakespeare", batch_size=1),
-    optim=OptimConfig(gradient_accumulation_steps=32, max_iters=20, learning_rate=3e-5, decay_lr=False),
+    optim=OptimConfig(gradient_accumulation_steps=32, max_iters=20, learning_rate=3e-5,
+                      decay_lr=False),
     run=RunConfig(
-        out_dir="out-shakespeare", init_from="gpt2-xl", eval_interval=5, eval_iters=40, always_save_checkpoint=False,
+        out_dir="out-shakespeare", init_from="gpt2-xl", eval_interval=5, eval_iters=40,
+        always_save_checkpoint=False,
     ),
 )

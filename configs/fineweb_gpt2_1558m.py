@@ -1,8 +1,10 @@
-"""GPT-2 (1558M) on 34 billion tokens of FineWeb-Edu: the run of llm.c (scripts/run_gpt2_1558M.sh), on 8 GPUs.
+"""GPT-2 (1558M) on 34 billion tokens of FineWeb-Edu: the run of llm.c (scripts/run_gpt2_1558M.sh),
+on 8 GPUs.
 
-16 sequences x 1024 tokens x 64 micro-batches (8 on each of 8 GPUs) = 1,048,576 tokens a step; 32,000 steps = 33.6 billion.
-GPT-2 of this size has 48.9 % HellaSwag (llm.c's figure); llm.c needed 24 hours on 8 H100 (its script). GPU-hours here: not
-measured. Prepare: `python data/fineweb/prepare.py --edu=True --sample=sample-100BT`.
+16 sequences x 1024 tokens x 64 micro-batches (8 on each of 8 GPUs) = 1,048,576 tokens a step;
+32,000 steps = 33.6 billion. GPT-2 of this size has 48.9 % HellaSwag (llm.c's figure); llm.c needed
+24 hours on 8 H100 (its script). GPU-hours here: not measured. Prepare: `python
+data/fineweb/prepare.py --edu=True --sample=sample-100BT`.
 """
 
 from dataclasses import replace
@@ -14,7 +16,8 @@ config = replace(
     model=replace(base.model, n_layer=48, n_head=25, n_embd=1600),
     data=replace(base.data, dataset="fineweb_edu", batch_size=16),
     optim=replace(
-        base.optim, gradient_accumulation_steps=64, max_iters=32_000, lr_decay_iters=32_000, learning_rate=6e-4, min_lr=6e-5,
+        base.optim, gradient_accumulation_steps=64, max_iters=32_000, lr_decay_iters=32_000,
+        learning_rate=6e-4, min_lr=6e-5,
     ),
     run=replace(base.run, out_dir="out-fineweb-1558m"),
 )

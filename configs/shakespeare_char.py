@@ -1,7 +1,8 @@
-"""A small character-level model of Shakespeare, with nanoGPT's settings. It overfits, hence the dropout.
+"""A small character-level model of Shakespeare, with nanoGPT's settings. It overfits, hence the
+dropout.
 
-64 sequences x 256 characters = 16,384 tokens a step; 5,000 steps pass over the million characters 82 times.
-Prepare: `python data/shakespeare_char/prepare.py`.
+64 sequences x 256 characters = 16,384 tokens a step; 5,000 steps pass over the million characters
+82 times. Prepare: `python data/shakespeare_char/prepare.py`.
 """
 
 from gpt.config import GPTConfig
@@ -15,6 +16,7 @@ config = Config(
         gradient_accumulation_steps=1, beta2=0.99,
     ),
     run=RunConfig(
-        out_dir="out-shakespeare-char", eval_interval=250, eval_iters=200, log_interval=10, always_save_checkpoint=False,
+        out_dir="out-shakespeare-char", eval_interval=250, eval_iters=200, log_interval=10,
+        always_save_checkpoint=False,
     ),
 )

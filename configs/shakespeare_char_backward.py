@@ -3,7 +3,8 @@
     python train/run.py configs/shakespeare_char_backward.py
     python gpt/sample.py --out_dir=out-shakespeare-char-backward --start=" the end."
 
-16,384 tokens a step and 5,000 steps, as in shakespeare_char; the losses of the two directions should be close.
+16,384 tokens a step and 5,000 steps, as in shakespeare_char; the losses of the two directions
+should be close.
 """
 
 from dataclasses import replace

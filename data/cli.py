@@ -55,8 +55,9 @@ def exit_code(work: Callable[[], Any]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return _refused(f"out of memory ({str(error) or type(error).__name__}); take fewer or smaller "
-                        "things at a time, such as a smaller --batch_size, or a smaller model")
+        return _refused(f"out of memory ({str(error) or type(error).__name__}); take fewer or "
+                        "smaller things at a time, such as a smaller --batch_size, or a smaller "
+                        "model")
     except KeyboardInterrupt:
         _say("interrupted")
         return 130

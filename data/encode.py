@@ -1,8 +1,9 @@
 """Text to files of GPT-2's ids, on all cores: the one path that every large data set takes.
 
-The documents are read here, in order; worker processes encode about a million characters at a time; the ids are written
-here, in the order of the documents, so that the files do not depend on the number of workers. How far it got is in
-unfinished.json, renewed every few seconds: after a kill, the same command goes on from there to the same files.
+The documents are read here, in order; worker processes encode about a million characters at a time;
+the ids are written here, in the order of the documents, so that the files do not depend on the
+number of workers. How far it got is in unfinished.json, renewed every few seconds: after a kill,
+the same command goes on from there to the same files.
 """
 
 import errno
@@ -56,18 +57,21 @@ _COMMIT_SECONDS = 5.0
 def validation_documents(documents: int, fraction: float, seed: int = 2357) -> np.ndarray:
     """Which of the documents are the validation split: (documents,) bool.
 
-    The rows that train_test_split(test_size=fraction, seed=seed, shuffle=True) of the package datasets gives to "test",
-    which with 0.0005 and 2357 is nanoGPT's split of OpenWebText. Here both splits keep the documents' order.
+    The rows that train_test_split(test_size=fraction, seed=seed, shuffle=True) of the package
+    datasets gives to "test", which with 0.0005 and 2357 is nanoGPT's split of OpenWebText. Here
+    both splits keep the documents' order.
     """
     chosen = np.zeros(documents, bool)
-    chosen[np.random.default_rng(seed).permutation(documents)[: math.ceil(fraction * documents)]] = True
+    chosen[np.random.default_rng(seed).permutation(
+        documents)[: math.ceil(fraction * documents)]] = True
     return chosen
 
 
 class Split(NamedTuple):
     """Which text is for validation: the first `tokens` of all, or a `fraction` of the documents.
 
-    With `last`, the last document is: a single text was cut in two, this part of it behind the other.
+    With `last`, the last document is: a single text was cut in two, this part of it behind the
+    other.
     """
 
     fraction: float = 0.0
@@ -78,7 +82,8 @@ class Split(NamedTuple):
         """Which of so many documents are for validation, bool; none are where `tokens` decides."""
         if self.last:
             return np.arange(documents or 0) == (documents or 0) - 1
-        return validation_documents(documents or 0, self.fraction) if self.fraction else np.zeros(0, bool)
+        return validation_documents(documents or 0,
+                                    self.fraction) if self.fraction else np.zeros(0, bool)
 
 
 # -- workers -------------------------------------------------------------------------
@@ -95,7 +100,8 @@ class Task(NamedTuple):
 
 
 def _tasks(source: Source, split: Split, start: Unfinished) -> Iterator[Task]:
-    """The text of `source` from `start` on (a Task's last three numbers), cut into tasks of one split each."""
+    """The text of `source` from `start` on (a Task's last three numbers), cut into tasks of one
+    split each."""
     documents, begun, empty = start["documents"], start["begun"], start["empty"]
     validation = split.documents(source.documents)
     pieces: list[str | None] = []
@@ -123,14 +129,16 @@ def _tasks(source: Source, split: Split, start: Unfinished) -> Iterator[Task]:
 def _encode(pieces: list[str | None]) -> np.ndarray:
     """The ids (n,) uint16 of `pieces`, END_OF_TEXT for each None."""
     end = np.array([END_OF_TEXT])
-    return np.concatenate([end if piece is None else encode_ordinary(piece) for piece in pieces]).astype(DTYPE)
+    return np.concatenate([end if piece is None else encode_ordinary(piece)
+                           for piece in pieces]).astype(DTYPE)
 
 
 Encoded = Generator[tuple[Task, np.ndarray], None, None]
 
 
 def _encoded(tasks: Iterable[Task], pool: ProcessPoolExecutor | None, ahead: int) -> Encoded:
-    """The tasks in order, with their ids; at most `ahead` of them are under way. Without a pool they run here."""
+    """The tasks in order, with their ids; at most `ahead` of them are under way. Without a pool
+    they run here."""
     if pool is None:
         yield from ((task, _encode(task.pieces)) for task in tasks)
         return
@@ -143,8 +151,9 @@ def _encoded(tasks: Iterable[Task], pool: ProcessPoolExecutor | None, ahead: int
                 yield oldest, ids.result()
         yield from ((task, ids.result()) for task, ids in waiting)
     except BrokenProcessPool:
-        raise ChildProcessError("a worker process died, killed perhaps for want of memory; what is finished is kept: give "
-                                "the same command again, if need be with fewer --workers") from None
+        raise ChildProcessError("a worker process died, killed perhaps for want of memory; what is "
+                                "finished is kept: give the same command again, if need be with "
+                                "fewer --workers") from None
 
 
 def _begin_worker() -> None:
@@ -154,7 +163,8 @@ def _begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks for ever: it holds both ends of their pipe."""
+    """A worker whose parent was killed would wait for tasks for ever: it holds both ends of their
+    pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -166,18 +176,21 @@ def _end_with_parent() -> None:
 
 def prepare(source: Source, split: Split, out: Path, *, name: str, format: Format = "raw",
             shard_tokens: int = 100_000_000, workers: int = 0) -> None:
-    """Encode every document of `source` with GPT-2's tokenizer, each followed by <|endoftext|>, into files in `out`.
+    """Encode every document of `source` with GPT-2's tokenizer, each followed by <|endoftext|>,
+    into files in `out`.
 
-    `format` "raw" makes train.bin and val.bin, "shards" files NAME_SPLIT_000001.bin of `shard_tokens` each with llm.c's
-    header; meta.json and the manifest come last. `workers` is the number of worker processes, 0 for one a core.
+    `format` "raw" makes train.bin and val.bin, "shards" files NAME_SPLIT_000001.bin of
+    `shard_tokens` each with llm.c's header; meta.json and the manifest come last. `workers` is the
+    number of worker processes, 0 for one a core.
     """
     workers = workers or _cores()
     if split.fraction and (source.documents or 0) < 2:
         known = "is not known" if source.documents is None else f"is {source.documents}"
-        raise ValueError(f"the number of documents {known}: a share of them for validation cannot be told; give "
-                         "--val_tokens=N, and the first N tokens are for validation")
+        raise ValueError(f"the number of documents {known}: a share of them for validation cannot "
+                         "be told; give --val_tokens=N, and the first N tokens are for validation")
     shard = shard_tokens if format == "shards" else None
-    made_from = {"name": name, "text": source.describe(), "split": split._asdict(), "format": format,
+    made_from = {"name": name, "text": source.describe(), "split": split._asdict(),
+                 "format": format,
                  "shard_tokens": shard}
     with _alone_in(out), ExitStack() as stack:
         state = _begin(out, made_from)
@@ -202,26 +215,29 @@ def _cores() -> int:
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Keep a second preparation out of the folder, until this process ends by whatever; say it where the disk is full."""
+    """Keep a second preparation out of the folder, until this process ends by whatever; say it
+    where the disk is full."""
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{out}: another preparation is writing here; wait, or give another --out") from None
+            raise ValueError(f"{out}: another preparation is writing here; wait, or give another "
+                             "--out") from None
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise OSError(f"{out}: the disk is full; what is finished is kept: make room and give the same command "
-                          "again") from None
+            raise OSError(f"{out}: the disk is full; what is finished is kept: make room and give "
+                          "the same command again") from None
         raise
     finally:
         os.close(folder)
 
 
 def _begin(out: Path, made_from: dict[str, Any]) -> Unfinished | None:
-    """Where to go on from; None where all is made. Removes what an earlier preparation made from something else."""
+    """Where to go on from; None where all is made. Removes what an earlier preparation made from
+    something else."""
     state = None
     if os.path.lexists(out / UNFINISHED):
         state = read_json(out / UNFINISHED, Unfinished, "remove it to start anew")
@@ -252,14 +268,16 @@ def _files_of(out: Path, was_unfinished: bool) -> set[Path]:
 def _encode_all(source: Source, split: Split, out: Path, state: Unfinished,
                 writers: dict[str, ShardWriter], pool: ProcessPoolExecutor | None,
                 ahead: int) -> None:
-    """Encode and write the rest of the text, committing `state` every few seconds and whenever a shard is full."""
+    """Encode and write the rest of the text, committing `state` every few seconds and whenever a
+    shard is full."""
 
     def commit() -> None:
         state["splits"] = {kind: writer.commit() for kind, writer in writers.items()}
         write_json(out / UNFINISHED, state)
 
     committed, shards = time.monotonic(), 0
-    bar = tqdm(total=source.documents, initial=state["documents"], unit=" documents", smoothing=0.05)
+    bar = tqdm(total=source.documents, initial=state["documents"], unit=" documents",
+               smoothing=0.05)
     with bar, closing(_encoded(_tasks(source, split, state), pool, ahead)) as encoded:
         for task, ids in encoded:
             first = max(0, split.tokens - writers["val"].tokens) if task.split == "train" else 0
@@ -274,17 +292,20 @@ def _encode_all(source: Source, split: Split, out: Path, state: Unfinished,
                 committed, shards = time.monotonic(), full
     commit()
     if source.documents not in (None, state["documents"]):
-        raise ValueError(f"{state['documents']:,} documents came, where there should be {source.documents:,}; the source "
-                         f"changed or was not whole: remove {out / UNFINISHED} and prepare again")
+        raise ValueError(f"{state['documents']:,} documents came, where there should be "
+                         f"{source.documents:,}; the source changed or was not whole: remove "
+                         f"{out / UNFINISHED} and prepare again")
     for kind, writer in writers.items():
         if not writer.tokens:
-            raise ValueError(f"of {state['documents']:,} documents none came to the split {kind!r}; give more text, or "
-                             f"another share of it to validation (now: {split})")
+            raise ValueError(f"of {state['documents']:,} documents none came to the split "
+                             f"{kind!r}; give more text, or another share of it to validation "
+                             f"(now: {split})")
 
 
 def _finish(out: Path, made_from: dict[str, Any], state: Unfinished,
             writers: dict[str, ShardWriter], pool: ProcessPoolExecutor | None) -> None:
-    """Give all files their names and checksums, write meta.json and the manifest, and say what there is."""
+    """Give all files their names and checksums, write meta.json and the manifest, and say what
+    there is."""
     splits: dict[str, Counts] = {}
     for kind, writer in writers.items():
         writer.finish()
@@ -294,6 +315,8 @@ def _finish(out: Path, made_from: dict[str, Any], state: Unfinished,
     write_meta(out, "gpt2", 50257)
     write_manifest(out, made_from, "gpt2", 50257, splits)
     (out / UNFINISHED).unlink()
-    print(f"{state['documents']:,} documents" + (f", {state['empty']:,} of them empty" if state["empty"] else ""))
+    print(f"{state['documents']:,} documents"
+          + (f", {state['empty']:,} of them empty" if state["empty"] else ""))
     for kind, writer in writers.items():
-        print(f"{kind} has {writer.tokens:,} tokens in {len(writer.shards)} file{'s' * (len(writer.shards) > 1)}")
+        print(f"{kind} has {writer.tokens:,} tokens in {len(writer.shards)} "
+              f"file{'s' * (len(writer.shards) > 1)}")

@@ -15,9 +15,11 @@ T = TypeVar("T")
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write and seek in, which takes the place of `path` when the block ends without an error.
+    """A binary file to write and seek in, which takes the place of `path` when the block ends
+    without an error.
 
-    Written beside it as NAME.tmp, synced, renamed: whoever opens `path` finds the old file or the new one, no part.
+    Written beside it as NAME.tmp, synced, renamed: whoever opens `path` finds the old file or the
+    new one, no part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -34,7 +36,8 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has the file, or of a folder the names in it: what a power cut would take."""
+    """Wait until the disk has the file, or of a folder the names in it: what a power cut would
+    take."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,8 +55,9 @@ def read_json(path: Path, form: type[T], remedy: str) -> T:
     """The value in the JSON file `path`, of the type `form`: TypedDicts, lists, numbers, checked
     down to the leaves, with the rules declared there (data/bounds.py).
 
-    Raises ValueError, in one line with the file and the `remedy`, where it is absent, no regular file (a FIFO would
-    wait for ever), not JSON, or of another form. Every JSON file that others may have written or damaged is read here.
+    Raises ValueError, in one line with the file and the `remedy`, where it is absent, no regular
+    file (a FIFO would wait for ever), not JSON, or of another form. Every JSON file that others may
+    have written or damaged is read here.
     """
     return parsed(regular(path, remedy).read_bytes(), form, str(path), remedy)
 
@@ -92,7 +96,8 @@ def read_text(path: Path, remedy: str = "name a text file") -> str:
 def regular(path: Path, remedy: str) -> Path:
     """`path` itself. Raises ValueError where there is no file, or one that is no regular file."""
     if not path.is_file():
-        raise ValueError(f"{path}: {'no regular file' if path.exists() else 'no such file'}; {remedy}")
+        raise ValueError(f"{path}: {'no regular file' if path.exists() else 'no such file'}; "
+                         f"{remedy}")
     return path
 
 

@@ -1,4 +1,5 @@
-"""The manifest beside the tokens: what they were made from, how many they are, and the checksum of each file.
+"""The manifest beside the tokens: what they were made from, how many they are, and the checksum of
+each file.
 
     {"source": {...}, "tokenizer": "gpt2", "vocab_size": 50257,
      "splits": {"train": {"tokens": 9, "max_id": 50256, "shards": [...]}}}
@@ -17,8 +18,8 @@ from data.files import read_json, regular, sha256_of, write_json
 
 NAME = "manifest.json"
 UNFINISHED = "unfinished.json"  # lies in a folder while its files are being made
-# At each start of a run a file up to _WHOLE_BYTES is hashed whole, and of a larger one _PIECES pieces of _PIECE_BYTES:
-# 4 MiB, spread evenly over it.
+# At each start of a run a file up to _WHOLE_BYTES is hashed whole, and of a larger one _PIECES
+# pieces of _PIECE_BYTES: 4 MiB, spread evenly over it.
 _WHOLE_BYTES = 1 << 25
 _PIECES, _PIECE_BYTES = 64, 1 << 16
 
@@ -89,9 +90,11 @@ def shard_entry(path: Path, tokens: int) -> Shard:
 
 def write_manifest(data_dir: str | Path, source: dict[str, Any], tokenizer: str, vocab_size: int,
                    splits: dict[str, Split]) -> None:
-    """Write the manifest, the last file of a data set: `source` is free-form, `splits` as in the module's docstring."""
-    write_json(Path(data_dir) / NAME, {"source": source, "tokenizer": tokenizer, "vocab_size": vocab_size,
-                                       "splits": splits})
+    """Write the manifest, the last file of a data set: `source` is free-form, `splits` as in the
+    module's docstring."""
+    write_json(Path(data_dir) / NAME,
+               {"source": source, "tokenizer": tokenizer, "vocab_size": vocab_size,
+                "splits": splits})
 
 
 def read_manifest(data_dir: str | Path) -> Manifest | None:
@@ -114,10 +117,11 @@ def files_of(data_dir: str | Path) -> list[tuple[Path, Shard]]:
 
 
 def verify(data_dir: str | Path, *, full: bool = False) -> None:
-    """Raise a ValueError that names the first file which is not what the manifest in `data_dir` says.
+    """Raise a ValueError that names the first file which is not what the manifest in `data_dir`
+    says.
 
-    Size and content are compared: with `full` every byte, otherwise every byte of small files and 4 MiB spread over
-    each large one. A folder without a manifest, such as nanoGPT's, passes.
+    Size and content are compared: with `full` every byte, otherwise every byte of small files and 4
+    MiB spread over each large one. A folder without a manifest, such as nanoGPT's, passes.
     """
     for path, shard in files_of(data_dir):
         regular(path, f"{NAME} names it; prepare the data again")
@@ -130,7 +134,8 @@ def verify(data_dir: str | Path, *, full: bool = False) -> None:
 
 
 def already_made(data_dir: str | Path, source: dict[str, Any]) -> bool:
-    """Whether `data_dir` holds, unchanged, what was made from this `source`; says so in one line if it does."""
+    """Whether `data_dir` holds, unchanged, what was made from this `source`; says so in one line if
+    it does."""
     if (Path(data_dir) / UNFINISHED).exists():
         return False
     try:
@@ -140,7 +145,8 @@ def already_made(data_dir: str | Path, source: dict[str, Any]) -> bool:
         return False
     if manifest is None or manifest["source"] != source:
         return False
-    counts = ", ".join(f"{split} {entry['tokens']:,}" for split, entry in manifest["splits"].items())
+    counts = ", ".join(f"{split} {entry['tokens']:,}"
+                       for split, entry in manifest["splits"].items())
     print(f"{data_dir}: already made from the same source, tokens: {counts}")
     return True
 
@@ -150,19 +156,22 @@ def _remedy(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """The SHA-256 of pieces spread evenly over the file, from its first bytes to its last; of all of a small file."""
+    """The SHA-256 of pieces spread evenly over the file, from its first bytes to its last; of all
+    of a small file."""
     size = path.stat().st_size
     if size <= _WHOLE_BYTES:
         return sha256_of(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for i in range(_PIECES):
-            digest.update(os.pread(file.fileno(), _PIECE_BYTES, (size - _PIECE_BYTES) * i // (_PIECES - 1)))
+            digest.update(os.pread(file.fileno(), _PIECE_BYTES,
+                                   (size - _PIECE_BYTES) * i // (_PIECES - 1)))
     return digest.hexdigest()
 
 
 def recorded_max_id(paths: list[Path]) -> int | None:
-    """The largest id of the files `paths`, which share a folder, by their manifest; None where it does not tell."""
+    """The largest id of the files `paths`, which share a folder, by their manifest; None where it
+    does not tell."""
     sizes = {path.name: path.stat().st_size for path in paths}
     for split in _splits(paths[0].parent).values():
         if {shard["file"]: shard["bytes"] for shard in split["shards"]} == sizes:

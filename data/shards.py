@@ -1,4 +1,5 @@
-"""The files of one split as they grow: resumable to the token, and under their names only when they are whole."""
+"""The files of one split as they grow: resumable to the token, and under their names only when they
+are whole."""
 
 import os
 import re
@@ -17,10 +18,11 @@ NAMES = re.compile(r"((train|val)|.+_(train|val)_\d{6,})\.bin(\.partial)?", re.D
 
 
 class ShardWriter:
-    """Writes the ids of a split to `folder`: SPLIT.bin, or shards NAME_SPLIT_000000.bin of `shard_tokens` with a header.
+    """Writes the ids of a split to `folder`: SPLIT.bin, or shards NAME_SPLIT_000000.bin of
+    `shard_tokens` with a header.
 
-    The open shard is called NAME.partial. `commit` makes what was written safe and gives the state that a writer made
-    with it goes on from; whatever had been written after it is dropped.
+    The open shard is called NAME.partial. `commit` makes what was written safe and gives the state
+    that a writer made with it goes on from; whatever had been written after it is dropped.
     """
 
     def __init__(self, folder: Path, split: str, name: str, shard_tokens: int | None,
@@ -37,7 +39,8 @@ class ShardWriter:
         return sum(self.shards) + self._open_tokens
 
     def path(self, shard: int) -> Path:
-        """The file of the shard with this number. Training shards count from 1, since llm.c's number 0 is validation."""
+        """The file of the shard with this number. Training shards count from 1, since llm.c's
+        number 0 is validation."""
         if self._shard_tokens is None:
             return self._folder / f"{self._split}.bin"
         return self._folder / f"{self._name}_{self._split}_{shard + (self._split == 'train'):06}.bin"
@@ -56,7 +59,8 @@ class ShardWriter:
             whole.rename(path)  # it was finished after the last commit
         size = self._offset + self._open_tokens * DTYPE.itemsize
         if not path.is_file() or path.stat().st_size < size:
-            raise ValueError(f"{path}: shorter than {UNFINISHED} says; remove {self._folder / UNFINISHED} to start anew")
+            raise ValueError(f"{path}: shorter than {UNFINISHED} says; remove "
+                             f"{self._folder / UNFINISHED} to start anew")
         os.truncate(path, size)
         return open(path, "ab")
 

@@ -18,9 +18,11 @@ TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/d
 _TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, Any], kind: str, vocab_size: int,
+def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, Any], kind: str,
+                  vocab_size: int,
                   chars: str = "") -> None:
-    """Write SPLIT.bin for each split's ids, the meta of the tokenizer and, last, the manifest; print the counts."""
+    """Write SPLIT.bin for each split's ids, the meta of the tokenizer and, last, the manifest;
+    print the counts."""
     unfinished(out, source)
     entries: dict[str, Split] = {}
     for split, ids in splits.items():
@@ -56,7 +58,9 @@ def _download(url: str, sha256: str) -> bytes:
             content = answer.read()
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"no --input=FILE was given, and {url} cannot be had ({reason}); give the file") from None
+        raise ValueError(f"no --input=FILE was given, and {url} cannot be had ({reason}); give the "
+                         "file") from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{url}: {len(content):,} bytes with the wrong SHA-256, not the known text; give --input=FILE")
+        raise ValueError(f"{url}: {len(content):,} bytes with the wrong SHA-256, not the known "
+                         "text; give --input=FILE")
     return content

@@ -1,7 +1,8 @@
 """Text to token ids and back: bytes, the characters of a data set, or GPT-2's byte-pair encoding.
 
-Which of them a data set uses is in its meta.json, {"kind": "bytes" | "char" | "gpt2", "vocab_size": n} and, for "char",
-"chars": one character per id. nanoGPT's meta.pkl is read where there is no meta.json; neither means GPT-2's encoding.
+Which of them a data set uses is in its meta.json, {"kind": "bytes" | "char" | "gpt2", "vocab_size":
+n} and, for "char", "chars": one character per id. nanoGPT's meta.pkl is read where there is no
+meta.json; neither means GPT-2's encoding.
 """
 
 import codecs
@@ -32,7 +33,8 @@ class Meta(TypedDict):
 
 
 class Tokenizer:
-    """What every tokenizer does; a kind of tokenizer has `encode` and `decode_bytes` and knows its `vocab_size`."""
+    """What every tokenizer does; a kind of tokenizer has `encode` and `decode_bytes` and knows its
+    `vocab_size`."""
 
     vocab_size: int
     end_of_text: int | None = None  # the id of the end of a document, where there is one
@@ -49,14 +51,18 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def stream(self) -> Callable[..., str]:
-        """A function that takes one id after another and returns the text that has become whole with it, often none.
+        """A function that takes one id after another and returns the text that has become whole
+        with it, often none.
 
-        Called without an id at the end, it returns what is left. The pieces joined equal `decode` of all ids.
+        Called without an id at the end, it returns what is left. The pieces joined equal `decode`
+        of all ids.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
         def text_of(token: int | None = None) -> str:
-            return decoder.decode(b"", final=True) if token is None else decoder.decode(self.decode_bytes([token]))
+            return decoder.decode(b"",
+                                  final=True) if token is None else decoder.decode(
+                                      self.decode_bytes([token]))
 
         return text_of
 
@@ -85,8 +91,9 @@ class Char(Tokenizer):
         try:
             return [self._ids[char] for char in text]
         except KeyError as unknown:
-            raise ValueError(f"the character {unknown} is none of this data set's {self.vocab_size}; leave it out, or "
-                             "prepare the data with text that has it") from None
+            raise ValueError(f"the character {unknown} is none of this data set's "
+                             f"{self.vocab_size}; leave it out, or prepare the data with text that "
+                             "has it") from None
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return "".join(self.chars[i] for i in ids).encode()
@@ -192,5 +199,6 @@ def write_meta(data_dir: str | Path, kind: str, vocab_size: int, chars: Iterable
         meta["chars"] = "".join(chars)
         itos = dict(enumerate(meta["chars"]))
         with whole(Path(data_dir) / "meta.pkl") as file:
-            pickle.dump({"vocab_size": vocab_size, "itos": itos, "stoi": {c: i for i, c in itos.items()}}, file)
+            pickle.dump({"vocab_size": vocab_size, "itos": itos,
+                         "stoi": {c: i for i, c in itos.items()}}, file)
     write_json(Path(data_dir) / "meta.json", meta)

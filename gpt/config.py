@@ -18,7 +18,8 @@ class GPTConfig:
     block_size: Width = 1024
     """longest sequence, in tokens"""
     vocab_size: NonNegative = 50304
-    """rows of the embedding; GPT-2's 50257 rounded up to a multiple of 64. The trainer's 0: the data set's own"""
+    """rows of the embedding; GPT-2's 50257 rounded up to a multiple of 64. The trainer's 0: the
+    data set's own"""
     n_layer: Depth = 12
     """transformer blocks"""
     n_head: Width = 12
@@ -36,16 +37,19 @@ class GPTConfig:
     direction: Literal["forward", "backward"] = "forward"
     """backward: the model reads from the end and predicts the token before"""
     seam: Block = -1
-    """a linear layer stands before this block, and is all that is trained; -1: none. Made by --init_from=stitch"""
+    """a linear layer stands before this block, and is all that is trained; -1: none. Made by
+    --init_from=stitch"""
 
     def __post_init__(self) -> None:
         check(self)
         if self.n_embd % self.n_head:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             near = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
-            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; nearest that do: {near}")
+            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; nearest "
+                             f"that do: {near}")
         if self.seam > self.n_layer:
-            raise ValueError(f"seam={self.seam}: must be at most n_layer={self.n_layer}, or -1 for none")
+            raise ValueError(f"seam={self.seam}: must be at most n_layer={self.n_layer}, or -1 for "
+                             "none")
 
     @property
     def head_dim(self) -> int:
@@ -53,9 +57,11 @@ class GPTConfig:
 
 
 # As published: vocabulary 50257, positions 1024, biases, tanh GELU.
-# Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and OpenAI's release.
+# Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and OpenAI's
+# release.
 SIZES: dict[str, GPTConfig] = {
-    name: GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257, bias=True, activation="gelu_tanh")
+    name: GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257, bias=True,
+                    activation="gelu_tanh")
     for name, n_layer, n_head, n_embd in (
         ("gpt2", 12, 12, 768),
         ("gpt2-medium", 24, 16, 1024),

@@ -1,4 +1,5 @@
-"""Hand a trained model on: `python gpt/export.py --out_dir=out --to=hf --folder=DIR`, or --to=nanogpt, --to=safetensors.
+"""Hand a trained model on: `python gpt/export.py --out_dir=out --to=hf --folder=DIR`, or
+--to=nanogpt, --to=safetensors.
 
 hf: config, safetensors and tokenizer for transformers' AutoModelForCausalLM, without the padding
 rows of the vocabulary, reloaded and compared. nanogpt: a ckpt.pt that its train.py resumes and its
@@ -47,7 +48,8 @@ def export(c: Export) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            write = {"hf": to_huggingface, "nanogpt": to_nanogpt, "safetensors": to_safetensors}[c.to]
+            write = {"hf": to_huggingface, "nanogpt": to_nanogpt,
+                     "safetensors": to_safetensors}[c.to]
             notes = write(checkpoint, partial)
             partial.rename(folder)
         finally:
@@ -63,8 +65,8 @@ def check_expressible(checkpoint: Path, to: str) -> None:
     config = read_config(checkpoint)
     for key, value in PLAIN.items():
         if to != "safetensors" and getattr(config, key) != value:
-            raise ValueError(f"{checkpoint}: {key}={getattr(config, key)}, which --to={to} cannot express; "
-                             f"only a model with {key}={value} can be exported")
+            raise ValueError(f"{checkpoint}: {key}={getattr(config, key)}, which --to={to} cannot "
+                             f"express; only a model with {key}={value} can be exported")
 
 
 def to_huggingface(checkpoint: Path, folder: Path) -> list[str]:

@@ -7,8 +7,8 @@ causal: 6 N +  6 L d T, N with them               (llm.c): each score that is us
 
 from gpt.config import GPTConfig
 
-# Dense bf16 tensor-core peak in TFLOP/s, by the device's name. Source: NVIDIA's data sheets for A100, H100 and H200,
-# whose sparse figures are twice these. A GPU that is not here has no MFU.
+# Dense bf16 tensor-core peak in TFLOP/s, by the device's name. Source: NVIDIA's data sheets for
+# A100, H100 and H200, whose sparse figures are twice these. A GPU that is not here has no MFU.
 PEAK_TFLOPS = {
     "NVIDIA H200": 989.5,
     "NVIDIA H100 80GB HBM3": 989.5,
@@ -19,7 +19,8 @@ PEAK_TFLOPS = {
 
 
 def matmul_params(c: GPTConfig) -> int:
-    """All parameters that are multiplied with: the token embedding only as the head, no positions."""
+    """All parameters that are multiplied with: the token embedding only as the head, no
+    positions."""
     norms = (2 * c.n_layer + 1) * c.n_embd * (2 if c.bias else 1)
     biases = c.n_layer * 9 * c.n_embd if c.bias else 0
     seam = c.n_embd**2 + c.n_embd if c.seam >= 0 else 0
@@ -38,11 +39,14 @@ def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
         work = 2.0 * N + 2.0 * (N - frozen_below) + 2.0 * c.n_embd**2
         attention *= (1 + 2 * (1 - c.seam / c.n_layer)) / 3
         return {"palm": work + 2 * attention, "causal": work + attention}
-    return {"palm": 6.0 * N + 2 * attention, "causal": 6.0 * (N + c.block_size * c.n_embd) + attention}
+    return {"palm": 6.0 * N + 2 * attention,
+            "causal": 6.0 * (N + c.block_size * c.n_embd) + attention}
 
 
-def mfu(c: GPTConfig, tokens_per_s: float, device_name: str, T: int | None = None) -> dict[str, float | None]:
-    """Model FLOPs utilisation of one device as fractions, "mfu_palm" and "mfu_causal"; None for an unknown one.
+def mfu(c: GPTConfig, tokens_per_s: float, device_name: str,
+        T: int | None = None) -> dict[str, float | None]:
+    """Model FLOPs utilisation of one device as fractions, "mfu_palm" and "mfu_causal"; None for an
+    unknown one.
 
     Raises ValueError above 1: then the clock or the formula is wrong.
     """
@@ -51,6 +55,7 @@ def mfu(c: GPTConfig, tokens_per_s: float, device_name: str, T: int | None = Non
     for name, flops in flops_per_token(c, T).items():
         used = None if peak is None else flops * tokens_per_s / (peak * 1e12)
         if used is not None and used > 1:
-            raise ValueError(f"mfu_{name} of {used:.2f} at {tokens_per_s:.0f} tokens/s on {device_name}: above 100 %")
+            raise ValueError(f"mfu_{name} of {used:.2f} at {tokens_per_s:.0f} tokens/s on "
+                             f"{device_name}: above 100 %")
         result[f"mfu_{name}"] = used
     return result

@@ -10,7 +10,8 @@ from gpt.model import GPT
 
 
 class KVCache:
-    """Keys and values of all positions so far, for every layer: two tensors (L, B, H, block_size, D)."""
+    """Keys and values of all positions so far, for every layer: two tensors (L, B, H, block_size,
+    D)."""
 
     def __init__(self, model: GPT, batch_size: int, dtype: torch.dtype, device: torch.device):
         c = model.config
@@ -19,10 +20,11 @@ class KVCache:
         self.length, self.layer = 0, 0
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Causal attention of the new positions qkv (B, T, 3, H, D) over the cached and themselves: (B, T, H, D).
+        """Causal attention of the new positions qkv (B, T, 3, H, D) over the cached and themselves:
+        (B, T, H, D).
 
-        The layers call it in their order; the length moves on after the last one. New positions come one at a time,
-        or all at once into an empty cache.
+        The layers call it in their order; the length moves on after the last one. New positions
+        come one at a time, or all at once into an empty cache.
         """
         T = qkv.shape[1]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -30,22 +32,26 @@ class KVCache:
         self.k[self.layer, :, :, self.length : end] = k
         self.v[self.layer, :, :, self.length : end] = v
         keys, values = self.k[self.layer, :, :, :end], self.v[self.layer, :, :, :end]
-        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, is_causal=self.length == 0)
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values,
+                                           is_causal=self.length == 0)
         self.layer += 1
         if self.layer == len(self.k):
             self.length, self.layer = end, 0
         return y.transpose(1, 2)
 
 
-def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """One id per row of logits (B, V), as (B, 1). Temperature 0 or top_k 1 is greedy, without a draw."""
+def sample_token(logits: Tensor, temperature: float, top_k: int | None,
+                 top_p: float | None) -> Tensor:
+    """One id per row of logits (B, V), as (B, 1). Temperature 0 or top_k 1 is greedy, without a
+    draw."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1, keepdim=True)
     # From the largest down, a temperature near 0 overflows to minus infinity, which softmax takes;
     # as a divisor in fp32 it must not round to 0.
     logits, ids = logits.float(), None
     logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-    if top_k is not None or top_p is not None:  # in falling order, so that what is kept is a beginning
+    # in falling order, so that what is kept is a beginning
+    if top_k is not None or top_p is not None:
         logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     p = logits.softmax(-1)
     if top_p is not None:
@@ -56,18 +62,22 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
 
 
 @torch.no_grad()
-def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-             top_p: float | None = None, cached: bool = True, n_tokens: int | None = None) -> Iterator[Tensor]:
+def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
+             top_k: int | None = None,
+             top_p: float | None = None, cached: bool = True,
+             n_tokens: int | None = None) -> Iterator[Tensor]:
     """Yield max_new_tokens ids, (B, 1) each, that continue idx (B, T), given as one reads it.
 
-    A backward model continues it to the left: the first id yielded stands before idx, the next before that one.
-    The model sees the nearest block_size tokens. Beyond them positions shift at every step: nothing cached stays true,
-    and the window is computed anew. `n_tokens`: ids from there on are padding of the vocabulary and are never sampled
-    (default: 50257 where the model has GPT-2's padded vocabulary). `cached=False` is the slow definition.
+    A backward model continues it to the left: the first id yielded stands before idx, the next
+    before that one. The model sees the nearest block_size tokens. Beyond them positions shift at
+    every step: nothing cached stays true, and the window is computed anew. `n_tokens`: ids from
+    there on are padding of the vocabulary and are never sampled (default: 50257 where the model has
+    GPT-2's padded vocabulary). `cached=False` is the slow definition.
     """
     if (not temperature >= 0 or (top_k is not None and top_k < 1)
             or (top_p is not None and not 0 < top_p <= 1)):
-        raise ValueError(f"temperature={temperature} must be at least 0, top_k={top_k} at least 1, top_p={top_p} within (0, 1]")
+        raise ValueError(f"temperature={temperature} must be at least 0, top_k={top_k} at least 1, "
+                         f"top_p={top_p} within (0, 1]")
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token")
     size, V = model.config.block_size, model.config.vocab_size
@@ -82,7 +92,8 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
                 features = model.features(window[:, cache.length :], cache=cache)
             else:
                 features = model.features(window)
-            token = sample_token(model.lm_head(features[:, -1])[:, :n_tokens], temperature, top_k, top_p)
+            token = sample_token(model.lm_head(features[:, -1])[:, :n_tokens], temperature,
+                                 top_k, top_p)
             window = torch.cat([window, token], dim=1)[:, -size:]
             yield token
     finally:
@@ -91,4 +102,5 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
 
 def _compute_dtype(model: GPT) -> torch.dtype:
     device = model.lm_head.weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.lm_head.weight.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(
+        device) else model.lm_head.weight.dtype

@@ -1,4 +1,5 @@
-"""The one module that knows devices: which there are, what they compute in, and how to wait for them."""
+"""The one module that knows devices: which there are, what they compute in, and how to wait for
+them."""
 
 import ctypes
 import platform
@@ -13,31 +14,36 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """The device to run on. Raises ValueError, naming what there is, for one that is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)
     kind, _, index = name.partition(":")
     if kind not in there or (index and not index.isdigit()):
         raise ValueError(f"--device={name}: choose auto, cuda, cuda:N, mps or cpu")
     if not there[kind]:
-        raise ValueError(f"--device={name}: there is none here; choose from {', '.join(k for k in there if there[k])}")
+        raise ValueError(f"--device={name}: there is none here; choose from "
+                         f"{', '.join(k for k in there if there[k])}")
     if kind == "cuda":
         device = torch.device("cuda", int(index) if index else local_rank)
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device={name}: cuda:{device.index} is not here, {torch.cuda.device_count()} GPU(s) are")
+            raise ValueError(f"--device={name}: cuda:{device.index} is not here, "
+                             f"{torch.cuda.device_count()} GPU(s) are")
         torch.cuda.set_device(device)
         return device
     return torch.device(kind)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What matrix multiplications run in; auto is bfloat16 where the device has units for it, else fp16 on a GPU."""
+    """What matrix multiplications run in; auto is bfloat16 where the device has units for it, else
+    fp16 on a GPU."""
     if name not in (*DTYPES, "auto"):
         raise ValueError(f"--dtype={name}: choose auto, {', '.join(DTYPES)}")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8,
+                                                                              0) else torch.float16
     return _automatic_on_a_cpu() if device.type == "cpu" else torch.float32
 
 
@@ -54,7 +60,8 @@ def cpu_has_bf16_units() -> bool:
 def cpu_units() -> str:
     """What this CPU computes with, which its model's name may not tell: "AVX512, bf16 units"."""
     features = torch.cpu.get_capabilities()
-    vectors = next((name for key, name in (("avx512_f", "AVX512"), ("avx2", "AVX2")) if features.get(key)), platform.machine())
+    vectors = next((name for key, name in (("avx512_f", "AVX512"), ("avx2", "AVX2"))
+                    if features.get(key)), platform.machine())
     return f"{vectors}, {'' if cpu_has_bf16_units() else 'no '}bf16 units"
 
 
@@ -66,8 +73,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def keep_freed_memory() -> None:
     """Let this process keep the memory it frees for its next allocations.
 
-    glibc maps each block of 32 MB or more anew, and the system fills it with zeros page by page: a sixth of a CPU's
-    training step where activations are that large (bench/LOG.md). Other C libraries are left as they are.
+    glibc maps each block of 32 MB or more anew, and the system fills it with zeros page by page: a
+    sixth of a CPU's training step where activations are that large (bench/LOG.md). Other C
+    libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -86,7 +94,8 @@ def device_name(device: torch.device) -> str:
 
 
 def read_later(values: Tensor) -> Callable[[], list[float]]:
-    """Start copying a small tensor to the host; the call returned waits for that copy alone, not for later work."""
+    """Start copying a small tensor to the host; the call returned waits for that copy alone, not
+    for later work."""
     if values.device.type != "cuda":
         return values.tolist
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

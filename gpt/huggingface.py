@@ -126,28 +126,35 @@ def _parsed(theirs: dict[str, Any],
 
 @torch.no_grad()
 def write(model: GPT, folder: Path, vocab_size: int) -> None:
-    """Save config and weights as a folder for AutoModelForCausalLM, with the first vocab_size rows of the vocabulary.
+    """Save config and weights as a folder for AutoModelForCausalLM, with the first vocab_size rows
+    of the vocabulary.
 
-    GPT-2 has biases; a model without gets zeros, which is the same function. The folder is loaded again and its logits
-    compared before this returns; ValueError if they differ.
+    GPT-2 has biases; a model without gets zeros, which is the same function. The folder is loaded
+    again and its logits compared before this returns; ValueError if they differ.
     """
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     c = model.config
     theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        activation_function="gelu_new" if c.activation == "gelu_tanh" else "gelu", resid_pdrop=c.dropout,
+        vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head,
+        activation_function="gelu_new" if c.activation == "gelu_tanh" else "gelu",
+        resid_pdrop=c.dropout,
         embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=min(50256, vocab_size - 1),
         eos_token_id=min(50256, vocab_size - 1),
     ))
     ours = {k: v.T if k.endswith(TURNED) else v for k, v in model.state_dict().items()}
     ours |= {k: ours[k][:vocab_size] for k in ("transformer.wte.weight", "lm_head.weight")}
-    theirs.load_state_dict({k: ours.get(k, torch.zeros_like(v)) for k, v in theirs.state_dict().items()})
+    theirs.load_state_dict({k: ours.get(k, torch.zeros_like(v))
+                            for k, v in theirs.state_dict().items()})
     theirs.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # safetensors makes them 0600
         file.chmod((folder / "config.json").stat().st_mode)
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    idx = torch.randint(vocab_size, (1, min(c.block_size, 32)), generator=torch.Generator().manual_seed(0))
-    difference = (again(idx).logits - model.cpu().eval().predict(idx)[..., :vocab_size]).abs().max().item()
+    idx = torch.randint(vocab_size, (1, min(c.block_size, 32)),
+                        generator=torch.Generator().manual_seed(0))
+    difference = (again(idx).logits
+                  - model.cpu().eval().predict(idx)[..., :vocab_size]).abs().max().item()
     if not difference < 1e-3:
-        raise ValueError(f"{folder}: reloaded, its logits differ from the model's by {difference:.2g}; not a usable export")
+        raise ValueError(f"{folder}: reloaded, its logits differ from the model's by "
+                         f"{difference:.2g}; not a usable export")

@@ -1,7 +1,7 @@
 """GPT-2 as published, on the operators of a kernel suite.
 
-Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`, ...); linear weights are stored (out, in).
-Letters: B batch, T sequence, C = n_embd, H heads, D = C / H, V vocabulary.
+Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`, ...); linear weights are stored
+(out, in). Letters: B batch, T sequence, C = n_embd, H heads, D = C / H, V vocabulary.
 """
 
 import math
@@ -52,14 +52,17 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.config, self.kernels = config, kernels
 
-    def forward(self, x: Tensor, doc_start: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, doc_start: Tensor | None = None,
+                cache: "KVCache | None" = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, self.config.head_dim)
         if cache is not None:
             y = cache.attend(qkv)
         elif self.training and self.config.dropout > 0:
-            seed = torch.randint(2**62, (), device=x.device)  # one draw; the kernels make the mask from it
-            y = self.kernels.attention_qkv(qkv, doc_start=doc_start, dropout=self.config.dropout, seed=seed)
+            # one draw; the kernels make the mask from it
+            seed = torch.randint(2**62, (), device=x.device)
+            y = self.kernels.attention_qkv(qkv, doc_start=doc_start,
+                                           dropout=self.config.dropout, seed=seed)
         else:
             y = self.kernels.attention_qkv(qkv, doc_start=doc_start)
         return dropout(self.c_proj(y.reshape(B, T, C)), self.config.dropout, self.training)
@@ -75,12 +78,14 @@ class MLP(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.c_fc(x), approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
+        h = F.gelu(self.c_fc(x), approximate="tanh" if self.config.activation == "gelu_tanh"
+                   else "none")
         return dropout(self.c_proj(h), self.config.dropout, self.training)
 
 
 class Block(nn.Module):
-    """One layer. What it adds to the residual stream is handed on, so that the add fuses with the next norm."""
+    """One layer. What it adds to the residual stream is handed on, so that the add fuses with the
+    next norm."""
 
     def __init__(self, config: GPTConfig, kernels: Kernels):
         super().__init__()
@@ -120,30 +125,37 @@ class GPT(nn.Module):
         self.init_weights()
 
     def tie(self) -> None:
-        """Make the head the token embedding where the config says so; due again once parameters are replaced."""
+        """Make the head the token embedding where the config says so; due again once parameters are
+        replaced."""
         if self.config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialisation: normal(0.02), and the 2 * n_layer projections into the residual stream scaled down."""
+        """GPT-2's initialisation: normal(0.02), and the 2 * n_layer projections into the residual
+        stream scaled down."""
         for name, p in self.named_parameters():
             if name.endswith(".bias"):
                 p.zero_()
             elif p.dim() == 2:
-                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02)
+                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer)
+                          if name.endswith("c_proj.weight") else 0.02)
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Parameters, shared ones once; `non_embedding` leaves out the positions, and the tokens if not the head."""
-        embeddings = [self.transformer.wpe] if self.config.tie_weights else [self.transformer.wpe, self.transformer.wte]
+        """Parameters, shared ones once; `non_embedding` leaves out the positions, and the tokens if
+        not the head."""
+        embeddings = [self.transformer.wpe] if self.config.tie_weights else [self.transformer.wpe,
+                                                                             self.transformer.wte]
         n = sum(p.numel() for p in self.parameters())
         return n - sum(e.weight.numel() for e in embeddings) if non_embedding else n
 
-    def features(self, idx: Tensor, doc_start: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
+    def features(self, idx: Tensor, doc_start: Tensor | None = None,
+                 cache: "KVCache | None" = None) -> Tensor:
         """What the head reads, (B, T, C), of token ids idx (B, T)."""
         start = 0 if cache is None else cache.length
         if start + idx.shape[1] > self.config.block_size:
-            raise ValueError(f"sequence of {start + idx.shape[1]} tokens, block_size is {self.config.block_size}: crop it")
+            raise ValueError(f"sequence of {start + idx.shape[1]} tokens, block_size is "
+                             f"{self.config.block_size}: crop it")
         positions = self.transformer.wpe.weight[start : start + idx.shape[1]]
         x = dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)
         residual = None
@@ -151,43 +163,54 @@ class GPT(nn.Module):
             x, residual = block(*self.cross_seam(i, x, residual), doc_start, cache)
         return self.transformer.ln_f(*self.cross_seam(len(self.transformer.h), x, residual))[1]
 
-    def cross_seam(self, i: int, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(branch, residual) as layer i gets them: as they are, or their sum through the seam where that stands there.
+    def cross_seam(self, i: int, x: Tensor,
+                   residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(branch, residual) as layer i gets them: as they are, or their sum through the seam where
+        that stands there.
 
-        The stream keeps its precision under autocast, which rounds what the seam adds up and not what follows.
+        The stream keeps its precision under autocast, which rounds what the seam adds up and not
+        what follows.
         """
         if i != self.config.seam:
             return x, residual
         x = x if residual is None else residual + x
         return self.seam(x).to(x.dtype), None
 
-    def forward(self, idx: Tensor, targets: Tensor, *, doc_start: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """The cross-entropy of predicting targets (B, T) from idx (B, T), in nats; target -1 is ignored.
+    def forward(self, idx: Tensor, targets: Tensor, *, doc_start: Tensor | None = None,
+                reduction: str = "mean") -> Tensor:
+        """The cross-entropy of predicting targets (B, T) from idx (B, T), in nats; target -1 is
+        ignored.
 
-        Tokens come in the order the model reads them, here and in `features` and `predict`: the last one first where
-        config.direction is backward.
+        Tokens come in the order the model reads them, here and in `features` and `predict`: the
+        last one first where config.direction is backward.
 
-        `doc_start` (B, T) int32: the first position of the document each position is in, which attention will not
-        look beyond. `reduction`: "mean" over the targets, or "sum".
+        `doc_start` (B, T) int32: the first position of the document each position is in, which
+        attention will not look beyond. `reduction`: "mean" over the targets, or "sum".
         """
         x = self.features(idx, doc_start)
-        return self.kernels.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction=reduction)
+        return self.kernels.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight,
+                                                 targets.flatten(), reduction=reduction)
 
     def predict(self, idx: Tensor, targets: bool = True) -> Tensor:
-        """Next-token logits of idx (B, T): (B, T, V), or the last position's alone, (B, 1, V), with targets=False."""
+        """Next-token logits of idx (B, T): (B, T, V), or the last position's alone, (B, 1, V), with
+        targets=False."""
         x = self.features(idx)
         return self.lm_head(x if targets else x[:, -1:])
 
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None,
                  top_p: float | None = None) -> Tensor:
-        """idx (B, T) with max_new_tokens sampled ones after it, before it in a backward model; see gpt/generate.py."""
+        """idx (B, T) with max_new_tokens sampled ones after it, before it in a backward model; see
+        gpt/generate.py."""
         from gpt.generate import generate
 
         new = list(generate(self, idx, max_new_tokens, temperature, top_k, top_p))
-        return torch.cat([*reversed(new), idx] if self.config.direction == "backward" else [idx, *new], dim=1)
+        return torch.cat([*reversed(new), idx] if self.config.direction == "backward"
+                         else [idx, *new], dim=1)
 
     @classmethod
-    def from_checkpoint(cls, path: str, device: torch.device | str = "cpu", kernels: Kernels | None = None) -> "GPT":
+    def from_checkpoint(cls, path: str, device: torch.device | str = "cpu",
+                        kernels: Kernels | None = None) -> "GPT":
         """The model saved in a checkpoint folder, or in the newest one of a run's folder."""
         from gpt.pretrained import load_model
 
@@ -195,7 +218,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str, kernels: Kernels | None = None) -> "GPT":
-        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a nanoGPT checkpoint's folder, or one of ours."""
+        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a nanoGPT checkpoint's
+        folder, or one of ours."""
         from gpt.pretrained import from_pretrained
 
         return from_pretrained(source, kernels)
@@ -204,6 +228,8 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int) -> None:
         """Keep the first `block_size` positions; on sequences that short nothing changes."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size}: the model has {self.config.block_size} positions, and none can be added")
+            raise ValueError(f"block_size={block_size}: the model has {self.config.block_size} "
+                             "positions, and none can be added")
         self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].clone(), freeze=False)
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight[:block_size].clone(), freeze=False)

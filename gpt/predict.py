@@ -1,7 +1,7 @@
 """What a model expects: `python gpt/predict.py --out_dir=out --text="To be or not to"`.
 
-Prints the mean loss and the perplexity of the text, and the likeliest next tokens with their probabilities; those of a
-model trained with --direction=backward stand before the text.
+Prints the mean loss and the perplexity of the text, and the likeliest next tokens with their
+probabilities; those of a model trained with --direction=backward stand before the text.
 """
 
 import sys
@@ -54,7 +54,8 @@ def predict(c: Predict) -> None:
         mean = losses.double().mean().item()
         print(f"{len(ids):,} tokens, mean loss {mean:.4f}, perplexity {perplexity(mean):.4f}")
     with torch.no_grad():
-        logits = model.predict(ids[None, -model.config.block_size :], False)[0, 0, : tokenizer.vocab_size]
+        logits = model.predict(ids[None, -model.config.block_size :],
+                               False)[0, 0, : tokenizer.vocab_size]
     likeliest = logits.float().softmax(-1).topk(min(c.top, tokenizer.vocab_size))
     print("token before:" if backward else "next token:")
     for p, token in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):

@@ -42,7 +42,8 @@ def read_part(folder: Path, part: str, device: torch.device | str = "cpu") -> di
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     saved: Any = HuggingFaceStorageReader(str(folder / part)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype, device=device) for name, t in saved.items()}
+    tensors = {name: torch.empty(t.size, dtype=t.properties.dtype, device=device)
+               for name, t in saved.items()}
     read_into(folder, part, tensors)
     return tensors
 
@@ -61,7 +62,8 @@ def saved_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
     if files and files[0].parent != folder:  # shards: what each is of is in their metadata
         from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-        saved: Any = HuggingFaceStorageReader(str(folder / part)).read_metadata().state_dict_metadata
+        saved: Any = HuggingFaceStorageReader(
+            str(folder / part)).read_metadata().state_dict_metadata
         return {name: tuple(t.size) for name, t in saved.items()}
     with contextlib.ExitStack() as stack:
         found = [stack.enter_context(run_folder.opened(file)) for file in files]
@@ -69,20 +71,25 @@ def saved_shapes(folder: Path, part: str) -> dict[str, tuple[int, ...]]:
 
 
 def read_into(folder: Path, part: str, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, all or some of a part's, in place. Of a DTensor only this rank's shard is read."""
+    """Fill tensors, all or some of a part's, in place. Of a DTensor only this rank's shard is
+    read."""
     from torch.distributed import checkpoint as dcp  # a second to import
 
-    reader = dcp.HuggingFaceStorageReader(str(folder / part if (folder / part).is_dir() else folder))
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no_dist is one process: it is each by itself
+    reader = dcp.HuggingFaceStorageReader(str(folder / part if (folder / part).is_dir()
+                                              else folder))
+    # that no_dist is one process: it is each by itself
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
-_Shape = TypedDict("_Shape", get_type_hints(GPTConfig, include_extras=True), total=False)  # type: ignore[misc]
+_HINTS = get_type_hints(GPTConfig, include_extras=True)
+_Shape = TypedDict("_Shape", _HINTS, total=False)  # type: ignore[misc]
 
 
 def read_config(folder: Path) -> GPTConfig:
     """The shape in model.json. Raises ValueError where it is none, or of a newer version."""
-    return GPTConfig(**read_json(folder / "model.json", _Shape, "it must have the fields of gpt/config.py"))
+    return GPTConfig(**read_json(folder / "model.json", _Shape,
+                                 "it must have the fields of gpt/config.py"))
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -97,11 +104,13 @@ def config_json(config: GPTConfig) -> str:
 
 @torch.no_grad()
 def fill(model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the parameters of the same names, all of them. Raises ValueError where they do not fit."""
+    """Copy tensors into the parameters of the same names, all of them. Raises ValueError where they
+    do not fit."""
     parameters = dict(model.named_parameters())
     if parameters.keys() != tensors.keys():
         odd = sorted(parameters.keys() ^ tensors.keys())
-        raise ValueError(f"not this model's weights: {odd[0]} is in only one of the two ({len(odd)} such names)")
+        raise ValueError(f"not this model's weights: {odd[0]} is in only one of the two "
+                         f"({len(odd)} such names)")
     for name, p in parameters.items():
         tensor = tensors[name]
         if p.shape != tensor.shape or tensor.dtype not in DTYPES:
@@ -111,22 +120,26 @@ def fill(model: GPT, tensors: dict[str, Tensor]) -> None:
 
 
 def read_optimizer(folder: Path, model: GPT) -> dict:
-    """The AdamW state of a checkpoint as a state_dict that numbers the parameters as the trainer does: those that decay,
-    then the rest."""
+    """The AdamW state of a checkpoint as a state_dict that numbers the parameters as the trainer
+    does: those that decay, then the rest."""
     saved = read_part(folder, "optimizer")
     matrices = [name for name, p in model.named_parameters() if p.dim() >= 2]
     vectors = [name for name, p in model.named_parameters() if p.dim() < 2]
     state: dict[int, dict[str, Tensor]] = {}
     for i, name in enumerate([*matrices, *vectors]):
-        moments = {k: saved[f"{name}:{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}:{k}" in saved}
+        moments = {k: saved[f"{name}:{k}"] for k in ("step", "exp_avg", "exp_avg_sq")
+                   if f"{name}:{k}" in saved}
         if moments:
             state[i] = moments
     c = read_state(folder)["config"]
-    shared = {"lr": c["learning_rate"], "betas": (c["beta1"], c["beta2"]), "eps": 1e-8, "amsgrad": False, "maximize": False,
-              "foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True}
+    shared = {"lr": c["learning_rate"], "betas": (c["beta1"], c["beta2"]), "eps": 1e-8,
+              "amsgrad": False, "maximize": False,
+              "foreach": None, "capturable": False, "differentiable": False, "fused": None,
+              "decoupled_weight_decay": True}
     groups = [
         shared | {"weight_decay": c["weight_decay"], "params": list(range(len(matrices)))},
-        shared | {"weight_decay": 0.0, "params": list(range(len(matrices), len(matrices) + len(vectors)))},
+        shared
+        | {"weight_decay": 0.0, "params": list(range(len(matrices), len(matrices) + len(vectors)))},
     ]
     return {"state": state, "param_groups": groups}
 
@@ -204,8 +217,10 @@ def from_pretrained(source: str, kernels: Kernels | None = None) -> GPT:
     return model_of(read_source(source), kernels)
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu", kernels: Kernels | None = None) -> GPT:
-    """The model of a checkpoint folder, or of the newest one in a run's folder, checked by its checksums, in eval mode."""
+def load_model(path: str | Path, device: torch.device | str = "cpu",
+               kernels: Kernels | None = None) -> GPT:
+    """The model of a checkpoint folder, or of the newest one in a run's folder, checked by its
+    checksums, in eval mode."""
     with reading(path) as folder:
         verify(folder)
         with torch.device("meta"):

@@ -1,6 +1,8 @@
-"""Write text with a trained model: `python gpt/sample.py --out_dir=out --start="def "`. --help lists the settings.
+"""Write text with a trained model: `python gpt/sample.py --out_dir=out --start="def "`. --help
+lists the settings.
 
-A model trained with --direction=backward takes the prompt as the ending and writes what comes before it.
+A model trained with --direction=backward takes the prompt as the ending and writes what comes
+before it.
 """
 
 import sys
@@ -44,9 +46,11 @@ class Sample:
 
 
 def sample(c: Sample) -> None:
-    """Print num_samples continuations of the prompt as they grow, one line of dashes after each, as nanoGPT does.
+    """Print num_samples continuations of the prompt as they grow, one line of dashes after each, as
+    nanoGPT does.
 
-    What a backward model writes is printed once it is whole: a terminal cannot put text in front of what it shows.
+    What a backward model writes is printed once it is whole: a terminal cannot put text in front of
+    what it shows.
     """
     import torch
 
@@ -69,7 +73,8 @@ def sample(c: Sample) -> None:
     torch.manual_seed(c.seed)
     for _ in range(c.num_samples):
         new = (int(token.item()) for token in generate(
-            model, idx, c.max_new_tokens, c.temperature, c.top_k or None, None if c.top_p == 1 else c.top_p,
+            model, idx, c.max_new_tokens, c.temperature, c.top_k or None,
+            None if c.top_p == 1 else c.top_p,
             n_tokens=tokenizer.vocab_size,
         ))
         if model.config.direction == "backward":
@@ -84,7 +89,8 @@ def sample(c: Sample) -> None:
 
 
 def weights_dtype(c: Sample, model: "GPT", prompt_tokens: int) -> "torch.dtype":
-    """What the weights are kept in. Decoding reads all of them for each token, so half the bytes is half the time.
+    """What the weights are kept in. Decoding reads all of them for each token, so half the bytes is
+    half the time.
 
     auto: on a GPU what it has units for. On a CPU bfloat16 for a model that no cache holds, where
     reading is what takes the time: everywhere with bf16 units, and without them up to the end of

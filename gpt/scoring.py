@@ -19,7 +19,8 @@ def perplexity(loss: float) -> float:
 
 
 def spans(n: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the inputs that predict tokens 1 to n - 1 of n, each once, block_size at most at a time."""
+    """(start, end) of the inputs that predict tokens 1 to n - 1 of n, each once, block_size at most
+    at a time."""
     for start in range(0, n - 1, block_size):
         yield start, min(start + block_size, n - 1)
 
@@ -35,8 +36,10 @@ def token_losses(model: GPT, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def continuation_losses(model: GPT, context: list[int], endings: list[list[int]]) -> list[tuple[Tensor, bool]]:
-    """For each ending of a context its tokens' losses (n,), and whether greedy decoding would have written it.
+def continuation_losses(model: GPT, context: list[int],
+                        endings: list[list[int]]) -> list[tuple[Tensor, bool]]:
+    """For each ending of a context its tokens' losses (n,), and whether greedy decoding would have
+    written it.
 
     Where both are longer than the window, the beginning of the context is cut off.
     """
@@ -44,9 +47,11 @@ def continuation_losses(model: GPT, context: list[int], endings: list[list[int]]
     results = []
     for ending in endings:
         if len(ending) >= size:
-            raise ValueError(f"an ending of {len(ending)} tokens does not fit a model with block_size={size}")
+            raise ValueError(f"an ending of {len(ending)} tokens does not fit a model with "
+                             f"block_size={size}")
         ids = torch.tensor((context + ending)[-size - 1 :], device=device)
         logits = model.predict(ids[None, :-1])[0, -len(ending):].float()
         wanted = ids[-len(ending):]
-        results.append((F.cross_entropy(logits, wanted, reduction="none"), bool((logits.argmax(-1) == wanted).all())))
+        results.append((F.cross_entropy(logits, wanted, reduction="none"),
+                        bool((logits.argmax(-1) == wanted).all())))
     return results

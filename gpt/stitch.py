@@ -1,12 +1,14 @@
-"""Two trained GPTs of one shape joined at a layer, directly (merge) or through a linear layer at the seam (stitch).
+"""Two trained GPTs of one shape joined at a layer, directly (merge) or through a linear layer at
+the seam (stitch).
 
-A is below the cut and B above it: blocks 0 to i - 1 are A's, i to n_layer - 1 are B's, 0 <= i <= n_layer.
-Letters: C = n_embd, M tokens. A model's stream at i, (M, C), is its residual stream where block i reads it, or where the
-last norm does for i = n_layer.
+A is below the cut and B above it: blocks 0 to i - 1 are A's, i to n_layer - 1 are B's, 0 <= i <=
+n_layer. Letters: C = n_embd, M tokens. A model's stream at i, (M, C), is its residual stream where
+block i reads it, or where the last norm does for i = n_layer.
 
-Model stitching: Lenc and Vedaldi, "Understanding image representations by measuring their equivariance and
-equivalence", 2015; Bansal, Nakkiran and Barak, "Revisiting model stitching to compare neural representations", 2021. The
-least-squares start: Csiszarik et al., "Similarity and matching of neural network representations", 2021.
+Model stitching: Lenc and Vedaldi, "Understanding image representations by measuring their
+equivariance and equivalence", 2015; Bansal, Nakkiran and Barak, "Revisiting model stitching to
+compare neural representations", 2021. The least-squares start: Csiszarik et al., "Similarity and
+matching of neural network representations", 2021.
 """
 
 from dataclasses import replace
@@ -18,18 +20,22 @@ from gpt.config import GPTConfig
 from gpt.model import GPT
 from gpt.pretrained import Trained, fill
 
-SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "direction")
+SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
+         "direction")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
-def merge(a: Trained, b: Trained, i: int, original_head: bool = True) -> tuple[GPTConfig, dict[str, Tensor]]:
+def merge(a: Trained, b: Trained, i: int,
+          original_head: bool = True) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The shape and the weights of A below block i and B from there on; the embeddings are A's.
 
-    `original_head`: the last norm and the head are A's, tied as they are there. Else they are B's, and the head is a
-    tensor of its own: tied, it would replace A's embedding. Raises ValueError where the two do not fit together.
+    `original_head`: the last norm and the head are A's, tied as they are there. Else they are B's,
+    and the head is a tensor of its own: tied, it would replace A's embedding. Raises ValueError
+    where the two do not fit together.
     """
     _check(a, b, i)
-    weights = {name: (b if _above(name, i, original_head) else a).weights[name] for name in a.weights if name != HEAD}
+    weights = {name: (b if _above(name, i, original_head) else a).weights[name]
+               for name in a.weights if name != HEAD}
     tied = original_head and a.config.tie_weights
     if not tied:
         chosen = (a if original_head else b).weights
@@ -41,8 +47,9 @@ def stitch(a: Trained, b: Trained, i: int, original_head: bool,
            idx: Tensor | None) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The same with a linear layer before block i.
 
-    Where B's head reads the result, it starts as the least-squares map from A's stream at i to B's on the sequences
-    idx (B, T), on whose device that is computed. Where A's head does, it starts as the identity, and idx is not read.
+    Where B's head reads the result, it starts as the least-squares map from A's stream at i to B's
+    on the sequences idx (B, T), on whose device that is computed. Where A's head does, it starts as
+    the identity, and idx is not read.
     """
     model, weights = merge(a, b, i, original_head)
     if original_head:
@@ -54,15 +61,18 @@ def stitch(a: Trained, b: Trained, i: int, original_head: bool,
 
 
 def _check(a: Trained, b: Trained, i: int) -> None:
-    differ = [f"{key} is {getattr(a.config, key)} in {a.name} and {getattr(b.config, key)} in {b.name}"
+    differ = [f"{key} is {getattr(a.config, key)} in {a.name} and {getattr(b.config, key)} in "
+              f"{b.name}"
               for key in SHAPE if getattr(a.config, key) != getattr(b.config, key)]
     if differ:
         raise ValueError(f"two models of one architecture are needed: {', '.join(differ)}")
     for trained in (a, b):
         if trained.config.seam >= 0:
-            raise ValueError(f"{trained.name} is stitched itself, at layer {trained.config.seam}; take the two it was made of")
+            raise ValueError(f"{trained.name} is stitched itself, at layer {trained.config.seam}; "
+                             "take the two it was made of")
     if not 0 <= i <= a.config.n_layer:
-        raise ValueError(f"stitch_layer_index={i}: choose 0 to n_layer={a.config.n_layer}, the first block of {b.name}")
+        raise ValueError(f"stitch_layer_index={i}: choose 0 to n_layer={a.config.n_layer}, the "
+                         f"first block of {b.name}")
 
 
 def _above(name: str, i: int, original_head: bool) -> bool:
@@ -81,7 +91,8 @@ def stream(trained: Trained, idx: Tensor, i: int) -> Tensor:
     seen: list[Tensor] = []
 
     def look(_module: torch.nn.Module, args: tuple) -> None:
-        x, residual = (*args, None)[:2]  # the last branch and the stream before it, still to be added
+        # the last branch and the stream before it, still to be added
+        x, residual = (*args, None)[:2]
         seen.append(x if residual is None else residual + x)
 
     layer = [*model.transformer.h, model.transformer.ln_f][i]
@@ -91,15 +102,18 @@ def stream(trained: Trained, idx: Tensor, i: int) -> Tensor:
 
 
 def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """W (C, C) and b (C,) that make the sum of (x W' + b - y)^2 least, for x and y (M, C). Solved in fp64 on the CPU.
+    """W (C, C) and b (C,) that make the sum of (x W' + b - y)^2 least, for x and y (M, C). Solved
+    in fp64 on the CPU.
 
     Raises ValueError where M tokens cannot tell C + 1 unknowns apart.
     """
     M, C = x.shape
     if M <= C:
-        raise ValueError(f"{M} tokens do not determine a linear layer of {C} + 1 inputs; raise --batch_size_alignment")
+        raise ValueError(f"{M} tokens do not determine a linear layer of {C} + 1 inputs; raise "
+                         "--batch_size_alignment")
     x1 = torch.cat([x, x.new_ones(M, 1)], dim=1).cpu().double()
-    solution = torch.linalg.lstsq(x1, y.cpu().double(), driver="gelsd").solution  # by SVD: streams may lack rank
+    # by SVD: streams may lack rank
+    solution = torch.linalg.lstsq(x1, y.cpu().double(), driver="gelsd").solution
     return solution[:C].T.float().contiguous(), solution[C].float()
 
 

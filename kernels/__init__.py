@@ -1,7 +1,8 @@
 """Fused operators for GPTs: one set of signatures, several implementations ("suites").
 
-`load("triton")` gives the operators as a `Kernels` tuple; `resolve("auto", ...)` decides which suite each family of
-operators comes from. The definitions, and the signatures, are in kernels/reference.py.
+`load("triton")` gives the operators as a `Kernels` tuple; `resolve("auto", ...)` decides which
+suite each family of operators comes from. The definitions, and the signatures, are in
+kernels/reference.py.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,8 @@ _HOMES = {
     "flash_attn": {"attention": "kernels.flash_attn"},
 }
 
-# What `auto` takes on a GPU, by its name. A row enters with a measurement (bench/results/) in which it was fastest.
+# What `auto` takes on a GPU, by its name. A row enters with a measurement (bench/results/) in which
+# it was fastest.
 _MEASURED: dict[str, dict[str, str]] = {}
 
 
@@ -59,19 +61,21 @@ class Choice(NamedTuple):
         return f"attention={self.attention}, layernorm={self.layernorm}, cross_entropy={self.cross_entropy} ({self.why})"
 
 
-def resolve(kernels: str = "auto", device: torch.device | str = "cpu", *, attention: str = "", layernorm: str = "",
+def resolve(kernels: str = "auto", device: torch.device | str = "cpu", *, attention: str = "",
+            layernorm: str = "",
             cross_entropy: str = "") -> Choice:
     """Decide, once and before the first step, which suite each family of operators comes from.
 
-    `kernels` names a suite for all of them ("auto": by measurement on this device); the others replace one family.
-    Raises ValueError, with the remedy, where a suite cannot run on `device`.
+    `kernels` names a suite for all of them ("auto": by measurement on this device); the others
+    replace one family. Raises ValueError, with the remedy, where a suite cannot run on `device`.
     """
     device = torch.device(device)
     if kernels == "auto":
         suites, why = _automatic(device)
     else:
         suites, why = dict.fromkeys(FAMILIES, kernels), f"--kernels={kernels}"
-    for family, suite in {"attention": attention, "layernorm": layernorm, "cross_entropy": cross_entropy}.items():
+    for family, suite in {"attention": attention, "layernorm": layernorm,
+                          "cross_entropy": cross_entropy}.items():
         if suite:
             suites, why = suites | {family: suite}, f"{why}, --{family}={suite}"
     for family, suite in suites.items():
@@ -94,13 +98,16 @@ def _check(family: str, suite: str, device: torch.device) -> None:
         known = ", ".join(name for name, homes in _HOMES.items() if family in homes)
         raise ValueError(f"--{family}={suite}: no such implementation; choose from {known}")
     if suite == "flash_attn" and device.type != "cuda":
-        raise ValueError(f"--{family}=flash_attn needs a CUDA device, this run is on {device.type}; use --{family}=torch")
+        raise ValueError(f"--{family}=flash_attn needs a CUDA device, this run is on "
+                         f"{device.type}; use --{family}=torch")
     if suite == "flash_attn" and find_spec("flash_attn") is None:
-        raise ValueError(f"--{family}=flash_attn: flash-attn is not installed; `pip install flash-attn`, or use --{family}=torch")
+        raise ValueError(f"--{family}=flash_attn: flash-attn is not installed; `pip install "
+                         f"flash-attn`, or use --{family}=torch")
     if suite == "triton" and device.type != "cuda" and not _interpreting():
         raise ValueError(
-            f"--{family}=triton needs a CUDA device, this run is on {device.type}; use --kernels=torch, or set "
-            "TRITON_INTERPRET=1 to run the kernels in Triton's slow interpreter"
+            f"--{family}=triton needs a CUDA device, this run is on {device.type}; use "
+            "--kernels=torch, or set TRITON_INTERPRET=1 to run the kernels in Triton's slow "
+            "interpreter"
         )
 
 
@@ -112,16 +119,20 @@ def _interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def load(kernels: str = "torch", *, attention: str = "", layernorm: str = "", cross_entropy: str = "") -> Kernels:
-    """The operators of a suite ("reference", "torch", "triton"), with single families taken from another one.
+def load(kernels: str = "torch", *, attention: str = "", layernorm: str = "",
+         cross_entropy: str = "") -> Kernels:
+    """The operators of a suite ("reference", "torch", "triton"), with single families taken from
+    another one.
 
-    Imports the files it needs, and so triton only for the triton suite. Raises ValueError for an unknown name.
+    Imports the files it needs, and so triton only for the triton suite. Raises ValueError for an
+    unknown name.
     """
     operators: dict[str, Callable] = {}
     chosen = {"attention": attention, "layernorm": layernorm, "cross_entropy": cross_entropy}
     for family, names in FAMILIES.items():
         suite = chosen[family] or kernels
-        _check(family, suite, torch.device("cuda"))  # the name alone; whether it runs here is `resolve`'s question
+        # the name alone; whether it runs here is `resolve`'s question
+        _check(family, suite, torch.device("cuda"))
         module = import_module(_HOMES[suite][family])
         operators |= {name: getattr(module, name) for name in names}
     return Kernels(**operators)

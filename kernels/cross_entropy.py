@@ -3,20 +3,24 @@
     top = max_v logit_v                   total = sum_v exp(logit_v - top)
     loss = top - logit_target + log(total)     dlogit_v = exp(logit_v - top) / total - [v = target]
 
-Letters: M rows (tokens), N features, V vocabulary. Logits (M, V); targets (M,) int64; x (M, N); weight (V, N). Losses, top
-and total (M,) are fp32, as is all arithmetic on logits; a row whose target is `ignore_index` has loss and gradient 0.
+Letters: M rows (tokens), N features, V vocabulary. Logits (M, V); targets (M,) int64; x (M, N);
+weight (V, N). Losses, top and total (M,) are fp32, as is all arithmetic on logits; a row whose
+target is `ignore_index` has loss and gradient 0.
 
-`cross_entropy` reads the logits once forward (an online softmax) and saves top and total (not their logarithm, whose
-rounding would enter every probability); its backward reads the logits once more and writes the gradient: three passes
-over (M, V). To write the gradient forward, before its scale is known, would take four.
+`cross_entropy` reads the logits once forward (an online softmax) and saves top and total (not their
+logarithm, whose rounding would enter every probability); its backward reads the logits once more
+and writes the gradient: three passes over (M, V). To write the gradient forward, before its scale
+is known, would take four.
 
-`linear_cross_entropy` takes the rows in chunks: logits into a private buffer, which a kernel overwrites with their
-gradient (DRAM sees one read and one write: a row is read twice, but rows being worked on fit in L2), then its products
-dx = dlogits @ weight, and dweight, summed over chunks in fp32. Both are computed forward, for a gradient of 1 of the summed
-loss, and are what backward scales: the range of fp16 suffices, and 1 / (number of tokens) is not rounded to bf16.
+`linear_cross_entropy` takes the rows in chunks: logits into a private buffer, which a kernel
+overwrites with their gradient (DRAM sees one read and one write: a row is read twice, but rows
+being worked on fit in L2), then its products dx = dlogits @ weight, and dweight, summed over chunks
+in fp32. Both are computed forward, for a gradient of 1 of the summed loss, and are what backward
+scales: the range of fp16 suffices, and 1 / (number of tokens) is not rounded to bf16.
 
-A target outside of [0, V) that is not ignore_index: ValueError on a CPU. On a GPU, where looking would stall the host,
-nothing is read out of bounds, and the loss and the gradients are NaN; TRITON_DEBUG=1 stops at the row instead.
+A target outside of [0, V) that is not ignore_index: ValueError on a CPU. On a GPU, where looking
+would stall the host, nothing is read out of bounds, and the loss and the gradients are NaN;
+TRITON_DEBUG=1 stops at the row instead.
 """
 
 import torch
@@ -35,16 +39,19 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e)), and exp2 i
 
 @triton.jit
 def _top_and_total(row, width, BLOCK_V: tl.constexpr):
-    # One read of the logits at `row`. A maximum and a sum for every 8 neighbours, which one thread loads at once: they
-    # are combined only at the end, so the loop has no barrier.
+    # One read of the logits at `row`. A maximum and a sum for every 8 neighbours, which one thread
+    # loads at once: they are combined only at the end, so the loop has no barrier.
     cols = tl.arange(0, BLOCK_V // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     tops = tl.full((BLOCK_V // 8,), float("-inf"), tl.float32)
     totals = tl.zeros((BLOCK_V // 8,), tl.float32)
     for start in range(0, width, BLOCK_V):
-        xs = tl.load(row + start + cols, mask=start + cols < width, other=float("-inf")).to(tl.float32)
+        xs = tl.load(row + start + cols, mask=start + cols < width,
+                     other=float("-inf")).to(tl.float32)
         higher = tl.maximum(tops, tl.max(xs, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # where all is -inf so far: adds 0, and not exp(inf - inf)
-        totals = totals * tl.exp2((tops - base) * LOG2E) + tl.sum(tl.exp2((xs - base[:, None]) * LOG2E), 1)
+        # where all is -inf so far: adds 0, and not exp(inf - inf)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        totals = totals * tl.exp2((tops - base)
+                                  * LOG2E) + tl.sum(tl.exp2((xs - base[:, None]) * LOG2E), 1)
         tops = higher
     top = tl.max(tops)
     return top, tl.sum(totals * tl.exp2((tops - tl.where(top == float("-inf"), 0.0, top)) * LOG2E))
@@ -59,8 +66,10 @@ def _target_logit(row, target, V):
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
-def _losses(logits, targets, losses, stats, M, stride, V, width, ignore_index, BLOCK_V: tl.constexpr):
-    # One program per row. stats (2, M) receives top and total. Columns from V to width are padding with -inf.
+def _losses(logits, targets, losses, stats, M, stride, V, width, ignore_index,
+            BLOCK_V: tl.constexpr):
+    # One program per row. stats (2, M) receives top and total. Columns from V to width are padding
+    # with -inf.
     i = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + i)
     loss, top, total = 0.0, 0.0, 1.0
@@ -92,8 +101,9 @@ def _gradient(logits, targets, stats, dlosses, dlogits, M, stride, dlosses_strid
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
 def _losses_and_gradient(logits, targets, losses, M, V, width, ignore_index, BLOCK_V: tl.constexpr):
-    # Overwrites logits (M, width), of which columns from V on are padding with -inf, with their gradient. Each program
-    # takes every so-many-th row, so that the number of rows being worked on is the number of programs.
+    # Overwrites logits (M, width), of which columns from V on are padding with -inf, with their
+    # gradient. Each program takes every so-many-th row, so that the number of rows being worked on
+    # is the number of programs.
     cols = tl.arange(0, BLOCK_V)
     blocks = tl.cdiv(width, BLOCK_V)
     for i in range(tl.program_id(0).to(tl.int64), M, tl.num_programs(0)):
@@ -101,16 +111,20 @@ def _losses_and_gradient(logits, targets, losses, M, V, width, ignore_index, BLO
         target = tl.load(targets + i)
         if target == ignore_index:
             for k in range(blocks):
-                tl.store(row + k * BLOCK_V + cols, tl.zeros((BLOCK_V,), tl.float32), mask=k * BLOCK_V + cols < width)
+                tl.store(row + k * BLOCK_V + cols, tl.zeros((BLOCK_V,), tl.float32),
+                         mask=k * BLOCK_V + cols < width)
             tl.store(losses + i, 0.0)
         else:
-            logit, inside = _target_logit(row, target, V)  # before anything of the row is overwritten
+            # before anything of the row is overwritten
+            logit, inside = _target_logit(row, target, V)
             top, total = _top_and_total(row, width, BLOCK_V)
             total = tl.where(inside, total, float("nan"))
             tl.store(losses + i, top - logit + tl.log(total))
             for k in range(blocks):
-                start = (blocks - 1 - k) * BLOCK_V  # from the end: what was read last is the likeliest to be in L1 or L2
-                xs = tl.load(row + start + cols, mask=start + cols < width, other=0.0).to(tl.float32)
+                # from the end: what was read last is the likeliest to be in L1 or L2
+                start = (blocks - 1 - k) * BLOCK_V
+                xs = tl.load(row + start + cols, mask=start + cols < width,
+                             other=0.0).to(tl.float32)
                 ds = tl.exp2((xs - top) * LOG2E) * (1.0 / total)
                 if start // BLOCK_V == target // BLOCK_V:  # only there is a target looked for
                     ds -= tl.where(start + cols == target, 1.0, 0.0)
@@ -127,8 +141,10 @@ def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[
     _check_targets(targets, V, ignore_index)
     losses, stats = _cross_entropy_outputs(logits, targets, ignore_index)
     logits = _rows(logits)
-    with torch.cuda.device_of(logits):  # the autograd thread's device need not be this one; does nothing on a CPU
-        _losses[(M,)](logits, targets.contiguous(), losses, stats, M, logits.stride(0), V, V, ignore_index,
+    # the autograd thread's device need not be this one; does nothing on a CPU
+    with torch.cuda.device_of(logits):
+        _losses[(M,)](logits, targets.contiguous(), losses, stats, M, logits.stride(0), V, V,
+                      ignore_index,
                       **launch.cross_entropy_forward(V))
     return losses, stats
 
@@ -140,14 +156,16 @@ def _cross_entropy_outputs(logits, targets, ignore_index):
 
 
 @torch.library.custom_op("ridge::cross_entropy_backward", mutates_args=())
-def _cross_entropy_backward(logits: Tensor, targets: Tensor, stats: Tensor, dlosses: Tensor, ignore_index: int) -> Tensor:
+def _cross_entropy_backward(logits: Tensor, targets: Tensor, stats: Tensor, dlosses: Tensor,
+                            ignore_index: int) -> Tensor:
     M, V = logits.shape
     dlogits = _cross_entropy_backward_outputs(logits, targets, stats, dlosses, ignore_index)
     logits = _rows(logits)
     settings = launch.cross_entropy_backward(V)
     with torch.cuda.device_of(logits):
         _gradient[(M, triton.cdiv(V, settings["BLOCK_V"]))](
-            logits, targets.contiguous(), stats, dlosses, dlogits, M, logits.stride(0), dlosses.stride(0), V,
+            logits, targets.contiguous(), stats, dlosses, dlogits, M, logits.stride(0),
+            dlosses.stride(0), V,
             ignore_index, **settings)
     return dlogits
 
@@ -158,13 +176,15 @@ def _cross_entropy_backward_outputs(logits, targets, stats, dlosses, ignore_inde
 
 
 @torch.library.custom_op("ridge::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool,
+def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
+                          need_dx: bool,
                           need_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, its gradients dx in the dtype of x, which is that of the matmuls, and dweight in fp32 (without
-    elements where not needed)."""
+    """The summed loss, its gradients dx in the dtype of x, which is that of the matmuls, and
+    dweight in fp32 (without elements where not needed)."""
     M, V = len(x), len(weight)
     _check_targets(targets, V, ignore_index)
-    _, dx, dweight = _linear_cross_entropy_outputs(x, weight, targets, ignore_index, need_dx, need_dweight)
+    _, dx, dweight = _linear_cross_entropy_outputs(x, weight, targets, ignore_index, need_dx,
+                                                   need_dweight)
     losses = x.new_empty(M, dtype=torch.float32)
     targets, w = targets.contiguous(), weight.to(x.dtype)
     rows = launch.chunk_rows(M, V, x.element_size())
@@ -174,7 +194,8 @@ def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_ind
         padded = buffer[: len(x[chunk])]
         dlogits = torch.mm(x[chunk], w.T, out=padded[:, :V])  # so far, they are logits
         padded[:, V:] = float("-inf")
-        _replace_logits(padded, targets[chunk], losses[chunk], V, ignore_index, need_dx or need_dweight)
+        _replace_logits(padded, targets[chunk], losses[chunk], V, ignore_index,
+                        need_dx or need_dweight)
         if need_dx:
             torch.mm(dlogits, w, out=dx[chunk])
         if need_dweight:
@@ -188,8 +209,10 @@ def _linear_cross_entropy_outputs(x, weight, targets, ignore_index, need_dx, nee
     return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape if need_dx else (0,)), dweight
 
 
-def _replace_logits(padded: Tensor, targets: Tensor, losses: Tensor, V: int, ignore_index: int, by_gradient: bool) -> None:
-    """Write losses of logits in the first V columns of a buffer that is all ours and, `by_gradient`, dlogits over them."""
+def _replace_logits(padded: Tensor, targets: Tensor, losses: Tensor, V: int, ignore_index: int,
+                    by_gradient: bool) -> None:
+    """Write losses of logits in the first V columns of a buffer that is all ours and,
+    `by_gradient`, dlogits over them."""
     M, width = padded.shape
     with torch.cuda.device_of(padded):
         if by_gradient:
@@ -197,12 +220,14 @@ def _replace_logits(padded: Tensor, targets: Tensor, losses: Tensor, V: int, ign
             _losses_and_gradient[(programs,)](padded, targets, losses, M, V, width, ignore_index,
                                               **launch.cross_entropy_in_place(V))
         else:
-            _losses[(M,)](padded, targets, losses, losses.new_empty(2, M), M, width, V, width, ignore_index,
+            _losses[(M,)](padded, targets, losses, losses.new_empty(2, M), M, width, V, width,
+                          ignore_index,
                           **launch.cross_entropy_forward(V))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (fp32) += a @ b, or = for the first; low-precision operands, fp32 sums that are never rounded to them."""
+    """total (fp32) += a @ b, or = for the first; low-precision operands, fp32 sums that are never
+    rounded to them."""
     if total.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, beta=0 if first else 1, out=total)
     else:
@@ -218,12 +243,13 @@ def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
     if targets.device.type == "cpu":
         wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= V))]
         if len(wrong):
-            raise ValueError(f"cross_entropy: target {wrong[0].item()} is outside of the vocabulary of {V}; "
-                             f"only ignore_index, {ignore_index}, may be")
+            raise ValueError(f"cross_entropy: target {wrong[0].item()} is outside of the "
+                             f"vocabulary of {V}; only ignore_index, {ignore_index}, may be")
 
 
 @register_flop_formula(torch.ops.ridge.linear_cross_entropy)
-def _flops(x_shape, weight_shape, targets_shape, ignore_index, need_dx, need_dweight, *, out_shape=None, **_) -> int:
+def _flops(x_shape, weight_shape, targets_shape, ignore_index, need_dx, need_dweight, *,
+           out_shape=None, **_) -> int:
     return 2 * x_shape[0] * weight_shape[0] * weight_shape[1] * (1 + need_dx + need_dweight)
 
 
@@ -251,27 +277,31 @@ def _save_linear_cross_entropy(ctx, inputs, output):
 def _differentiate_linear_cross_entropy(ctx, dloss, _ddx, _ddweight):
     dx, dweight = ctx.saved_tensors
     return (_scaled(dx, dloss, dx.dtype) if ctx.need_dx else None,
-            _scaled(dweight, dloss, ctx.weight_dtype) if ctx.need_dweight else None, None, None, None, None)
+            _scaled(dweight, dloss, ctx.weight_dtype) if ctx.need_dweight else None, None,
+            None, None, None)
 
 
 def _scaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """t times an fp32 scale, rounded once: as a tensor with an axis, scale is not rounded to the dtype of t first."""
+    """t times an fp32 scale, rounded once: as a tensor with an axis, scale is not rounded to the
+    dtype of t first."""
     return torch.mul(t, scale.view(1), out=t.new_empty(t.shape, dtype=dtype))
 
 
 _cross_entropy.register_autograd(_differentiate_cross_entropy, setup_context=_save_cross_entropy)
-_linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy, setup_context=_save_linear_cross_entropy)
+_linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy,
+                                        setup_context=_save_linear_cross_entropy)
 
 
 # -- public ------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -1) -> Tensor:
-    """-log softmax(logits)[target] of logits (M, V), fp16, bf16 or fp32, and targets (M,) int64; agrees with
-    `reference.cross_entropy`. Neither is changed.
+def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
+                  ignore_index: int = -1) -> Tensor:
+    """-log softmax(logits)[target] of logits (M, V), fp16, bf16 or fp32, and targets (M,) int64;
+    agrees with `reference.cross_entropy`. Neither is changed.
 
-    Raises ValueError for other shapes, dtypes, devices and reductions; for targets out of range see the top of this file.
-    Has no second derivative.
+    Raises ValueError for other shapes, dtypes, devices and reductions; for targets out of range see
+    the top of this file. Has no second derivative.
     """
     _check("cross_entropy", "logits", logits, targets, reduction)
     losses, _ = _cross_entropy(logits, targets, ignore_index)
@@ -280,22 +310,26 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", i
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
                          ignore_index: int = -1) -> Tensor:
-    """cross_entropy(x @ weight^T, targets) of x (M, N) and weight (V, N); agrees with `reference.linear_cross_entropy`.
+    """cross_entropy(x @ weight^T, targets) of x (M, N) and weight (V, N); agrees with
+    `reference.linear_cross_entropy`.
 
-    The matmuls run in the dtype of x or, under autocast, in autocast's; the gradient of a wider weight is not rounded to
-    it. Otherwise as `cross_entropy`.
+    The matmuls run in the dtype of x or, under autocast, in autocast's; the gradient of a wider
+    weight is not rounded to it. Otherwise as `cross_entropy`.
     """
     _check("linear_cross_entropy", "x", x, targets, reduction)
     if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.dtype not in DTYPES or weight.device != x.device:
         raise ValueError(
-            f"linear_cross_entropy: weight is {tuple(weight.shape)} {weight.dtype} on {weight.device}, x is {tuple(x.shape)} "
-            f"on {x.device}; weight must be (V, {x.shape[1]}) on the same device, in fp16, bf16 or fp32"
+            f"linear_cross_entropy: weight is {tuple(weight.shape)} {weight.dtype} on "
+            f"{weight.device}, x is {tuple(x.shape)} on {x.device}; weight must be (V, "
+            f"{x.shape[1]}) on the same device, in fp16, bf16 or fp32"
         )
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # torch 2.11 cannot trace is_autocast_available
+    # torch 2.11 cannot trace is_autocast_available
+    if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     training = torch.is_grad_enabled()
-    loss, _, _ = _linear_cross_entropy(x, weight, targets, ignore_index, training and x.requires_grad,
+    loss, _, _ = _linear_cross_entropy(x, weight, targets, ignore_index,
+                                       training and x.requires_grad,
                                        training and weight.requires_grad)
     return _reduced(loss, targets, reduction, ignore_index)
 
@@ -308,7 +342,9 @@ def _check(name: str, label: str, t: Tensor, targets: Tensor, reduction: str) ->
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{name}: reduction is {reduction!r}; choose 'mean' or 'sum'")
     if t.dim() != 2 or t.shape[1] == 0 or t.dtype not in DTYPES:
-        raise ValueError(f"{name}: {label} is {tuple(t.shape)} {t.dtype}; it must have two axes and be fp16, bf16 or fp32")
+        raise ValueError(f"{name}: {label} is {tuple(t.shape)} {t.dtype}; it must have two axes "
+                         "and be fp16, bf16 or fp32")
     if targets.shape != t.shape[:1] or targets.dtype != torch.int64 or targets.device != t.device:
-        raise ValueError(f"{name}: targets are {tuple(targets.shape)} {targets.dtype} on {targets.device}; for {label} of "
-                         f"{tuple(t.shape)} on {t.device} they must be ({len(t)},) int64 there")
+        raise ValueError(f"{name}: targets are {tuple(targets.shape)} {targets.dtype} on "
+                         f"{targets.device}; for {label} of {tuple(t.shape)} on {t.device} they "
+                         f"must be ({len(t)},) int64 there")

@@ -6,12 +6,14 @@
     xhat = (total - mu) * rs     g = dy * w     dw = sum over rows of dy * xhat     db = sum over rows of dy
     d = dtotal + rs * (g - mean(g) - xhat * mean(g * xhat))     the gradient of both x and residual
 
-Shapes: x, residual, total, y (M, N); w, b (N,); mu, rs (M,) fp32. dtotal and dy are the gradients of the two outputs.
-Saved for backward: total (or x), w, mu, rs. All arithmetic is fp32, and a value is rounded once, where it is stored.
+Shapes: x, residual, total, y (M, N); w, b (N,); mu, rs (M,) fp32. dtotal and dy are the gradients
+of the two outputs. Saved for backward: total (or x), w, mu, rs. All arithmetic is fp32, and a value
+is rounded once, where it is stored.
 
-Every element moves once: M N elements times 2 forward, 4 with a residual; 3 backward, 4 with dtotal, and one more for a
-residual wider than x, since the two gradients then differ in dtype. A fixed number of backward programs each sum dw and
-db over their own rows in registers and write one partial row, and one sum over the partial rows follows. No atomics, no
+Every element moves once: M N elements times 2 forward, 4 with a residual; 3 backward, 4 with
+dtotal, and one more for a residual wider than x, since the two gradients then differ in dtype. A
+fixed number of backward programs each sum dw and db over their own rows in registers and write one
+partial row, and one sum over the partial rows follows. No atomics, no
 locks: on one kind of GPU the same bits every time.
 """
 
@@ -30,9 +32,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @triton.jit(do_not_specialize=["M"])
 def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_stride, eps,
              CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    # One program per ROWS rows, held in registers. residual (and total with it) and b may be None. The columns are cut
-    # into chunks of as many as a warp loads at once: in this order of axes a warp gets whole rows, and sums them
-    # without a barrier.
+    # One program per ROWS rows, held in registers. residual (and total with it) and b may be None.
+    # The columns are cut into chunks of as many as a warp loads at once: in this order of axes a
+    # warp gets whole rows, and sums them without a barrier.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     cols = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
     in_row = cols < N
@@ -60,10 +62,12 @@ def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_s
 
 
 @triton.jit(do_not_specialize=["M"])
-def _backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_stride, dtotal_stride, total_stride,
+def _backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_stride,
+              dtotal_stride, total_stride,
               HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Program p takes the tiles p, p + programs, ... of ROWS rows. dtotal may be None, and so may d_branch, d in the dtype
-    # of x where the residual has another. partial (1 or 2, programs, N) receives dw and, with a bias, db.
+    # Program p takes the tiles p, p + programs, ... of ROWS rows. dtotal may be None, and so may
+    # d_branch, d in the dtype of x where the residual has another. partial (1 or 2, programs, N)
+    # receives dw and, with a bias, db.
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)[None, :]
@@ -84,7 +88,8 @@ def _backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_s
 
         xhat = (xs - mu) * rs  # not zero in the padding, but all that it meets is
         g = dys * ws
-        ds = (g - tl.sum(g, 1, keep_dims=True) / N - xhat * (tl.sum(g * xhat, 1, keep_dims=True) / N)) * rs
+        ds = (g - tl.sum(g, 1, keep_dims=True) / N
+              - xhat * (tl.sum(g * xhat, 1, keep_dims=True) / N)) * rs
         if dtotal is not None:
             ds += dts
         tl.store(d + rows * N + cols, ds, mask=mask)
@@ -132,9 +137,11 @@ def _launch_forward(x, residual, w, b, total, y, mean, rstd, eps) -> None:
     x = _rows(x)
     stream = x if residual is None else _rows(residual)
     settings = launch.layernorm_forward(N, min(x.element_size(), stream.element_size()))
-    with torch.cuda.device_of(x):  # the autograd thread's device need not be this one; does nothing on a CPU
+    # the autograd thread's device need not be this one; does nothing on a CPU
+    with torch.cuda.device_of(x):
         _forward[(triton.cdiv(M, settings["ROWS"]),)](
-            x, None if residual is None else stream, w.contiguous(), None if b is None else b.contiguous(), total, y,
+            x, None if residual is None else stream, w.contiguous(),
+            None if b is None else b.contiguous(), total, y,
             mean, rstd, M, N, x.stride(0), stream.stride(0), eps, **settings)
 
 
@@ -144,20 +151,25 @@ def _rows(t: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("ridge::layernorm_backward", mutates_args=())
-def _layernorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, mean: Tensor, rstd: Tensor,
-                        has_bias: bool, branch: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+def _layernorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, mean: Tensor,
+                        rstd: Tensor,
+                        has_bias: bool,
+                        branch: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """d, d in the dtype `branch` (no rows for None), and (dw,) or (dw, db) as (1 or 2, N) fp32."""
     M, N = total.shape
     d, d_branch, _ = _layernorm_backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch)
     dy, total, dtotal = _rows(dy), _rows(total), None if dtotal is None else _rows(dtotal)
     settings = launch.layernorm_backward(N)
-    resident = launch.layernorm_programs(N, total.element_size(), launch.multiprocessors(total.device))
+    resident = launch.layernorm_programs(N, total.element_size(),
+                                         launch.multiprocessors(total.device))
     programs = min(triton.cdiv(M, settings["ROWS"]), resident)
     partial = total.new_empty((1 + has_bias, programs, N), dtype=torch.float32)
     with torch.cuda.device_of(total):
         _backward[(programs,)](
-            dy, dtotal, total, w.contiguous(), mean, rstd, d, None if branch is None else d_branch, partial, M, N,
-            dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0), HAS_BIAS=has_bias, **settings)
+            dy, dtotal, total, w.contiguous(), mean, rstd, d, None if branch is None else d_branch,
+            partial, M, N,
+            dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0),
+            HAS_BIAS=has_bias, **settings)
     return d, d_branch, partial.sum(1)
 
 
@@ -165,7 +177,8 @@ def _layernorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Ten
 def _layernorm_backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch):
     M, N = total.shape
     d_branch = total.new_empty((0 if branch is None else M, N), dtype=branch)
-    return total.new_empty(total.shape), d_branch, total.new_empty((1 + has_bias, N), dtype=torch.float32)
+    return total.new_empty(total.shape), d_branch, total.new_empty((1 + has_bias, N),
+                                                                   dtype=torch.float32)
 
 
 # -- autograd ----------------------------------------------------------------
@@ -199,7 +212,8 @@ def _differentiate_add_layernorm(ctx, dtotal, dy, _dmean, _drstd):
     if dy is None:  # only the new residual was used
         return dtotal.to(ctx.x_dtype), dtotal, None, None, None
     branch = None if ctx.x_dtype == total.dtype else ctx.x_dtype
-    d, d_branch, sums = _layernorm_backward(dy, dtotal, total, w, mean, rstd, ctx.bias_dtype is not None, branch)
+    d, d_branch, sums = _layernorm_backward(dy, dtotal, total, w, mean, rstd,
+                                            ctx.bias_dtype is not None, branch)
     return d if branch is None else d_branch, d, *_weight_gradients(ctx, w, sums), None
 
 
@@ -217,8 +231,9 @@ _add_layernorm.register_autograd(_differentiate_add_layernorm, setup_context=_sa
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Layer norm of x (..., N) with weight w and bias b (N,); agrees with `reference.layernorm`.
 
-    x, w and b are fp16, bf16 or fp32, each for itself; N is at most 16,384. Rows of x may lie any distance apart.
-    Raises ValueError for other shapes, dtypes and devices. Has no second derivative.
+    x, w and b are fp16, bf16 or fp32, each for itself; N is at most 16,384. Rows of x may lie any
+    distance apart. Raises ValueError for other shapes, dtypes and devices. Has no second
+    derivative.
     """
     _check("layernorm", x, w, b)
     y, _, _ = _layernorm(x.reshape(-1, x.shape[-1]), w, b, eps)
@@ -227,15 +242,17 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) 
 
 def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = None,
                   eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """(residual + x, layer norm of it) for x and residual (..., N), in one pass; agrees with `reference.add_layernorm`.
+    """(residual + x, layer norm of it) for x and residual (..., N), in one pass; agrees with
+    `reference.add_layernorm`.
 
     The sum has the dtype of the residual, the norm that of x. Otherwise as `layernorm`.
     """
     _check("add_layernorm", x, w, b)
     if residual.shape != x.shape or residual.dtype not in DTYPES or residual.device != x.device:
         raise ValueError(
-            f"add_layernorm: x is {tuple(x.shape)} on {x.device}, residual is {tuple(residual.shape)} {residual.dtype} on "
-            f"{residual.device}; they must agree in shape and device, in fp16, bf16 or fp32"
+            f"add_layernorm: x is {tuple(x.shape)} on {x.device}, residual is "
+            f"{tuple(residual.shape)} {residual.dtype} on {residual.device}; they must agree in "
+            "shape and device, in fp16, bf16 or fp32"
         )
     N = x.shape[-1]
     total, y, _, _ = _add_layernorm(x.reshape(-1, N), residual.reshape(-1, N), w, b, eps)
@@ -245,12 +262,16 @@ def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = Non
 def _check(name: str, x: Tensor, w: Tensor, b: Tensor | None) -> None:
     N = x.shape[-1] if x.dim() else 0
     if not 1 <= N <= launch.LAYERNORM_WIDEST:
-        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; the last axis may have 1 to {launch.LAYERNORM_WIDEST} "
-                         "elements (use --layernorm=torch for wider ones)")
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; the last axis may have 1 to "
+                         f"{launch.LAYERNORM_WIDEST} elements (use --layernorm=torch for wider "
+                         "ones)")
     for label, t in (("x", x), ("w", w), ("b", w if b is None else b)):
         if label != "x" and t.shape != (N,):
-            raise ValueError(f"{name}: {label} has shape {tuple(t.shape)}, but x ends in {N}, so it must be ({N},)")
+            raise ValueError(f"{name}: {label} has shape {tuple(t.shape)}, but x ends in {N}, so "
+                             f"it must be ({N},)")
         if t.dtype not in DTYPES:
-            raise ValueError(f"{name}: {label} is {t.dtype}; use fp16, bf16 or fp32, or --layernorm=reference")
+            raise ValueError(f"{name}: {label} is {t.dtype}; use fp16, bf16 or fp32, or "
+                             "--layernorm=reference")
         if t.device != x.device:
-            raise ValueError(f"{name}: {label} is on {t.device}, x on {x.device}; move them to one device")
+            raise ValueError(f"{name}: {label} is on {t.device}, x on {x.device}; move them to one "
+                             "device")

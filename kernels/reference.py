@@ -11,12 +11,14 @@ from torch import Tensor
 
 
 def _wide(*tensors: Tensor | None) -> list:
-    return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
+            for t in tensors]
 
 
-def visible(T: int, doc_start: Tensor | None = None, window: int | None = None, device=None) -> Tensor:
-    """Which keys a query may see, as a boolean (1 or B, T, T): itself and what came before it, within its own
-    document and within the last `window` positions (itself counted)."""
+def visible(T: int, doc_start: Tensor | None = None, window: int | None = None,
+            device=None) -> Tensor:
+    """Which keys a query may see, as a boolean (1 or B, T, T): itself and what came before it,
+    within its own document and within the last `window` positions (itself counted)."""
     i, j = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)[None, :]
     seen = (j <= i)[None]
     if window is not None:
@@ -27,21 +29,25 @@ def visible(T: int, doc_start: Tensor | None = None, window: int | None = None, 
 
 
 def philox_keep(seed: Tensor, shape: tuple[int, int, int, int], dropout: float) -> Tensor:
-    """Which of the (B, H, T, T) attention probabilities survive dropout: Philox 4x32-10 keyed by position alone.
+    """Which of the (B, H, T, T) attention probabilities survive dropout: Philox 4x32-10 keyed by
+    position alone.
 
-    The counter is (i, j, b * H + h, 0), the key is the 64-bit `seed`, and the first of the four words decides; so the
-    mask is the same for every block size, in the forward and in the backward. Source: Salmon et al., "Parallel random
+    The counter is (i, j, b * H + h, 0), the key is the 64-bit `seed`, and the first of the four
+    words decides; so the mask is the same for every block size, in the forward and in the backward.
+    Source: Salmon et al., "Parallel random
     numbers: as easy as 1, 2, 3", SC 2011.
     """
     B, H, T, _ = shape
     low = 0xFFFFFFFF
 
-    def mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:  # 32 x 32 -> 64 bits, by halves: int64 has no room for all 64
+    # 32 x 32 -> 64 bits, by halves: int64 has no room for all 64
+    def mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
         p, q = a * (b & 0xFFFF), a * (b >> 16)
         return (q + (p >> 16)) >> 16, (p + ((q & 0xFFFF) << 16)) & low
 
     def axis(n: int, dim: int) -> Tensor:
-        return torch.arange(n, device=seed.device).view([n if d == dim else 1 for d in range(3)]).expand(B * H, T, T)
+        return torch.arange(n, device=seed.device).view([n if d == dim else 1
+                                                         for d in range(3)]).expand(B * H, T, T)
 
     c0, c1, c2, c3 = axis(T, 1), axis(T, 2), axis(B * H, 0), torch.zeros_like(axis(T, 1))
     k0, k1 = seed & low, (seed >> 32) & low
@@ -52,13 +58,15 @@ def philox_keep(seed: Tensor, shape: tuple[int, int, int, int], dropout: float) 
     return (c0 >= int(dropout * 2**32)).view(shape)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None, window: int | None = None,
+def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None,
+              window: int | None = None,
               dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v of q, k, v (B, T, H, D).
 
-    `doc_start` (B, T) int32: the first position of the document that each position belongs to. `window`: a query sees
-    itself and the window - 1 positions before it. `dropout` of the probabilities, drawn by `philox_keep` from `seed`,
-    an int64 tensor without axes on the device of q, which is required when dropout > 0.
+    `doc_start` (B, T) int32: the first position of the document that each position belongs to.
+    `window`: a query sees itself and the window - 1 positions before it. `dropout` of the
+    probabilities, drawn by `philox_keep` from `seed`, an int64 tensor without axes on the device of
+    q, which is required when dropout > 0.
     """
     with torch.autocast(q.device.type, enabled=False):
         B, T, H, D = q.shape
@@ -68,7 +76,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
         p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         if dropout > 0:
             if seed is None:
-                raise ValueError(f"attention: dropout={dropout} needs seed=, an int64 tensor without axes")
+                raise ValueError(f"attention: dropout={dropout} needs seed=, an int64 tensor "
+                                 "without axes")
             p = p * philox_keep(seed, (B, H, T, T), dropout) / (1 - dropout)
         return (p @ vs).transpose(1, 2).to(q.dtype)
 
@@ -79,7 +88,8 @@ def attention_qkv(qkv: Tensor, **options) -> Tensor:
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Normalise the last axis of x (..., N) to zero mean and unit variance, then scale by w and shift by b (N,)."""
+    """Normalise the last axis of x (..., N) to zero mean and unit variance, then scale by w and
+    shift by b (N,)."""
     with torch.autocast(x.device.type, enabled=False):
         xs, ws, bs = _wide(x, w, b)
         centred = xs - xs.mean(-1, keepdim=True)
@@ -89,10 +99,11 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) 
 
 def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = None,
                   eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """The pre-norm residual step: (residual + x, layernorm(residual + x)), for x and residual (..., N).
+    """The pre-norm residual step: (residual + x, layernorm(residual + x)), for x and residual (...,
+    N).
 
-    The sum is rounded once, to the dtype of the residual stream; the norm reads the rounded sum and returns the dtype
-    of x, the branch.
+    The sum is rounded once, to the dtype of the residual stream; the norm reads the rounded sum and
+    returns the dtype of x, the branch.
     """
     with torch.autocast(x.device.type, enabled=False):
         xs, rs = _wide(x, residual)
@@ -101,8 +112,10 @@ def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = Non
         return total, layernorm(wide, w, b, eps).to(x.dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -1) -> Tensor:
-    """-log softmax(logits)[target] of logits (M, V) and targets (M,) int64, fp32, over the rows not ignored.
+def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
+                  ignore_index: int = -1) -> Tensor:
+    """-log softmax(logits)[target] of logits (M, V) and targets (M,) int64, fp32, over the rows not
+    ignored.
 
     `reduction` is "mean" (over those rows; nan if there is none, as in PyTorch) or "sum".
     """
@@ -122,4 +135,5 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reductio
         return cross_entropy(xs @ ws.T, targets, reduction=reduction, ignore_index=ignore_index)
 
 
-__all__ = ["add_layernorm", "attention", "attention_qkv", "cross_entropy", "layernorm", "linear_cross_entropy"]
+__all__ = ["add_layernorm", "attention", "attention_qkv", "cross_entropy", "layernorm",
+           "linear_cross_entropy"]

@@ -1,8 +1,9 @@
-"""PyTorch's own fused operators under our signatures: the baseline that every kernel here must beat.
+"""PyTorch's own fused operators under our signatures: the baseline that every kernel here must
+beat.
 
-Same six signatures as kernels/reference.py. Dropout masks are drawn otherwise: on a GPU by PyTorch's own generator, so
-`seed` is not used there, on a CPU by `dropout.keep_mask`. A CPU's attention is in kernels/cpu_attention.py where that is
-faster than PyTorch's fused one.
+Same six signatures as kernels/reference.py. Dropout masks are drawn otherwise: on a GPU by
+PyTorch's own generator, so `seed` is not used there, on a CPU by `dropout.keep_mask`. A CPU's
+attention is in kernels/cpu_attention.py where that is faster than PyTorch's fused one.
 """
 
 import torch
@@ -13,21 +14,26 @@ from kernels import cpu_attention
 from kernels.reference import visible
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None, window: int | None = None,
+def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None,
+              window: int | None = None,
               dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """scaled_dot_product_attention of q, k, v (B, T, H, D), causal; agrees with `reference.attention`.
+    """scaled_dot_product_attention of q, k, v (B, T, H, D), causal; agrees with
+    `reference.attention`.
 
-    On a CPU it is `cpu_attention` instead where that is faster: with dropout, which the fused operator has not, and in
-    bf16, whose fused backward is the slower the shorter the sequences are (bench/results/forms-cpu-bf16.json).
+    On a CPU it is `cpu_attention` instead where that is faster: with dropout, which the fused
+    operator has not, and in bf16, whose fused backward is the slower the shorter the sequences are
+    (bench/results/forms-cpu-bf16.json).
     """
     if _in_blocks(q, dropout):
-        return cpu_attention.attention_qkv(torch.stack((q, k, v), 2), doc_start=doc_start, window=window, dropout=dropout,
+        return cpu_attention.attention_qkv(torch.stack((q, k, v), 2), doc_start=doc_start,
+                                           window=window, dropout=dropout,
                                            seed=seed)
     mask = None
     if doc_start is not None or window is not None:
         mask = visible(q.shape[1], doc_start, window, q.device)[:, None]
     qt, kt, vt = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+    y = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, dropout_p=dropout,
+                                       is_causal=mask is None)
     return y.transpose(1, 2)
 
 
@@ -56,7 +62,8 @@ def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = Non
         return total, F.layer_norm(total.to(w.dtype), w.shape, w, b, eps).to(x.dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -1) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
+                  ignore_index: int = -1) -> Tensor:
     """F.cross_entropy of logits (M, V) in fp32 or wider."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets, reduction=reduction, ignore_index=ignore_index)
@@ -64,6 +71,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", i
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
                          ignore_index: int = -1) -> Tensor:
-    """F.cross_entropy of F.linear(x, weight), for x (M, N) and weight (V, N): all logits exist at once."""
+    """F.cross_entropy of F.linear(x, weight), for x (M, N) and weight (V, N): all logits exist at
+    once."""
     logits = F.linear(x, weight.to(x.dtype))
     return cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)

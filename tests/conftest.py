@@ -16,25 +16,31 @@ from tests.units import sitecustomize as units
 
 ROOT = Path(__file__).parents[1]
 AUTOMATIC = hardware._automatic_on_a_cpu
-SHARING = ("test_ahead.py", "test_parallel.py")  # each of these makes one thing for a minute and then looks at it
+# each of these makes one thing for a minute and then looks at it
+SHARING = ("test_ahead.py", "test_parallel.py")
 LONG = (*SHARING, "test_faults.py", "test_suites.py")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="how often tests/test_faults.py kills one run")
+    parser.addoption("--kills", type=int, default=1, help="how often tests/test_faults.py kills "
+                                                          "one run")
     parser.addoption("--bf16-units", choices=("detected", "denied", "claimed"), default="detected",
-                     help="what this CPU says of its bf16 units, here and in child processes, so what --dtype=auto is")
+                     help="what this CPU says of its bf16 units, here and in child processes, so "
+                          "what --dtype=auto is")
 
 
 def pytest_configure(config):
     if (there := config.getoption("bf16_units")) != "detected":
         before = os.environ.get("PYTHONPATH")
-        os.environ |= {"BF16_UNITS": there, "PYTHONPATH": os.pathsep.join([units.HERE, *([before] if before else [])])}
+        os.environ |= {"BF16_UNITS": there,
+                       "PYTHONPATH": os.pathsep.join([units.HERE, *([before] if before else [])])}
         units.claim(torch.cpu)
-    if hasattr(config, "workerinput"):  # several processes share the cores: threads would only wait for each other
+    # several processes share the cores: threads would only wait for each other
+    if hasattr(config, "workerinput"):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
-    hardware._automatic_on_a_cpu = lambda: pytest.fail("--dtype=auto, another one on another CPU: say which the test is about")
+    hardware._automatic_on_a_cpu = lambda: pytest.fail(
+        "--dtype=auto, another one on another CPU: say which the test is about")
 
 
 def pytest_collection_modifyitems(items):
@@ -46,7 +52,8 @@ def pytest_collection_modifyitems(items):
 def pytest_xdist_make_scheduler(config, log):
     """Each worker takes the next test when it is done with one, but a file of SHARING as a whole.
 
-    That would be --dist=loadgroup, but xdist 3.8.0 renames the tests of a group, which pytest 9.2 no longer lets it.
+    That would be --dist=loadgroup, but xdist 3.8.0 renames the tests of a group, which pytest 9.2
+    no longer lets it.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -78,7 +85,8 @@ def tiny_data(tmp_path):
 
 
 def write_tiny_data(folder):
-    """4,000 training and 800 validation tokens out of 29, easy to learn: each is the last one plus 1 or 2."""
+    """4,000 training and 800 validation tokens out of 29, easy to learn: each is the last one plus
+    1 or 2."""
     folder.mkdir()
     steps = np.random.default_rng(0).integers(1, 3, 4800).cumsum() % 29
     steps[:4000].astype(np.uint16).tofile(folder / "train.bin")
@@ -96,7 +104,9 @@ def tiny_flags(tiny_data, tmp_path):
 
 TINY = [
     "--device=cpu", "--dtype=float32", "--compile=False", "--block_size=16",
-    "--batch_size=4", "--n_layer=2", "--n_head=2", "--n_embd=16", "--dropout=0.1", "--gradient_accumulation_steps=2",
-    "--max_iters=12", "--lr_decay_iters=12", "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=4",
+    "--batch_size=4", "--n_layer=2", "--n_head=2", "--n_embd=16", "--dropout=0.1",
+    "--gradient_accumulation_steps=2",
+    "--max_iters=12", "--lr_decay_iters=12", "--warmup_iters=2", "--learning_rate=1e-2",
+    "--eval_interval=4",
     "--eval_iters=3",
 ]

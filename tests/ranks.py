@@ -1,4 +1,5 @@
-"""Several ranks on this machine, at the price of one import: each is forked from a server that has torch loaded."""
+"""Several ranks on this machine, at the price of one import: each is forked from a server that has
+torch loaded."""
 
 import faulthandler
 import multiprocessing
@@ -10,7 +11,8 @@ import time
 from pathlib import Path
 
 ranks = multiprocessing.get_context("forkserver")
-ranks.set_forkserver_preload(["torch", "torch.distributed.fsdp", "train.run", "train.loop", "matplotlib.pyplot"])
+ranks.set_forkserver_preload(["torch", "torch.distributed.fsdp", "train.run", "train.loop",
+                              "matplotlib.pyplot"])
 
 
 def free_port() -> int:
@@ -20,21 +22,25 @@ def free_port() -> int:
 
 
 def start(function, args: tuple, size: int, logs: Path, **environment) -> list:
-    """`function(*args)` on `size` ranks, as torchrun would start them; stdout and stderr go to logs/RANK.log."""
+    """`function(*args)` on `size` ranks, as torchrun would start them; stdout and stderr go to
+    logs/RANK.log."""
     logs.mkdir(parents=True, exist_ok=True)
     port, processes = free_port(), []
     for rank in range(size):
-        env = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
+        env = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size,
+               "MASTER_ADDR": "127.0.0.1",
                "MASTER_PORT": port, "TRITON_INTERPRET": 1, "GLOO_SOCKET_IFNAME": "lo"} | environment
         env = {k: str(v) for k, v in env.items()} if size > 1 or environment else {}
-        processes.append(ranks.Process(target=_rank, args=(function, args, env, logs / f"{rank}.log")))
+        processes.append(ranks.Process(target=_rank,
+                                       args=(function, args, env, logs / f"{rank}.log")))
         processes[-1].log = logs / f"{rank}.log"
         processes[-1].start()
     return processes
 
 
 def wait(processes, seconds: float = 120) -> list[int | None]:
-    """Their exit codes. A rank that does not end in time is aborted (-6), which makes it say where it stood."""
+    """Their exit codes. A rank that does not end in time is aborted (-6), which makes it say where
+    it stood."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -46,7 +52,8 @@ def wait(processes, seconds: float = 120) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def run(function, args: tuple, size: int, logs: Path, seconds: float = 120, **environment) -> list[int | None]:
+def run(function, args: tuple, size: int, logs: Path, seconds: float = 120,
+        **environment) -> list[int | None]:
     return wait(start(function, args, size, logs, **environment), seconds)
 
 
@@ -59,7 +66,8 @@ def train(flags: list[str]) -> None:
 
 
 def train_each(runs: list[tuple[list[str], dict[str, int]]]) -> None:
-    """A rank that runs train/run.py with each of the flags and environments in turn: one start for all.
+    """A rank that runs train/run.py with each of the flags and environments in turn: one start for
+    all.
 
     torch.compile traces, and leaves the code as it is: what is compiled well is tested elsewhere.
     """
@@ -94,5 +102,6 @@ def _rank(function, args: tuple, env: dict[str, str], log: Path) -> None:
         code = int(ended.code or 0)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Twice in some sixty starts a forked rank stayed after all was done, in what libraries do at exit; torchrun's do not fork.
+    # Twice in some sixty starts a forked rank stayed after all was done, in what libraries do at
+    # exit; torchrun's do not fork.
     os._exit(code)

@@ -1,7 +1,8 @@
-"""Ring 2: every kernel at GPT-2's shapes, compiled for GPUs that are not here; and the report's own parts.
+"""Ring 2: every kernel at GPT-2's shapes, compiled for GPUs that are not here; and the report's own
+parts.
 
-The whole report comes from one `python bench/ahead.py --quick=True`, a process of its own: the tests' process has
-TRITON_INTERPRET set, in which nothing can be compiled.
+The whole report comes from one `python bench/ahead.py --quick=True`, a process of its own: the
+tests' process has TRITON_INTERPRET set, in which nothing can be compiled.
 """
 
 import json
@@ -27,7 +28,8 @@ ARCHS = (80, 90, 100)
 
 def python(*arguments, **environment):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=env)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
+                          cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -60,7 +62,8 @@ def test_no_kernel_spills_at_gpt2s_shapes_on_sm_90(report):
 
 
 def test_attention_uses_the_matrix_units(report):
-    names = {80: {"HMMA"}, 90: {"HGMMA"}}  # on sm_100 the tcgen05 instructions or, where blocks are small, HMMA
+    # on sm_100 the tcgen05 instructions or, where blocks are small, HMMA
+    names = {80: {"HMMA"}, 90: {"HGMMA"}}
     for row in report["kernels"]:
         if row["family"] == "attention":
             found = set(row["matrix_instructions"])
@@ -75,18 +78,21 @@ def test_memory_bound_kernels_move_at_most_a_tenth_more_than_the_floor(report):
 
 
 def test_memory_bound_kernels_load_and_store_16_bytes_at_a_time(report):
-    """Narrower ones are for what a row has one of: its target, its target's logit, its statistics. Regression: a loop that
-    counted down hid the alignment of its start, and read the logits by twos."""
+    """Narrower ones are for what a row has one of: its target, its target's logit, its statistics.
+    Regression: a loop that counted down hid the alignment of its start, and read the logits by
+    twos."""
     wide = {"LDG.128", "LDG.256", "LDGSTS.128", "UTMALDG"}, {"STG.128", "STG.256", "UTMASTG"}
     for row in report["kernels"]:
         if row["family"] in ("layernorm", "cross_entropy"):
             accesses = row["global_accesses"]
-            assert wide[0] & set(accesses) and (wide[1] & set(accesses) or row["kernel"] == "cross_entropy._losses"), row
+            assert wide[0] & set(accesses) and (wide[1] & set(accesses)
+                                                or row["kernel"] == "cross_entropy._losses"), row
             assert accesses.get("LDG.16", 0) <= 1 and "STG.16" not in accesses, row
 
 
 def test_the_report_says_what_compiled_it_and_prints_both_tables(report):
-    assert set(report["environment"]["ptxas"]) == {"ptxas", "ptxas_blackwell"} and report["environment"]["triton"]
+    assert set(report["environment"]["ptxas"]) == {"ptxas",
+                                                   "ptxas_blackwell"} and report["environment"]["triton"]
     assert "blocks/SM" in report["printed"] and "moved/floor" in report["printed"]
 
 
@@ -118,7 +124,8 @@ def test_unknown_architectures_and_families_are_named(flag, value, known):
 @pytest.mark.parametrize(("arch", "warps", "registers", "shared", "expected"), [
     (90, 4, 32, 0, (16, "threads")),
     (90, 4, 128, 0, (4, "registers")),
-    (90, 1, 129, 0, (12, "registers")),  # 136 registers: 15 warps' worth, but three in each of four partitions
+    # 136 registers: 15 warps' worth, but three in each of four partitions
+    (90, 1, 129, 0, (12, "registers")),
     (90, 8, 255, 0, (1, "registers")),
     (90, 4, 32, 113 * 1024, (2, "shared memory")),  # 114 kB with the reserved one; two are 228
     (80, 4, 32, 113 * 1024, (1, "shared memory")),
@@ -130,7 +137,8 @@ def test_blocks_per_multiprocessor(arch, warps, registers, shared, expected):
 
 
 def test_tensor_memory_limits_blocks():
-    assert sass.blocks_per_multiprocessor(100, 4, 32, 0, tensor_memory_columns=256) == (2, "tensor memory")
+    assert sass.blocks_per_multiprocessor(100, 4, 32, 0,
+                                          tensor_memory_columns=256) == (2, "tensor memory")
 
 
 def test_instructions_are_told_apart():
@@ -141,7 +149,8 @@ def test_instructions_are_told_apart():
            HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;    UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;
            HMMA.16816.F32.BF16 R4, R8, R12, R4 ;    STL.64 [R1], R2 ;
     """
-    assert sass._accesses(text) == {"LDG.128": 1, "LDG.16": 1, "LDG.64": 1, "LDG.32": 1, "LDGSTS.128": 1, "STG.256": 1,
+    assert sass._accesses(text) == {"LDG.128": 1, "LDG.16": 1, "LDG.64": 1, "LDG.32": 1,
+                                    "LDGSTS.128": 1, "STG.256": 1,
                                     "UTMALDG": 1}
     assert sass.MATRIX.findall(text) == ["HGMMA", "UTCHMMA", "HMMA"]
     assert len(sass.SPILL.findall(text)) == 1
@@ -150,11 +159,13 @@ def test_instructions_are_told_apart():
 # -- cases and fake tensors ------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [*{c.operator + c.variant: c for c in cases.full()}.values()], ids=str)
+@pytest.mark.parametrize("case", [*{c.operator + c.variant: c for c in cases.full()}.values()],
+                         ids=str)
 def test_cases_are_calls_the_definitions_accept(case):
     from kernels import reference
 
-    small = {"attention_qkv": (2, 9, 2, 8), "linear_cross_entropy": (6, 8, 11)}.get(case.operator, (6, 8))
+    small = {"attention_qkv": (2, 9, 2, 8),
+             "linear_cross_entropy": (6, 8, 11)}.get(case.operator, (6, 8))
     case = Case(case.operator, small, case.dtype, case.variant)
     args = cases.arguments(case)
     phases = dict(cases.run(getattr(reference, case.operator), args, cases.options(case)))
@@ -163,12 +174,16 @@ def test_cases_are_calls_the_definitions_accept(case):
 
 
 def test_some_case_is_given_each_setting_that_launch_has():
-    attention, reported = [c for c in cases.full() if c.operator == "attention_qkv"], ((8, 0), (8, 6), (9, 0), (10, 0))
-    for settings in (launch.attention_forward, launch.attention_backward_q, launch.attention_backward_kv):
-        given = [settings(c.shape[-1], c.dtype, capability) for c in attention for capability in reported]
+    attention, reported = [c for c in cases.full()
+                           if c.operator == "attention_qkv"], ((8, 0), (8, 6), (9, 0), (10, 0))
+    for settings in (launch.attention_forward, launch.attention_backward_q,
+                     launch.attention_backward_kv):
+        given = [settings(c.shape[-1], c.dtype, capability) for c in attention
+                 for capability in reported]
         for D in range(8, 264, 8):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                assert all(settings(D, dtype, capability) in given for capability in launch.SHARED_MEMORY_BYTES), (D, dtype)
+                assert all(settings(D, dtype, capability) in given
+                           for capability in launch.SHARED_MEMORY_BYTES), (D, dtype)
     norms = [c for c in cases.full() if c.operator == "layernorm" and not c.variant]
     forward = [launch.layernorm_forward(c.shape[1], c.dtype.itemsize) for c in norms]
     backward = [launch.layernorm_backward(c.shape[1]) for c in norms]
@@ -186,7 +201,8 @@ def test_offline_hands_over_launches_and_counts_pytorchs_own_bytes():
         x[1:].t()
         assert not bytes_by_torch, "a view moves nothing"
         x[:1].contiguous(), x[:, :1].contiguous()
-        assert bytes_by_torch == {"aten::clone": 2**22}, "read and write of 2 MB; a single row is contiguous already"
+        assert bytes_by_torch == {
+            "aten::clone": 2**22}, "read and write of 2 MB; a single row is contiguous already"
         bytes_by_torch.clear()
         x[:1, :1].expand(2**20, 1).contiguous()
         assert bytes_by_torch == {"aten::clone": 2**21 + 2}, "one element read, 2 MB written"
@@ -222,11 +238,13 @@ def _copy_columns(x, y, M, N, BLOCK: tl.constexpr):
 
 
 CASE = Case("layernorm", (2**16, 768), variant="nobias")  # 100 MB: more than any cache
-needs_interpreter = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="counted in the interpreter")
+needs_interpreter = pytest.mark.skipif(not triton.knobs.runtime.interpret,
+                                       reason="counted in the interpreter")
 
 
 def ratios(forward):
-    """What the forward phase of CASE requests and moves over its floor when `forward(x)` computes it."""
+    """What the forward phase of CASE requests and moves over its floor when `forward(x)` computes
+    it."""
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, w):
@@ -298,7 +316,8 @@ def test_the_window_forgets():
 
 def test_floors():
     assert floor_bytes(Case("layernorm", (100, 10)))["forward"] == 2 * 100 * 10 * 2 + 2 * 10 * 4
-    assert floor_bytes(Case("add_layernorm", (100, 10)))["backward"] == 4 * 100 * 10 * 2 + 3 * 10 * 4
+    assert floor_bytes(Case("add_layernorm",
+                            (100, 10)))["backward"] == 4 * 100 * 10 * 2 + 3 * 10 * 4
     wide = floor_bytes(Case("add_layernorm", (100, 10), torch.bfloat16, "fp32 residual"))
     assert wide["forward"] == 100 * 10 * (2 + 4 + 4 + 2) + 80
     assert floor_bytes(Case("cross_entropy", (100, 50))) == {"forward": 10_800, "backward": 20_800}

@@ -4,7 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -22,7 +26,8 @@ def packed(B, T, H, D, dtype=FP32, grad=True):
 
 
 def documents(B, T, share=0.08):
-    """First positions of documents that begin at a random `share` of the positions, different in each sequence."""
+    """First positions of documents that begin at a random `share` of the positions, different in
+    each sequence."""
     begins = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < share
     return torch.where(begins, torch.arange(T), 0).cummax(1).values.to(DEVICE, torch.int32)
 
@@ -32,7 +37,8 @@ def seed(value=0x1234_5678_9ABC_DEF0):
 
 
 def check(x, **options):
-    """attention_qkv(x) errs at most twice as much as PyTorch's; where PyTorch draws another mask, as the definition."""
+    """attention_qkv(x) errs at most twice as much as PyTorch's; where PyTorch draws another mask,
+    as the definition."""
     fn, definition, yardstick = [lambda x, fn=fn: fn(x, **options) for fn in ALL]
     assert_as_accurate(fn, definition, (x,), None if "dropout" in options else yardstick)
 
@@ -53,36 +59,44 @@ def blocks(M, N):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("T", [1, 2, 7, 63, 64, 65, 127])
 def test_errs_no_more_than_pytorch(T, dtype):
-    """At T = 2 all gradients of q and k hang on one number for each sequence and head, p0 p1 (dp0 - dp1), in which large terms
-    cancel. The largest of four such errors is luck: of 128 draws of two sequences we would err more than twice as much as
-    PyTorch in 5 %, by up to 7 times, and of 4 draws of 64 in none, by up to 1.5 times. So fp32, where no rounding of the
-    result covers that, compares 128 of them: the rule needs a yardstick that is PyTorch's and not chance's."""
+    """At T = 2 all gradients of q and k hang on one number for each sequence and head, p0 p1 (dp0 -
+    dp1), in which large terms cancel. The largest of four such errors is luck: of 128 draws of two
+    sequences we would err more than twice as much as PyTorch in 5 %, by up to 7 times, and of 4
+    draws of 64 in none, by up to 1.5 times. So fp32, where no rounding of the result covers that,
+    compares 128 of them: the rule needs a yardstick that is PyTorch's and not chance's."""
     check(packed(64 if (T, dtype) == (2, FP32) else 2, T, 2, 16, dtype))
 
 
-@pytest.mark.parametrize("T, dtype", [(1025, BF16), pytest.param(1000, FP16, marks=pytest.mark.slow),
-                                      pytest.param(1023, FP32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("T, dtype",
+                         [(1025, BF16), pytest.param(1000, FP16, marks=pytest.mark.slow),
+                          pytest.param(1023, FP32, marks=pytest.mark.slow)], ids=str)
 def test_long_sequences(T, dtype):
     check(packed(1, T, 1, 16, dtype))
 
 
-@pytest.mark.parametrize("D, dtype", [(16, FP32), (24, BF16), (40, FP16), (80, BF16), (96, FP32), (256, BF16)], ids=str)
+@pytest.mark.parametrize("D, dtype",
+                         [(16, FP32), (24, BF16), (40, FP16), (80, BF16), (96, FP32), (256, BF16)],
+                         ids=str)
 def test_head_dimensions_that_are_no_power_of_two(D, dtype):
     check(packed(1, 37, 2, D, dtype))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("options", [{"window": 1}, {"window": 40}, {"window": 1000}, {"doc_start": documents(2, 150)},
-                                     {"doc_start": documents(2, 150), "window": 9}], ids=lambda o: "+".join(o))
+@pytest.mark.parametrize("options",
+                         [{"window": 1}, {"window": 40}, {"window": 1000},
+                          {"doc_start": documents(2, 150)},
+                          {"doc_start": documents(2, 150), "window": 9}], ids=lambda o: "+".join(o))
 def test_windows_and_documents(options, dtype):
     check(packed(2, 150, 1, 24, dtype), **options)
 
 
 @settings(max_examples=25, deadline=None)
-@given(T=st.integers(1, 70), D=st.sampled_from([16, 24]), M=st.sampled_from([16, 32, 64]), N=st.sampled_from([16, 32, 64]),
+@given(T=st.integers(1, 70), D=st.sampled_from([16, 24]), M=st.sampled_from([16, 32, 64]),
+       N=st.sampled_from([16, 32, 64]),
        window=st.none() | st.integers(1, 80), share=st.sampled_from([None, 0.0, 0.05, 0.5]))
 def test_any_length_window_and_documents_in_any_blocks(T, D, M, N, window, share):
-    """Small blocks put every kind of boundary into every place: they are what the loop bounds can get wrong."""
+    """Small blocks put every kind of boundary into every place: they are what the loop bounds can
+    get wrong."""
     options = {"window": window, "doc_start": None if share is None else documents(1, T, share)}
     with blocks(M, N):
         check(packed(1, T, 2, D), **options)
@@ -106,14 +120,18 @@ def test_q_k_v_of_any_strides():
 def test_packed_and_separate_inputs_have_the_same_bits():
     x = packed(2, 70, 2, 32, BF16)
     y, dx = grads(ours.attention_qkv, (x,))
-    separate = grads(ours.attention, tuple(t.detach().clone().requires_grad_() for t in x.unbind(2)))
+    separate = grads(ours.attention,
+                     tuple(t.detach().clone().requires_grad_() for t in x.unbind(2)))
     assert torch.equal(y, separate[0]) and torch.equal(dx, torch.stack(separate[1:], 2))
     assert y.is_contiguous() and dx.is_contiguous()
 
 
 def test_gradient_of_a_sum_and_of_a_transposed_output():
     x = packed(2, 33, 2, 16)
-    for after in (torch.sum, lambda y: y.transpose(1, 3).flatten().square().sum(), lambda y: y[:, ::2, :, ::2].sum()):
+    for after in (torch.sum, lambda y: y.transpose(1,
+                                                   3).flatten().square().sum(), lambda y: y[:, ::2,
+                                                                                            :,
+                                                                                            ::2].sum()):
         want, = torch.autograd.grad(after(reference.attention_qkv(x)), x)
         got, = torch.autograd.grad(after(ours.attention_qkv(x)), x)
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
@@ -133,7 +151,8 @@ def test_documents_do_not_see_each_other():
     alone = torch.cat([ours.attention_qkv(x[:, :37]), ours.attention_qkv(x[:, 37:])], 1)
     torch.testing.assert_close(ours.attention_qkv(x, doc_start=start), alone)
     expanded = start.expand(2, 90)  # one row for all sequences, with a stride of 0
-    torch.testing.assert_close(ours.attention_qkv(x.expand(2, -1, -1, -1, -1), doc_start=expanded)[1:], alone)
+    torch.testing.assert_close(ours.attention_qkv(x.expand(2, -1, -1, -1, -1),
+                                                  doc_start=expanded)[1:], alone)
 
 
 # -- dropout -------------------------------------------------------------------
@@ -144,7 +163,8 @@ def test_documents_do_not_see_each_other():
 def test_dropout_mask_is_the_definitions_bit_for_bit(value, dropout):
     B, T, H = 2, 40, 3
     x = torch.zeros(B, T, 3, H, T, device=DEVICE)
-    x[:, :, 2] = torch.eye(T, device=DEVICE)[:, None]  # equal scores and one-hot values: y is the matrix of probabilities
+    # equal scores and one-hot values: y is the matrix of probabilities
+    x[:, :, 2] = torch.eye(T, device=DEVICE)[:, None]
     y = ours.attention_qkv(x, dropout=dropout, seed=seed(value))
     keep = reference.philox_keep(seed(value), (B, H, T, T), dropout).transpose(1, 2)
     causal = torch.ones(T, T, device=DEVICE).tril().bool()[:, None]
@@ -161,8 +181,8 @@ def test_dropout_is_the_same_in_any_blocks(M, N):
 
 
 def tied(dtype, T=70, D=16):
-    """Every row has the same maximum at keys 0 and 1, 2**20 times as likely as any other key: what makes bf16 rounding
-    biased (arXiv 2510.04212)."""
+    """Every row has the same maximum at keys 0 and 1, 2**20 times as likely as any other key: what
+    makes bf16 rounding biased (arXiv 2510.04212)."""
     x = packed(1, T, 1, D, dtype).detach()
     x[:, :, 0], x[:, :, 1] = 1, 0
     x[:, :2, 1] = 20 / 1.4426950408889634 / D**0.5
@@ -179,7 +199,8 @@ def test_delta_is_taken_from_y_as_it_was_before_rounding():
     x = tied(BF16)
     exact = reference.attention_qkv(x.double())
     y, y_low, _ = ours._forward_op([x], None, None, 0.0)
-    rounded, kept = (y.double() - exact).abs().max(), (y.double() + y_low.double() - exact).abs().max()
+    rounded, kept = (y.double() - exact).abs().max(), (y.double() + y_low.double()
+                                                       - exact).abs().max()
     assert kept < rounded / 50, f"y errs by {rounded:.1e}, y + y_low by {kept:.1e}"
 
 
@@ -187,7 +208,8 @@ def test_delta_is_taken_from_y_as_it_was_before_rounding():
 def test_scores_beyond_the_range_of_the_dtype(dtype, size):
     x = packed(1, 65, 1, 16, dtype).detach()
     x[:, :, :2] *= size
-    assert (x[:, :, 0].double().abs().max() * x[:, :, 1].double().abs().max()) > torch.finfo(FP16).max
+    assert (x[:, :, 0].double().abs().max()
+            * x[:, :, 1].double().abs().max()) > torch.finfo(FP16).max
     y = ours.attention_qkv(x)
     assert y.isfinite().all()
     torch.testing.assert_close(y, reference.attention_qkv(x), atol=2e-2, rtol=2e-2)
@@ -206,12 +228,16 @@ def test_thirty_backwards_have_the_same_bits():
 def test_opcheck_of_both_operators(dtype):
     x, first = packed(1, 5, 2, 16, dtype), documents(1, 5)
     torch.library.opcheck(ours._forward_op, ([x], None, None, 0.0))
-    torch.library.opcheck(ours._forward_op, (list(packed(1, 5, 2, 16, dtype).unbind(2)), first, seed(), 0.1))
+    torch.library.opcheck(ours._forward_op,
+                          (list(packed(1, 5, 2, 16, dtype).unbind(2)), first, seed(), 0.1))
     x = x.detach()
     outputs = ours._forward_op([x], first, seed(), 0.1)
     end = torch.full_like(first, 5)
-    torch.library.opcheck(ours._backward_op, (outputs[0].sum().expand(1, 5, 2, 16), [x], *outputs, first, end, seed(), 0.1))
-    torch.library.opcheck(ours._backward_op, (outputs[0], list(x.unbind(2)), *outputs, None, None, None, 0.0))
+    torch.library.opcheck(ours._backward_op,
+                          (outputs[0].sum().expand(1, 5, 2, 16), [x], *outputs, first, end,
+                           seed(), 0.1))
+    torch.library.opcheck(ours._backward_op,
+                          (outputs[0], list(x.unbind(2)), *outputs, None, None, None, 0.0))
 
 
 def test_compiles_to_one_graph_once():
@@ -229,7 +255,8 @@ def test_compiles_to_one_graph_once():
 
 def test_activation_checkpointing_recomputes_it_or_keeps_it_as_told(monkeypatch):
     launches, settings_of = [], launch.attention_forward
-    monkeypatch.setattr(launch, "attention_forward", lambda *a: launches.append(a) or settings_of(*a))
+    monkeypatch.setattr(launch, "attention_forward", lambda *a: launches.append(a)
+                        or settings_of(*a))
     x, options = packed(1, 9, 2, 16), {"dropout": 0.2, "seed": seed()}
     want = grads(lambda x: ours.attention_qkv(x, **options), (x,))
 
@@ -237,10 +264,13 @@ def test_activation_checkpointing_recomputes_it_or_keeps_it_as_told(monkeypatch)
         kept = op == torch.ops.ridge.attention_forward.default
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    for count, extra in ((2, {}), (1, {"context_fn": lambda: create_selective_checkpoint_contexts(keep)})):
+    for count, extra in ((2, {}),
+                         (1, {"context_fn": lambda: create_selective_checkpoint_contexts(keep)})):
         launches.clear()
-        got = grads(lambda x, extra=extra: checkpoint(ours.attention_qkv, x, use_reentrant=False, **extra, **options), (x,))
-        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True)) and len(launches) == count
+        got = grads(lambda x, extra=extra: checkpoint(ours.attention_qkv, x, use_reentrant=False,
+                                                      **extra, **options), (x,))
+        assert all(torch.equal(a, b)
+                   for a, b in zip(want, got, strict=True)) and len(launches) == count
 
 
 def test_autocast_leaves_it_alone():
@@ -267,10 +297,12 @@ def test_settings_fit_the_shared_memory_of_the_device(dtype, capability):
     limit = launch.SHARED_MEMORY_BYTES.get(capability, 101_376)
     for D in range(16, 257, 8):
         width = (1 << (D - 1).bit_length()) * dtype.itemsize
-        for settings_of, kept, moving in ((launch.attention_forward, "M", "N"), (launch.attention_backward_q, "MM", "N"),
+        for settings_of, kept, moving in ((launch.attention_forward, "M", "N"),
+                                          (launch.attention_backward_q, "MM", "N"),
                                           (launch.attention_backward_kv, "NN", "M")):
             row = settings_of(D, dtype, capability)
-            tiles = (len(kept) * row[f"BLOCK_{kept[0]}"] + 2 * row["num_stages"] * row[f"BLOCK_{moving}"])
+            tiles = (len(kept) * row[f"BLOCK_{kept[0]}"]
+                     + 2 * row["num_stages"] * row[f"BLOCK_{moving}"])
             assert tiles * width <= limit, (settings_of.__name__, D, row)
 
 
@@ -283,13 +315,18 @@ def good(**changes):
     ({"k": torch.zeros(2, 9, 2, 16)}, r"k is \(2, 9, 2, 16\).*make them alike"),
     ({"v": torch.zeros(2, 8, 2, 16, dtype=BF16)}, r"v is .*bfloat16.*q is .*float32"),
     (dict.fromkeys("qkv", torch.zeros(8, 2, 16)), r"q is \(8, 2, 16\).*give \(B, T, H, D\)"),
-    (dict.fromkeys("qkv", torch.zeros(2, 8, 2, 16, dtype=torch.float64)), "float64; give .* in float32"),
-    *((dict.fromkeys("qkv", torch.zeros(1, 2, 1, D)), f"head dimension {D}; .*--attention=torch") for D in (8, 20, 100, 264)),
+    (dict.fromkeys("qkv", torch.zeros(2, 8, 2, 16, dtype=torch.float64)), "float64; give .* in "
+                                                                          "float32"),
+    *((dict.fromkeys("qkv", torch.zeros(1, 2, 1, D)), f"head dimension {D}; .*--attention=torch")
+      for D in (8, 20, 100, 264)),
     ({"window": 0}, "window=0; .* 1 or more"), ({"window": -3}, "window=-3"),
-    ({"dropout": 1.0, "seed": seed()}, r"dropout=1.0; .*below 1"), ({"dropout": -0.1}, r"dropout=-0.1"),
-    ({"dropout": 0.1}, "needs seed="), ({"dropout": 0.1, "seed": torch.zeros(1, dtype=torch.int64)}, "without axes"),
+    ({"dropout": 1.0, "seed": seed()}, r"dropout=1.0; .*below 1"),
+    ({"dropout": -0.1}, r"dropout=-0.1"),
+    ({"dropout": 0.1}, "needs seed="),
+    ({"dropout": 0.1, "seed": torch.zeros(1, dtype=torch.int64)}, "without axes"),
     ({"dropout": 0.1, "seed": torch.tensor(1.0)}, "int64"),
-    ({"doc_start": torch.zeros(2, 7, dtype=torch.int32)}, r"doc_start is \(2, 7\).*give \(2, 8\) torch.int32"),
+    ({"doc_start": torch.zeros(2, 7, dtype=torch.int32)}, r"doc_start is \(2, 7\).*give \(2, 8\) "
+                                                          r"torch.int32"),
     ({"doc_start": torch.zeros(2, 8, dtype=torch.int64)}, "doc_start is .*int64.*torch.int32"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_a_wrong_argument_is_named_with_its_value_and_the_remedy(changes, words):
@@ -307,7 +344,9 @@ def test_a_wrong_packed_shape_is_named():
 # -- ring 3 --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 256}, {"doc_start": documents(8, 1024, 0.005)}], ids=lambda o: "+".join(o))
+@pytest.mark.parametrize("options",
+                         [{}, {"window": 256}, {"doc_start": documents(8, 1024, 0.005)}],
+                         ids=lambda o: "+".join(o))
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.gpu
@@ -326,13 +365,15 @@ def test_offsets_beyond_two_to_the_31():
     dx, = torch.autograd.grad(y, x, dy)
     last = x[-1:].detach().clone().requires_grad_()
     want = ours.attention_qkv(last)
-    assert torch.equal(y[-1:], want) and torch.equal(dx[-1:], torch.autograd.grad(want, last, dy[-1:])[0])
+    assert torch.equal(y[-1:], want) and torch.equal(dx[-1:],
+                                                     torch.autograd.grad(want, last, dy[-1:])[0])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 def test_thirty_backwards_of_a_real_size_have_the_same_bits_and_never_wait():
-    x, options = packed(8, 1024, 12, 64, BF16), {"dropout": 0.1, "seed": seed(), "doc_start": documents(8, 1024, 0.005)}
+    x, options = packed(8, 1024, 12, 64, BF16), {"dropout": 0.1, "seed": seed(),
+                                                 "doc_start": documents(8, 1024, 0.005)}
     once = grads(lambda x: ours.attention_qkv(x, **options), (x,))
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -26,7 +26,8 @@ def both(tiny_flags, tiny_data, tmp_path):
         np.fromfile(tiny_data / f"{split}.bin", np.uint16)[::-1].tofile(turned / f"{split}.bin")
     (turned / "meta.json").write_text((tiny_data / "meta.json").read_text())
     base = [f for f in tiny_flags if "_dir=" not in f]
-    return ([*base, f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'tiny-bw-adamw-1337'}", "--direction=backward"],
+    return ([*base, f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'tiny-bw-adamw-1337'}",
+             "--direction=backward"],
             [*base, f"--data_dir={turned}", f"--out_dir={tmp_path / 'turned-fw-adamw-1337'}"])
 
 
@@ -40,13 +41,15 @@ def losses(flags):
 
 
 def test_a_backward_run_is_a_forward_run_on_reversed_arrays(both):
-    """Every loss, weight and moment, bit for bit, and neither is the forward run on the arrays as they are."""
+    """Every loss, weight and moment, bit for bit, and neither is the forward run on the arrays as
+    they are."""
     backward, forward = both
     for flags in both:
         assert run.main(flags) == 0
     assert losses(backward) == losses(forward)
     for kind in ("model", "optimizer", "rng"):
-        a, b = (load_file(find_checkpoint(directory(flags)) / f"{kind}.safetensors") for flags in both)
+        a, b = (load_file(find_checkpoint(directory(flags)) / f"{kind}.safetensors")
+                for flags in both)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     plain = [f for f in backward if "--direction" not in f and "--out_dir" not in f]
     assert run.main([*plain, f"--out_dir={directory(backward)}-not"]) == 0
@@ -78,10 +81,12 @@ def test_it_predicts_the_token_before_from_those_after(tiny_flags, tiny_data):
 
 
 def test_both_ways_are_learnt_about_as_well(tiny_flags, tmp_path):
-    """By the chain rule both directions have the same entropy: the validation losses come within 0.1."""
+    """By the chain rule both directions have the same entropy: the validation losses come within
+    0.1."""
     final = []
     for direction in ("forward", "backward"):
-        flags = [*tiny_flags, f"--direction={direction}", "--max_iters=60", "--lr_decay_iters=60", "--dropout=0"]
+        flags = [*tiny_flags, f"--direction={direction}", "--max_iters=60", "--lr_decay_iters=60",
+                 "--dropout=0"]
         built = start.build(parse([*flags, f"--out_dir={tmp_path / direction}"]))
         for _ in range(60):
             loop.train_step(built, lr=1e-2)
@@ -90,7 +95,8 @@ def test_both_ways_are_learnt_about_as_well(tiny_flags, tmp_path):
 
 
 @pytest.mark.parametrize("length", [3, 8, 20])
-@pytest.mark.parametrize("options", [{"top_k": 1}, {}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7}])
+@pytest.mark.parametrize("options",
+                         [{"top_k": 1}, {}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7}])
 def test_samples_are_the_forward_models_reversed(length, options):
     torch.manual_seed(0)
     forward, backward = GPT(CONFIG), GPT(GPTConfig(**{**vars(CONFIG), "direction": "backward"}))
@@ -102,7 +108,8 @@ def test_samples_are_the_forward_models_reversed(length, options):
         texts.append(model.generate(prompt, 15, **options))
     assert torch.equal(texts[1], texts[0].flip(1))
     assert torch.equal(texts[1][:, 15:], idx)
-    cached, plain = (torch.cat(list(generate(backward, idx, 15, top_k=1, cached=c)), 1) for c in (True, False))
+    cached, plain = (torch.cat(list(generate(backward, idx, 15, top_k=1, cached=c)), 1)
+                     for c in (True, False))
     assert torch.equal(cached, plain)
 
 
@@ -122,8 +129,10 @@ def test_sampled_text_grows_to_the_left(both, capsys):
     for flags, prompt in zip(both, ("abcx", "xcba"), strict=True):
         assert run.main([*flags, "--max_iters=4"]) == 0
         capsys.readouterr()
-        assert sample.main([f"--out_dir={directory(flags)}", f"--start={prompt}", "--num_samples=2", "--max_new_tokens=30"]) == 0
-        texts.append([part.removesuffix("\n") for part in capsys.readouterr().out.split("---------------\n")[:2]])
+        assert sample.main([f"--out_dir={directory(flags)}", f"--start={prompt}",
+                            "--num_samples=2", "--max_new_tokens=30"]) == 0
+        texts.append([part.removesuffix("\n")
+                      for part in capsys.readouterr().out.split("---------------\n")[:2]])
     backward, forward = texts
     assert backward[0].endswith("abcx") and len(backward[0]) == 34
     assert backward == [text[::-1] for text in forward]

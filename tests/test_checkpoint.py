@@ -1,4 +1,5 @@
-"""Saves that die, disks that fill, files that rot: the last whole checkpoint stays, and is the one that is used."""
+"""Saves that die, disks that fill, files that rot: the last whole checkpoint stays, and is the one
+that is used."""
 
 import json
 import os
@@ -21,11 +22,14 @@ from train import checkpoint, faults, loop, run
 def trained(tiny_flags):
     """A finished run of 12 steps: its flags and its folder."""
     assert run.main(tiny_flags) == 0
-    return tiny_flags, Path(next(f for f in tiny_flags if f.startswith("--out_dir=")).partition("=")[2])
+    return tiny_flags, Path(next(f
+                                 for f in tiny_flags
+                                 if f.startswith("--out_dir=")).partition("=")[2])
 
 
 def test_a_save_that_died_does_not_count(trained):
-    """What kill -9 in the middle of a save leaves: a temporary folder, with anything in it, and never a DONE in place."""
+    """What kill -9 in the middle of a save leaves: a temporary folder, with anything in it, and
+    never a DONE in place."""
     flags, folder = trained
     dead = folder / f"{TEMPORARY}16"
     dead.mkdir()
@@ -40,7 +44,8 @@ def test_a_save_that_died_does_not_count(trained):
 
 
 def dying(flags, moments):
-    """Train, but die (os._exit) where `moments` fsyncs and renames of the save are done, before the next one."""
+    """Train, but die (os._exit) where `moments` fsyncs and renames of the save are done, before the
+    next one."""
     left = iter(range(moments))
 
     def counted(real):
@@ -58,7 +63,8 @@ def test_a_kill_at_each_moment_of_a_save_leaves_a_whole_checkpoint(trained, tmp_
     flags, folder = trained
     deaths = 0
     for moment in range(0, 12, 3):
-        (code,) = ranks.run(dying, ([*flags, "--init_from=resume", "--max_iters=13"], moment), 1, tmp_path / f"logs{moment}")
+        (code,) = ranks.run(dying, ([*flags, "--init_from=resume", "--max_iters=13"], moment), 1,
+                            tmp_path / f"logs{moment}")
         assert code in (0, 9)
         deaths += code == 9
         newest = find_checkpoint(folder)
@@ -68,7 +74,8 @@ def test_a_kill_at_each_moment_of_a_save_leaves_a_whole_checkpoint(trained, tmp_
 
 
 def test_a_full_disk_is_said_and_loses_nothing(trained, capsys):
-    """A file size limit stands in for the full disk: the write fails in the same place, with the real error."""
+    """A file size limit stands in for the full disk: the write fails in the same place, with the
+    real error."""
     flags, folder = trained
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "step-" in str(p)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -80,7 +87,8 @@ def test_a_full_disk_is_said_and_loses_nothing(trained, capsys):
     err = capsys.readouterr().err
     assert code == 2 and err.count("\n") == 1
     assert "checkpoint of step 16" in err and "not written" in err and "step-00000012" in err
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "step-" in str(p)} == before
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()
+            and "step-" in str(p)} == before
     assert not list(folder.glob(f"{TEMPORARY}*"))
 
 
@@ -91,12 +99,14 @@ def test_too_little_room_is_said_before_anything_is_written(trained, capsys, mon
     monkeypatch.setattr(checkpoint, "_write_tensors", None)
     assert run.main([*flags, "--init_from=resume", "--max_iters=16"]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "MB and some are needed, 1.1 MB are free" in err and "step-00000012" in err
+    assert err.count(
+        "\n") == 1 and "MB and some are needed, 1.1 MB are free" in err and "step-00000012" in err
     assert not list(folder.glob(f"{TEMPORARY}*"))
 
 
 def test_a_checkpoint_is_of_its_step_though_training_goes_on(tiny_flags, tmp_path, monkeypatch):
-    """The save of step 4 begins to write when step 6 is done, and writes what was there after step 4."""
+    """The save of step 4 begins to write when step 6 is done, and writes what was there after step
+    4."""
     flags = [*(f for f in tiny_flags if "--out_dir" not in f), "--keep_last=9"]
     assert run.main([*flags, f"--out_dir={tmp_path / 'usual'}"]) == 0
     steps, train_step, write = [], loop.train_step, checkpoint._write_tensors
@@ -106,19 +116,27 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on(tiny_flags, tmp_pat
             time.sleep(0.001)
         write(folder, snapshot, *rest)
 
-    monkeypatch.setattr(loop, "train_step", lambda run, lr: (train_step(run, lr), steps.append(run.step))[0])
+    monkeypatch.setattr(loop,
+                        "train_step", lambda run, lr: (train_step(run, lr),
+                                                       steps.append(run.step))[0])
     monkeypatch.setattr(checkpoint, "_write_tensors", wait)
     assert run.main([*flags, f"--out_dir={tmp_path / 'late'}"]) == 0
     for part in ("model", "optimizer", "rng"):
-        usual, late = (read_part(tmp_path / name / "step-00000004", part) for name in ("usual", "late"))
+        usual, late = (read_part(tmp_path / name / "step-00000004", part)
+                       for name in ("usual", "late"))
         assert usual.keys() == late.keys() and all(torch.equal(usual[k], late[k]) for k in usual)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_ends_soon_after_one_that_fails(trained, capsys, monkeypatch):
-    """The save of step 100 waits until two more steps are done, and fails; the run ends there and not with the next save."""
+def test_training_goes_on_while_a_checkpoint_is_written_and_ends_soon_after_one_that_fails(trained,
+                                                                                           capsys,
+                                                                                           monkeypatch):
+    """The save of step 100 waits until two more steps are done, and fails; the run ends there and
+    not with the next save."""
     flags, folder = trained
     steps, train_step = [], loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda run, lr: (steps.append(run.step), train_step(run, lr))[1])
+    monkeypatch.setattr(loop,
+                        "train_step", lambda run, lr: (steps.append(run.step),
+                                                       train_step(run, lr))[1])
 
     def wait_and_fail(*_):
         while steps[-1] < 102:
@@ -126,14 +144,16 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_ends_soon_after_one_
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_tensors", wait_and_fail)
-    assert run.main([*flags, "--init_from=resume", "--max_iters=300", "--lr_decay_iters=300", "--eval_interval=100"]) == 2
+    assert run.main([*flags, "--init_from=resume", "--max_iters=300", "--lr_decay_iters=300",
+                     "--eval_interval=100"]) == 2
     assert "checkpoint of step 100" in capsys.readouterr().err and steps[-1] < 190
     assert find_checkpoint(folder).name == "step-00000012"
 
 
 def test_a_flipped_byte_is_found(trained, capsys):
     flags, folder = trained
-    for file in folder.glob("step-*/model.safetensors"):  # in all there are: from one alone a run goes back to the one before
+    # in all there are: from one alone a run goes back to the one before
+    for file in folder.glob("step-*/model.safetensors"):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
@@ -178,7 +198,9 @@ def test_what_changed_is_named_on_resume(trained, capsys):
 def test_the_last_the_best_and_every_mth_are_kept(tiny_flags, tmp_path):
     assert run.main([*tiny_flags, "--eval_interval=1", "--keep_last=2", "--keep_every=5"]) == 0
     kept = {int(f.name[5:]) for f in whole_checkpoints(tmp_path / "out")}
-    losses = {e["iter"]: e["val/loss"] for e in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    losses = {e["iter"]: e["val/loss"]
+              for e in map(json.loads,
+                           (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
               if "val/loss" in e}
     best = min(range(1, 13), key=losses.get)
     assert kept == {11, 12, 5, 10, best}
@@ -188,7 +210,8 @@ def test_only_better_ones_are_saved_when_asked(tiny_flags, tmp_path, monkeypatch
     losses = iter([3.0, 2.5, 2.7, 2.4])
     monkeypatch.setattr("train.loop.evaluate", lambda run: {"train": 1.0, "val": next(losses)})
     assert run.main([*tiny_flags, "--always_save_checkpoint=False", "--keep_last=9"]) == 0
-    assert [f.name for f in whole_checkpoints(tmp_path / "out")] == ["step-00000004", "step-00000012"]
+    assert [f.name for f in whole_checkpoints(tmp_path / "out")] == ["step-00000004",
+                                                                     "step-00000012"]
 
 
 def test_checkpoint_keys_are_nanogpts_and_the_same_when_compiled(trained):
@@ -198,7 +221,8 @@ def test_checkpoint_keys_are_nanogpts_and_the_same_when_compiled(trained):
 
     with safe_open(find_checkpoint(folder) / "model.safetensors", "pt") as file:
         assert set(file.keys()) == names
-    assert "transformer.h.0.attn.c_attn.weight" in names and not any("_orig_mod" in n for n in names)
+    assert "transformer.h.0.attn.c_attn.weight" in names and not any("_orig_mod" in n
+                                                                     for n in names)
     model = GPT.from_checkpoint(folder)
     model.compile()
     assert {n for n, _ in model.named_parameters()} == names

@@ -1,4 +1,5 @@
-"""--compile=auto on a CPU: measured on a block, decided by what the whole run gains. fp32 and bf16, times by a clock of the test."""
+"""--compile=auto on a CPU: measured on a block, decided by what the whole run gains. fp32 and bf16,
+times by a clock of the test."""
 
 from functools import partial
 
@@ -14,8 +15,10 @@ CPU = torch.device("cpu")
 
 
 def config(max_iters):
-    return Config(model=GPTConfig(block_size=16, vocab_size=29, n_layer=10, n_head=2, n_embd=16, dropout=0.1), data=DataConfig(batch_size=2),
-                  optim=OptimConfig(max_iters=max_iters, lr_decay_iters=10**6, gradient_accumulation_steps=1), run=RunConfig())
+    return Config(model=GPTConfig(block_size=16, vocab_size=29, n_layer=10, n_head=2, n_embd=16,
+                                  dropout=0.1), data=DataConfig(batch_size=2),
+                  optim=OptimConfig(max_iters=max_iters, lr_decay_iters=10**6,
+                                    gradient_accumulation_steps=1), run=RunConfig())
 
 
 def clocked(monkeypatch, *measured):
@@ -30,11 +33,13 @@ def clocked(monkeypatch, *measured):
     (3_000, (0.015, 20.0), False),  # saves 150 s
     (10_000, (0.021, 20.0), False),  # is slower
 ])
-def test_it_compiles_where_the_run_gains_more_than_compiling_takes(iters, compiled, wanted, monkeypatch):
+def test_it_compiles_where_the_run_gains_more_than_compiling_takes(iters, compiled, wanted,
+                                                                   monkeypatch):
     clocked(monkeypatch, (0.02, 0.02), compiled)
     yes, why = compiling.decide(config(iters), load("torch"), CPU, torch.float32)
     assert yes == wanted
-    assert why.startswith("yes (" if wanted else "no (") and f"a block takes 20 ms, compiled {1e3 * compiled[0]:.3g} ms" in why
+    assert why.startswith("yes (" if wanted
+                          else "no (") and f"a block takes 20 ms, compiled {1e3 * compiled[0]:.3g} ms" in why
 
 
 def test_a_short_run_is_not_kept_waiting(monkeypatch):
@@ -62,7 +67,8 @@ def test_what_is_timed_is_a_block_forward_and_backward(dtype, monkeypatch):
 
 
 def test_a_resumed_run_does_as_before(tiny_flags, monkeypatch, capsys):
-    """Measured again it might decide otherwise, and compiled code rounds otherwise: the resume would not be bit-equal."""
+    """Measured again it might decide otherwise, and compiled code rounds otherwise: the resume
+    would not be bit-equal."""
     flags = [f for f in tiny_flags if "--compile" not in f] + ["--max_iters=4", "--compile=auto"]
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(compiling, "WORTH_TRYING_S", 0.0)

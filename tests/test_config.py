@@ -9,12 +9,18 @@ from train.config import Config, changed, flatten, load_file, parse, unflatten
 
 # nanoGPT's train.py. What we resolve ourselves (device, dtype, compile, backend) is "auto" here.
 NANOGPT = {
-    "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
-    "always_save_checkpoint": True, "init_from": "scratch", "dataset": "openwebtext", "gradient_accumulation_steps": 40,
-    "batch_size": 12, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False,
-    "learning_rate": 6e-4, "max_iters": 600000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
-    "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5, "device": "auto", "dtype": "auto",
-    "compile": "auto", "backend": "auto", "wandb_log": False, "wandb_project": "owt", "wandb_run_name": "gpt2",
+    "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200,
+    "eval_only": False,
+    "always_save_checkpoint": True, "init_from": "scratch", "dataset": "openwebtext",
+    "gradient_accumulation_steps": 40,
+    "batch_size": 12, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
+    "dropout": 0.0, "bias": False,
+    "learning_rate": 6e-4, "max_iters": 600000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+    "grad_clip": 1.0,
+    "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5,
+    "device": "auto", "dtype": "auto",
+    "compile": "auto", "backend": "auto", "wandb_log": False, "wandb_project": "owt",
+    "wandb_run_name": "gpt2",
 }
 
 
@@ -29,7 +35,8 @@ def test_leaf_names_are_unique():
 
 
 def test_command_line_overrides_the_file():
-    config = parse(["shakespeare_char", "--n_layer=3", "--learning_rate=1", "--bias=True", "--compile=False", "--max_iters", "7"])
+    config = parse(["shakespeare_char", "--n_layer=3", "--learning_rate=1", "--bias=True",
+                    "--compile=False", "--max_iters", "7"])
     assert config.model.n_layer == 3 and config.model.n_embd == 384
     assert config.optim.learning_rate == 1.0 and isinstance(config.optim.learning_rate, float)
     assert (config.model.bias, config.run.compile, config.optim.max_iters) == (True, False, 7)
@@ -47,7 +54,8 @@ def test_flatten_and_unflatten_are_inverse():
 def test_shipped_configs():
     assert train_gpt2.config.tokens_per_iter == 491_520
     assert shakespeare_char.config.tokens_per_iter == 16_384
-    for forward, name in ((shakespeare_char.config, "shakespeare_char_backward"), (train_gpt2.config, "train_gpt2_backward")):
+    for forward, name in ((shakespeare_char.config, "shakespeare_char_backward"),
+                          (train_gpt2.config, "train_gpt2_backward")):
         assert changed(load_file(name), forward).keys() == {"direction", "out_dir"}
     assert load_file("configs/quickstart.py") == load_file("quickstart") == quickstart.config
 
@@ -55,7 +63,8 @@ def test_shipped_configs():
 @pytest.mark.parametrize(("argv", "message"), [
     (["--n_haed=3"], "unknown flag --n_haed; did you mean --n_head?"),
     (["--xyzzy=3"], "unknown flag --xyzzy; --help lists them all"),
-    (["--n_head=5", "--n_embd=128"], "n_head=5 does not divide n_embd=128; nearest that do: [2, 4, 8]"),
+    (["--n_head=5", "--n_embd=128"],
+     "n_head=5 does not divide n_embd=128; nearest that do: [2, 4, 8]"),
     (["--n_head=x"], "--n_head: invalid literal"),
     (["--bias=maybe"], "--bias"),
     (["--batch_size=0"], "batch_size=0: must be at least 1"),
@@ -98,9 +107,12 @@ IMPORTED = b"from train.config import *\nconfig = "
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    (b"config = (", "line 1: '(' was never closed"), (b"x = 1\nconfig = \xff", "not UTF-8 at byte 15"),
-    (b"config = 0\0", "source code string cannot contain null bytes"), (b"(" * 10000, "too many nested"),
-    (b"\nconfig = missing", "line 2: NameError: name 'missing' is not defined"), (b"config = 3", "its `config` is not a Config"),
+    (b"config = (", "line 1: '(' was never closed"),
+    (b"x = 1\nconfig = \xff", "not UTF-8 at byte 15"),
+    (b"config = 0\0", "source code string cannot contain null bytes"),
+    (b"(" * 10000, "too many nested"),
+    (b"\nconfig = missing", "line 2: NameError: name 'missing' is not defined"),
+    (b"config = 3", "its `config` is not a Config"),
     (b"import nowhere\nconfig = 1", "line 1: ModuleNotFoundError: No module named 'nowhere'"),
     (b"config = 1 / 0", "line 1: ZeroDivisionError"),
     (b"raise SystemExit(3)\nconfig = 1", "line 1: SystemExit: 3"),

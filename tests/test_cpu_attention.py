@@ -1,4 +1,5 @@
-"""Attention in blocks on a CPU: as accurate as the operator of PyTorch's it stands in for, whatever the shape and the blocks.
+"""Attention in blocks on a CPU: as accurate as the operator of PyTorch's it stands in for, whatever
+the shape and the blocks.
 
 In bf16 that is the fused one, in fp32, where it is used with dropout alone, the unfused one.
 """
@@ -58,16 +59,20 @@ def blocks(request, monkeypatch):
 @pytest.mark.parametrize("T", LENGTHS)
 def test_errs_no_more_than_pytorch(T, dtype, blocks):
     torch.manual_seed(T)
-    B = 64 if T < 7 else 3  # the gradients of q and k hang on few numbers there, and their largest error on luck
+    # the gradients of q and k hang on few numbers there, and their largest error on luck
+    B = 64 if T < 7 else 3
     for D in (8, 40, 64):
-        assert_as_accurate(attention_qkv, reference.attention_qkv, (packed(B, T, 2, D, dtype),), YARDSTICK[dtype])
+        assert_as_accurate(attention_qkv, reference.attention_qkv, (packed(B, T, 2, D, dtype),),
+                           YARDSTICK[dtype])
 
 
 def test_documents_and_windows(blocks):
     torch.manual_seed(0)
     starts = torch.tensor([[0] * 5 + [5] * 20 + [25] * 15, [0] * 40], dtype=torch.int32)
-    for options in ({"window": 3}, {"window": 17}, {"doc_start": starts}, {"doc_start": starts, "window": 9}):
-        ours, defined, theirs = (partial(f, **options) for f in (attention_qkv, reference.attention_qkv, masked))
+    for options in ({"window": 3}, {"window": 17}, {"doc_start": starts},
+                    {"doc_start": starts, "window": 9}):
+        ours, defined, theirs = (partial(f, **options)
+                                 for f in (attention_qkv, reference.attention_qkv, masked))
         assert_as_accurate(ours, defined, (packed(2, 40, 3, 16),), theirs)
 
 
@@ -84,7 +89,8 @@ def test_rows_whose_maximum_is_repeated_and_scores_of_a_hundred():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_is_that_of_the_probabilities(dtype):
-    """The mask is keep_mask's; so the result is the definition's with that mask on its probabilities."""
+    """The mask is keep_mask's; so the result is the definition's with that mask on its
+    probabilities."""
     B, T, H, D, p, seed = 2, 9, 2, 16, 0.3, torch.tensor(11)
 
     def defined(qkv):
@@ -93,12 +99,14 @@ def test_dropout_is_that_of_the_probabilities(dtype):
         keep = keep_mask(11, (B * H, T, T), p, torch.float32).view(B, H, T, T).to(qkv.dtype)
         return (scores.softmax(-1) * keep / (1 - p) @ v).transpose(1, 2)
 
-    assert_as_accurate(partial(attention_qkv, dropout=p, seed=seed), defined, (packed(B, T, H, D, dtype),))
+    assert_as_accurate(partial(attention_qkv, dropout=p, seed=seed), defined,
+                       (packed(B, T, H, D, dtype),))
 
 
 def test_dropout_keeps_the_mean_and_needs_a_seed(blocks):
     qkv = torch.randn(1, 40, 3, 2, 8)
-    many = torch.stack([attention_qkv(qkv, dropout=0.3, seed=torch.tensor(100 * s)) for s in range(2000)])
+    many = torch.stack([attention_qkv(qkv, dropout=0.3, seed=torch.tensor(100 * s))
+                        for s in range(2000)])
     error = many.mean(0) - attention_qkv(qkv)
     assert (error.abs() <= 5.5 * many.std(0) / 2000**0.5 + 1e-6).all()
     assert torch.equal(many[7], attention_qkv(qkv, dropout=0.3, seed=torch.tensor(700)))
@@ -122,16 +130,21 @@ def test_thirty_backwards_have_the_same_bits(blocks):
     options = {"dropout": 0.2, "seed": torch.tensor(5)}
     first = grads(partial(attention_qkv, **options), (x,))
     for _ in range(30):
-        assert all(torch.equal(a, b) for a, b in zip(first, grads(partial(attention_qkv, **options), (x,)), strict=True))
+        assert all(torch.equal(a, b)
+                   for a, b in zip(first, grads(partial(attention_qkv, **options), (x,)),
+                                   strict=True))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_opcheck_and_one_graph(dropout):
     qkv, seed = packed(2, 20, 2, 8), torch.tensor(3) if dropout else None
     torch.library.opcheck(cpu_attention._attention, (qkv, None, None, dropout, seed))
-    dy, kept = torch.randn(2, 20, 2, 8), cpu_attention._attention(qkv, None, None, dropout, seed)[1].detach()
-    torch.library.opcheck(cpu_attention._attention_backward, (dy, kept, qkv.detach(), None, None, dropout, seed))
-    one = torch.compile(partial(attention_qkv, dropout=dropout, seed=seed), fullgraph=True, backend="aot_eager")
+    dy, kept = torch.randn(2, 20, 2, 8), cpu_attention._attention(qkv, None, None, dropout,
+                                                                  seed)[1].detach()
+    torch.library.opcheck(cpu_attention._attention_backward,
+                          (dy, kept, qkv.detach(), None, None, dropout, seed))
+    one = torch.compile(partial(attention_qkv, dropout=dropout, seed=seed), fullgraph=True,
+                        backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(grads(one, (qkv,)), grads(
         partial(attention_qkv, dropout=dropout, seed=seed), (qkv,)), strict=True))
 
@@ -141,7 +154,8 @@ def test_pytorchs_backend_takes_it_where_it_is_faster():
     seed = torch.tensor(4)
     for dtype, options in ((torch.bfloat16, {}), (torch.float32, {"dropout": 0.2, "seed": seed})):
         x = torch.randn(2, 70, 3, 2, 16).to(dtype)
-        for y in (torch_ops.attention_qkv(x, **options), torch_ops.attention(*x.unbind(2), **options)):
+        for y in (torch_ops.attention_qkv(x, **options),
+                  torch_ops.attention(*x.unbind(2), **options)):
             assert torch.equal(y, attention_qkv(x, **options))
     x = torch.randn(2, 70, 3, 2, 16)
     assert torch.equal(torch_ops.attention_qkv(x), fused(x))

@@ -10,7 +10,8 @@ from kernels import launch, reference, torch_ops
 from tests.numerics import DEVICE, assert_as_accurate, grads
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-LUCK = 8.0  # of one element or two, whose error may be anything from 0; and the interpreter truncates bf16
+# of one element or two, whose error may be anything from 0; and the interpreter truncates bf16
+LUCK = 8.0
 
 
 def tensor(*shape, dtype=FP32, scale=1.0, seed=0, grad=True):
@@ -41,10 +42,13 @@ def chunks_of_four(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("M, V", [(1, 1), (5, 2), (7, 65), (3, 5000), (3, 50257), (2, 50304), (1, 131072)])
+@pytest.mark.parametrize("M, V",
+                         [(1, 1), (5, 2), (7, 65), (3, 5000), (3, 50257), (2, 50304), (1, 131072)])
 def test_cross_entropy_errs_no_more_than_pytorch(M, V, dtype, reduction):
-    logits, targets = tensor(M, V, dtype=dtype, scale=3), targets_for(M, V, ignored=[1] if M > 2 else [])
-    ours, definition, theirs = (using(suite, reduction=reduction)[0] for suite in (ce, reference, torch_ops))
+    logits, targets = tensor(M, V, dtype=dtype,
+                             scale=3), targets_for(M, V, ignored=[1] if M > 2 else [])
+    ours, definition, theirs = (using(suite, reduction=reduction)[0]
+                                for suite in (ce, reference, torch_ops))
     assert_as_accurate(ours, definition, (logits, targets), theirs)
 
 
@@ -52,18 +56,27 @@ def test_cross_entropy_errs_no_more_than_pytorch(M, V, dtype, reduction):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("M, N, V", [(1, 1, 1), (5, 3, 2), (11, 16, 65), (6, 8, 5000)])
 def test_linear_cross_entropy_errs_no_more_than_pytorch(M, N, V, dtype, reduction, chunks_of_four):
-    x, weight, targets = tensor(M, N, dtype=dtype), tensor(V, N, dtype=dtype), targets_for(M, V, [1] if M > 2 else [])
-    ours, definition, theirs = (using(suite, reduction=reduction)[1] for suite in (ce, reference, torch_ops))
+    x, weight, targets = tensor(M, N, dtype=dtype), tensor(V, N,
+                                                           dtype=dtype), targets_for(M, V,
+                                                                                     [1]
+                                                                                     if M > 2
+                                                                                     else [])
+    ours, definition, theirs = (using(suite, reduction=reduction)[1]
+                                for suite in (ce, reference, torch_ops))
     assert_as_accurate(ours, definition, (x, weight, targets), theirs)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(M=st.integers(1, 9), N=st.integers(1, 40), V=st.integers(1, 300), rows=st.integers(1, 9), data=st.data(),
+@given(M=st.integers(1, 9), N=st.integers(1, 40), V=st.integers(1, 300), rows=st.integers(1, 9),
+       data=st.data(),
        dtype=st.sampled_from([FP32, BF16, FP16]), reduction=st.sampled_from(["mean", "sum"]))
 def test_any_shape_and_any_chunks(M, N, V, rows, data, dtype, reduction):
-    targets = torch.tensor(data.draw(st.lists(st.sampled_from([-1, 0, V - 1]), min_size=M, max_size=M)), device=DEVICE)
-    logits, x, weight = tensor(M, V, dtype=dtype, scale=3), tensor(M, N, dtype=dtype), tensor(V, N, dtype=dtype)
-    ours, definition, theirs = (using(suite, reduction=reduction) for suite in (ce, reference, torch_ops))
+    targets = torch.tensor(data.draw(st.lists(st.sampled_from([-1, 0, V - 1]), min_size=M,
+                                              max_size=M)), device=DEVICE)
+    logits, x, weight = tensor(M, V, dtype=dtype,
+                               scale=3), tensor(M, N, dtype=dtype), tensor(V, N, dtype=dtype)
+    ours, definition, theirs = (using(suite, reduction=reduction)
+                                for suite in (ce, reference, torch_ops))
     if reduction == "mean" and (targets == -1).all():
         assert ours[0](logits, targets).isnan() and ours[1](x, weight, targets).isnan()
         return
@@ -79,8 +92,8 @@ def gradients_in_chunks(rows, monkeypatch, *args):
 
 
 def test_the_gradient_of_the_weight_is_summed_in_fp32(monkeypatch):
-    """Sums rounded to bf16 after each of 25 chunks would err by 2^-9 and more. The logits are exact, so that no rounding of
-    theirs depends on the chunks."""
+    """Sums rounded to bf16 after each of 25 chunks would err by 2^-9 and more. The logits are
+    exact, so that no rounding of theirs depends on the chunks."""
     x = torch.randint(-2, 3, (100, 8), device=DEVICE).to(BF16)
     weight = (torch.randint(-4, 5, (17, 8), device=DEVICE) / 4).requires_grad_()
     _, chunked = gradients_in_chunks(4, monkeypatch, x, weight, targets_for(100, 17))
@@ -98,8 +111,12 @@ def test_chunks_with_unequal_counts_and_one_with_none(monkeypatch):
 
 
 def test_without_a_valid_row():
-    logits, x, weight, targets = tensor(3, 65), tensor(3, 8), tensor(65, 8), torch.full((3,), -1, device=DEVICE)
-    mean, total = ce.cross_entropy(logits, targets), ce.cross_entropy(logits, targets, reduction="sum")
+    logits, x, weight, targets = tensor(3, 65), tensor(3,
+                                                       8), tensor(65,
+                                                                  8), torch.full((3,), -1,
+                                                                                 device=DEVICE)
+    mean, total = ce.cross_entropy(logits, targets), ce.cross_entropy(logits, targets,
+                                                                      reduction="sum")
     assert mean.isnan() and total == 0
     assert torch.autograd.grad(mean + total, logits)[0].eq(0).all()  # as in PyTorch
     assert ce.linear_cross_entropy(x, weight, targets).isnan()
@@ -110,34 +127,44 @@ def test_without_a_valid_row():
 def test_any_ignore_index(ignore_index, chunks_of_four):
     targets = targets_for(7, 65)
     targets[2] = targets[5] = ignore_index
-    ours, definition, theirs = (using(suite, ignore_index=ignore_index) for suite in (ce, reference, torch_ops))
+    ours, definition, theirs = (using(suite, ignore_index=ignore_index)
+                                for suite in (ce, reference, torch_ops))
     assert_as_accurate(ours[0], definition[0], (tensor(7, 65), targets), theirs[0])
     assert_as_accurate(ours[1], definition[1], (tensor(7, 8), tensor(65, 8), targets), theirs[1])
 
 
-@pytest.mark.parametrize("row", [[7.0] * 65, [1e4, 1e4 - 1, 0.0, -1e4], [0.0, 1.0] + [float("-inf")] * 9000,
-                                 [float("-inf")] * 9000 + [0.0, 1.0]], ids=["equal", "far apart", "-inf last", "-inf first"])
+@pytest.mark.parametrize("row",
+                         [[7.0] * 65, [1e4, 1e4 - 1, 0.0, -1e4],
+                          [0.0, 1.0] + [float("-inf")] * 9000,
+                          [float("-inf")] * 9000 + [0.0, 1.0]],
+                         ids=["equal", "far apart", "-inf last", "-inf first"])
 def test_extreme_logits(row):
     logits = torch.tensor([row] * 3, device=DEVICE, requires_grad=True)
     targets = logits.argmax(1)
-    assert_as_accurate(ce.cross_entropy, reference.cross_entropy, (logits, targets), torch_ops.cross_entropy)
+    assert_as_accurate(ce.cross_entropy, reference.cross_entropy, (logits, targets),
+                       torch_ops.cross_entropy)
 
 
 def test_fp16_to_the_end_of_its_range(chunks_of_four):
     """Logits up to 60000, probabilities of 2e-5, and a loss scaled by 65536 as GradScaler does."""
-    near_the_end = torch.tensor([[60000.0, 59968.0, -60000.0]] * 2, device=DEVICE, dtype=FP16).requires_grad_()
-    assert_as_accurate(ce.cross_entropy, reference.cross_entropy, (near_the_end, targets_for(2, 3)), torch_ops.cross_entropy)
+    near_the_end = torch.tensor([[60000.0, 59968.0, -60000.0]] * 2, device=DEVICE,
+                                dtype=FP16).requires_grad_()
+    assert_as_accurate(ce.cross_entropy, reference.cross_entropy,
+                       (near_the_end, targets_for(2, 3)), torch_ops.cross_entropy)
 
     def scaled(suite):
         return lambda *args: suite.linear_cross_entropy(*args) * 65536
 
-    x, weight, targets = tensor(9, 8, dtype=FP16), tensor(50304, 8, dtype=FP16, scale=0.1), targets_for(9, 50304)
+    x, weight, targets = tensor(9, 8, dtype=FP16), tensor(50304, 8, dtype=FP16,
+                                                          scale=0.1), targets_for(9, 50304)
     assert_as_accurate(scaled(ce), scaled(reference), (x, weight, targets), scaled(torch_ops))
 
 
 def test_twenty_steps_end_where_pytorch_ends(chunks_of_four):
     def losses(suite):
-        weight, features, inputs = tensor(65, 16, scale=0.1), tensor(16, 16, scale=0.3, seed=1), tensor(22, 16, grad=False)
+        weight, features, inputs = tensor(65, 16, scale=0.1), tensor(16, 16, scale=0.3,
+                                                                     seed=1), tensor(22,
+                                                                                     16, grad=False)
         targets = targets_for(22, 65, ignored=range(8, 13))
         optimizer = torch.optim.SGD([weight, features], lr=2.0)
         for _ in range(20):
@@ -156,32 +183,40 @@ def test_twenty_steps_end_where_pytorch_ends(chunks_of_four):
 
 
 def test_no_argument_is_changed(chunks_of_four):
-    args = logits, x, weight, targets = tensor(7, 65), tensor(7, 8), tensor(65, 8), targets_for(7, 65, [2])
+    args = logits, x, weight, targets = tensor(7, 65), tensor(7,
+                                                              8), tensor(65,
+                                                                         8), targets_for(7, 65, [2])
     before = [(a.detach().clone(), a._version) for a in args]
     (ce.cross_entropy(logits, targets) + ce.linear_cross_entropy(x, weight, targets)).backward()
-    assert all(torch.equal(a.detach(), copy) and a._version == version for a, (copy, version) in zip(args, before))
+    assert all(torch.equal(a.detach(), copy) and a._version == version
+               for a, (copy, version) in zip(args, before))
 
 
 def test_rows_of_logits_may_lie_apart_and_columns_too():
     targets = targets_for(7, 65)
     wide = tensor(7, 96, dtype=BF16, grad=False)
     wide[:, :7] = wide[:, 72:] = float("nan")  # what lies between must not count
-    for logits in (wide[:, 7:72], tensor(65, 7, dtype=BF16, grad=False).T, tensor(1, 65, dtype=BF16, grad=False).expand(7, 65)):
+    for logits in (wide[:, 7:72], tensor(65, 7, dtype=BF16, grad=False).T,
+                   tensor(1, 65, dtype=BF16, grad=False).expand(7, 65)):
         args = (logits.detach().requires_grad_(), targets)
         assert_as_accurate(ce.cross_entropy, reference.cross_entropy, args, torch_ops.cross_entropy)
-    assert torch.equal(ce.cross_entropy(logits, targets.repeat_interleave(2)[::2]), ce.cross_entropy(logits, targets))
+    assert torch.equal(ce.cross_entropy(logits, targets.repeat_interleave(2)[::2]),
+                       ce.cross_entropy(logits, targets))
 
 
 def test_strided_features_and_weight(chunks_of_four):
-    x, weight, targets = tensor(7, 24, grad=False)[:, ::3], tensor(8, 65, grad=False).T, targets_for(7, 65)
+    x, weight, targets = tensor(7, 24, grad=False)[:, ::3], tensor(8, 65,
+                                                                   grad=False).T, targets_for(7, 65)
     args = (x.detach().requires_grad_(), weight.detach().requires_grad_(), targets)
-    assert_as_accurate(ce.linear_cross_entropy, reference.linear_cross_entropy, args, torch_ops.linear_cross_entropy)
+    assert_as_accurate(ce.linear_cross_entropy, reference.linear_cross_entropy, args,
+                       torch_ops.linear_cross_entropy)
 
 
 def test_thirty_runs_are_bit_equal(chunks_of_four):
     args = tensor(6, 16, dtype=BF16), tensor(65, 16), targets_for(6, 65)
     logits, targets = tensor(3, 5000, dtype=BF16), targets_for(3, 5000)
-    first, *rest = (grads(ce.linear_cross_entropy, args) + grads(ce.cross_entropy, (logits, targets)) for _ in range(30))
+    first, *rest = (grads(ce.linear_cross_entropy, args)
+                    + grads(ce.cross_entropy, (logits, targets)) for _ in range(30))
     assert all(torch.equal(a, b) for again in rest for a, b in zip(first, again))
     loss = ce.linear_cross_entropy(*args)
     once, twice = (torch.autograd.grad(loss, args[:2], retain_graph=True) for _ in range(2))
@@ -196,8 +231,11 @@ def test_only_the_gradients_that_are_wanted_are_computed(need, chunks_of_four):
     assert counter.get_total_flops() == 2 * 7 * 8 * 65 * (1 + sum(need))
     if any(need):
         full = [t.detach().requires_grad_() for t in (x, weight)]
-        true = torch.autograd.grad(ce.linear_cross_entropy(*full, targets), [f for f, n in zip(full, need) if n])
-        assert all(map(torch.equal, torch.autograd.grad(loss, [t for t, n in zip((x, weight), need) if n]), true))
+        true = torch.autograd.grad(ce.linear_cross_entropy(*full, targets),
+                                   [f for f, n in zip(full, need) if n])
+        assert all(map(torch.equal,
+                       torch.autograd.grad(loss, [t for t, n in zip((x, weight), need) if n]),
+                       true))
 
 
 def test_evaluation_computes_no_gradient(chunks_of_four, monkeypatch):
@@ -214,12 +252,14 @@ def test_autocast_decides_the_dtype_of_the_matmuls(chunks_of_four):
     dx, dweight = torch.autograd.grad(cast, (x, weight))
     plain = ce.linear_cross_entropy(x.bfloat16(), weight, targets)
     assert dx.dtype == dweight.dtype == FP32
-    assert all(map(torch.equal, (cast, dx, dweight), (plain, *torch.autograd.grad(plain, (x, weight)))))
+    assert all(map(torch.equal, (cast, dx, dweight),
+                   (plain, *torch.autograd.grad(plain, (x, weight)))))
 
 
 def test_never_all_logits_at_once(chunks_of_four, monkeypatch):
     sizes, mm = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, out: sizes.append(out.untyped_storage().nbytes()) or mm(a, b, out=out))
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: sizes.append(out.untyped_storage().nbytes())
+                        or mm(a, b, out=out))
     with torch.no_grad():
         ce.linear_cross_entropy(tensor(14, 8), tensor(65, 8), targets_for(14, 65))
     assert sizes == [4 * 128 * 4] * 4  # four rows of 65 logits, padded to 128, in fp32
@@ -231,15 +271,20 @@ def test_never_all_logits_at_once(chunks_of_four, monkeypatch):
 def test_opcheck():
     logits, targets = tensor(5, 24, dtype=BF16), targets_for(5, 24, [1])
     torch.library.opcheck(ce._cross_entropy, (logits, targets, -1))
-    torch.library.opcheck(ce._cross_entropy_backward, (logits.detach(), targets, torch.ones(2, 5, device=DEVICE),
-                                                       torch.ones((), device=DEVICE).expand(5), -1))
-    torch.library.opcheck(ce._linear_cross_entropy, (tensor(5, 8), tensor(24, 8), targets, -1, True, True))
-    torch.library.opcheck(ce._linear_cross_entropy, (tensor(5, 8, grad=False), tensor(24, 8), targets, -1, False, True))
+    torch.library.opcheck(ce._cross_entropy_backward,
+                          (logits.detach(), targets, torch.ones(2, 5, device=DEVICE),
+                           torch.ones((), device=DEVICE).expand(5), -1))
+    torch.library.opcheck(ce._linear_cross_entropy,
+                          (tensor(5, 8), tensor(24, 8), targets, -1, True, True))
+    torch.library.opcheck(ce._linear_cross_entropy,
+                          (tensor(5, 8, grad=False), tensor(24, 8), targets, -1, False, True))
 
 
 def test_compiles_whole_and_does_not_recompile(chunks_of_four):
     def losses(x, weight, targets):
-        return ce.linear_cross_entropy(x * 2, weight, targets) + ce.cross_entropy(x @ weight.T, targets, reduction="sum")
+        return ce.linear_cross_entropy(x * 2, weight,
+                                       targets) + ce.cross_entropy(x @ weight.T, targets,
+                                                                   reduction="sum")
 
     compiled = torch.compile(losses, fullgraph=True, dynamic=True)
     for M in (7, 11):
@@ -286,7 +331,8 @@ def zeros(*shape):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda t: ce.cross_entropy(zeros(3, 5), t, reduction="none"), "'none'; choose 'mean' or 'sum'"),
+    (lambda t: ce.cross_entropy(zeros(3, 5), t, reduction="none"),
+     "'none'; choose 'mean' or 'sum'"),
     (lambda t: ce.cross_entropy(zeros(3, 1, 5), t), "must have two axes"),
     (lambda t: ce.cross_entropy(zeros(3, 0), t), "must have two axes"),
     (lambda t: ce.cross_entropy(zeros(3, 5).double(), t), "float64"),
@@ -312,18 +358,23 @@ def test_bad_input_is_named(call, message):
 class TestAtRealSize:
     def test_errs_no_more_than_pytorch(self):
         for N in (768, 1600):
-            args = tensor(8192 + 1, N, dtype=BF16), tensor(50304, N, dtype=BF16, scale=0.02), targets_for(8193, 50304, [5])
-            assert_as_accurate(ce.linear_cross_entropy, reference.linear_cross_entropy, args, torch_ops.linear_cross_entropy)
+            args = tensor(8192 + 1, N, dtype=BF16), tensor(50304, N, dtype=BF16,
+                                                           scale=0.02), targets_for(8193, 50304,
+                                                                                    [5])
+            assert_as_accurate(ce.linear_cross_entropy, reference.linear_cross_entropy, args,
+                               torch_ops.linear_cross_entropy)
         for V in (50257, 50304, 131072):
             args = tensor(1025, V, dtype=BF16), targets_for(1025, V, [5])
-            assert_as_accurate(ce.cross_entropy, reference.cross_entropy, args, torch_ops.cross_entropy)
+            assert_as_accurate(ce.cross_entropy, reference.cross_entropy, args,
+                               torch_ops.cross_entropy)
 
     def test_offsets_beyond_int32(self):
         """65536 x 50304 is 1.5 times 2**31."""
         M, V = 65536, 50304
         logits = torch.randn(M, V, device=DEVICE, dtype=BF16).requires_grad_()
         targets = targets_for(M, V)
-        (gradient,) = torch.autograd.grad(ce.cross_entropy(logits, targets, reduction="sum"), logits)
+        (gradient,) = torch.autograd.grad(ce.cross_entropy(logits, targets, reduction="sum"),
+                                          logits)
         tail = logits.detach()[-3:].clone().requires_grad_()
         expected = reference.cross_entropy(tail, targets[-3:], reduction="sum")
         torch.testing.assert_close(ce.cross_entropy(tail, targets[-3:], reduction="sum"), expected)
@@ -331,7 +382,8 @@ class TestAtRealSize:
 
     def test_memory_is_an_eighth_and_the_host_never_waits(self):
         M, N, V = 65536, 768, 50304
-        x, weight, targets = tensor(M, N, dtype=BF16), tensor(V, N, scale=0.02), targets_for(M, V, [5])
+        x, weight, targets = tensor(M, N, dtype=BF16), tensor(V, N,
+                                                              scale=0.02), targets_for(M, V, [5])
         ce.linear_cross_entropy(x, weight, targets).backward()  # compiles
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -345,6 +397,7 @@ class TestAtRealSize:
         assert torch.cuda.max_memory_allocated() - before <= unfused / 8
 
     def test_thirty_runs_are_bit_equal(self):
-        args = tensor(10000, 768, dtype=BF16), tensor(50304, 768, scale=0.02), targets_for(10000, 50304)
+        args = tensor(10000, 768, dtype=BF16), tensor(50304, 768,
+                                                      scale=0.02), targets_for(10000, 50304)
         first, *rest = (grads(ce.linear_cross_entropy, args) for _ in range(30))
         assert all(torch.equal(a, b) for again in rest for a, b in zip(first, again))

@@ -1,5 +1,6 @@
-"""Drills: a run is killed, interrupted, taken back and made to diverge, and checkpoints are damaged, at random and many
-times; what is asked for in the end is there to the last bit. CPU, float32, one process, one thread."""
+"""Drills: a run is killed, interrupted, taken back and made to diverge, and checkpoints are
+damaged, at random and many times; what is asked for in the end is there to the last bit. CPU,
+float32, one process, one thread."""
 
 import os
 import random
@@ -18,7 +19,8 @@ from train import loop, run
 from train.report import read_metrics
 
 STEPS = 240
-ENDS = {"SIGKILL": {-9}, "SIGTERM": {0}, "SIGHUP": {0}, "SIGINT": {130}, "twice": {130}, "diverge": {2}, "back": {-9}}
+ENDS = {"SIGKILL": {-9}, "SIGTERM": {0}, "SIGHUP": {0}, "SIGINT": {130}, "twice": {130},
+        "diverge": {2}, "back": {-9}}
 
 
 def slow(n):
@@ -30,12 +32,14 @@ def flags(tiny_flags):
     """240 steps, a checkpoint every 10."""
     mine = ("max_iters", "lr_decay_iters", "eval_interval", "eval_iters", "out_dir")
     kept = [f for f in tiny_flags if not f.startswith(tuple(f"--{name}=" for name in mine))]
-    return [*kept, f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}", "--eval_interval=10", "--eval_iters=1", "--max_skipped=3"]
+    return [*kept, f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}", "--eval_interval=10",
+            "--eval_iters=1", "--max_skipped=3"]
 
 
 def tensors(folder):
     newest = find_checkpoint(folder)
-    found = {f"{part}:{k}": v for part in ("model", "optimizer", "rng") for k, v in read_part(newest, part).items()}
+    found = {f"{part}:{k}": v for part in ("model", "optimizer", "rng")
+             for k, v in read_part(newest, part).items()}
     return read_state(newest)["step"], found
 
 
@@ -66,8 +70,10 @@ def end_somehow(how, flags, folder, rng, logs):
     flags = [*flags, f"--out_dir={folder}", "--init_from=auto"]
     if how == "back":
         earlier = whole_checkpoints(folder)[0]
-        flags = [f for f in flags if f != "--init_from=auto"] + ["--init_from=resume", f"--resume_dir={earlier}"]
-    target, args = (diverging, (flags, rng.randrange(30))) if how == "diverge" else (ranks.train, (flags,))
+        flags = [f for f in flags if f != "--init_from=auto"] + ["--init_from=resume",
+                                                                 f"--resume_dir={earlier}"]
+    target, args = (diverging,
+                    (flags, rng.randrange(30))) if how == "diverge" else (ranks.train, (flags,))
     (process,) = processes = ranks.start(target, args, 1, logs)
     if how != "diverge":
         while process.is_alive() and not (logs / "0.log").exists():
@@ -92,8 +98,10 @@ def until_training(process, log):
 
 
 @pytest.mark.parametrize("attempts", [7, slow(120)])
-def test_however_often_it_is_ended_the_run_is_the_one_that_never_was(attempts, flags, tmp_path, capsys):
-    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 1, tmp_path / "logs") == [0]
+def test_however_often_it_is_ended_the_run_is_the_one_that_never_was(attempts, flags,
+                                                                     tmp_path, capsys):
+    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 1,
+                     tmp_path / "logs") == [0]
     folder, rng, done = tmp_path / "out", random.Random(attempts), 0
     hows = [*ENDS] * (attempts // len(ENDS) + 1)
     for number, how in enumerate(hows[:attempts]):
@@ -105,16 +113,19 @@ def test_however_often_it_is_ended_the_run_is_the_one_that_never_was(attempts, f
         code = end_somehow(how, flags, folder, rng, logs := tmp_path / f"logs{number}")
         said = (logs / "0.log").read_text()
         at_the_end = code == 0 and find_checkpoint(folder).name == f"step-{STEPS:08d}"
-        assert (code in ENDS[how] or at_the_end) and "Traceback" not in said, (how, code, said[-2000:])
+        assert (code in ENDS[how]
+                or at_the_end) and "Traceback" not in said, (how, code, said[-2000:])
         if whole_checkpoints(folder):
             newest, faults = newest_sound(folder)
-            assert not faults and (how == "back" or read_state(newest)["step"] >= reached), (how, faults)
+            assert not faults and (how == "back"
+                                   or read_state(newest)["step"] >= reached), (how, faults)
             if how in ("SIGTERM", "SIGHUP", "SIGINT"):
                 assert read_state(newest)["step"] > reached, said[-2000:]
         else:
             assert not there, f"{how} lost the run"
         done += 1
-    assert ranks.run(ranks.train, ([*flags, f"--out_dir={folder}", "--init_from=auto"],), 1, tmp_path / "logs") == [0]
+    assert ranks.run(ranks.train, ([*flags, f"--out_dir={folder}", "--init_from=auto"],), 1,
+                     tmp_path / "logs") == [0]
     assert_same_end(tmp_path / "whole", folder)
     steps = [e["iter"] for e in read_metrics(folder / "metrics.jsonl") if "loss" in e]
     evaluated = [e["iter"] for e in read_metrics(folder / "metrics.jsonl") if "val/loss" in e]
@@ -144,7 +155,8 @@ def grow(file, rng):
 def swap(file, rng):
     """Another file of the same checkpoint, whole in itself."""
     root = file.parent if (file.parent / "DONE").exists() else file.parent.parent
-    file.write_bytes(rng.choice([f for f in sorted(root.rglob("*")) if f.is_file() and f != file]).read_bytes())
+    file.write_bytes(rng.choice([f for f in sorted(root.rglob("*")) if f.is_file()
+                                 and f != file]).read_bytes())
 
 
 def drop(file, _):
@@ -159,7 +171,8 @@ def replaced(make):
 
 
 DAMAGES = {
-    "flip": flip, "cut": cut, "grow": grow, "swap": swap, "drop": drop, "folder": replaced(Path.mkdir),
+    "flip": flip, "cut": cut, "grow": grow, "swap": swap, "drop": drop,
+    "folder": replaced(Path.mkdir),
     "fifo": replaced(os.mkfifo), "endless": replaced(lambda f: f.symlink_to("/dev/zero")),
     "json": replaced(lambda f: f.write_text('{"a": [{"b": 1e999, "c": "\\ud800"}]}')),
     "deep": replaced(lambda f: f.write_text("[" * 100_000)),
@@ -178,9 +191,10 @@ def finished(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("damages", [16, slow(160)])
-def test_a_damaged_checkpoint_is_passed_over_and_never_read_in_part(damages, finished, tmp_path, capsys):
-    """Each file of the newest checkpoint in each way: the run goes on from the one before to the same end. Where that
-    is damaged, too, it is said in one line, and all is left as it was."""
+def test_a_damaged_checkpoint_is_passed_over_and_never_read_in_part(damages, finished,
+                                                                    tmp_path, capsys):
+    """Each file of the newest checkpoint in each way: the run goes on from the one before to the
+    same end. Where that is damaged, too, it is said in one line, and all is left as it was."""
     flags, whole = finished
     rng, done = random.Random(damages), 0
     newest = find_checkpoint(whole)

@@ -21,14 +21,17 @@ def test_the_rate_is_exact(p):
 def test_the_mask_is_a_function_of_seed_and_shape():
     a, b = (keep_mask(7, (5, 100, 33), 0.3, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert torch.equal(a, b.float()) and set(a.unique().tolist()) == {0.0, 1.0}
-    assert (a != keep_mask(8, (5, 100, 33), 0.3, torch.float32)).float().mean() == pytest.approx(0.42, abs=0.03)  # 2 p (1 - p)
+    # 2 p (1 - p)
+    assert (a != keep_mask(8, (5, 100, 33), 0.3,
+                           torch.float32)).float().mean() == pytest.approx(0.42, abs=0.03)
 
 
 def test_rows_and_columns_of_a_mask_have_nothing_in_common():
-    """Words of a table are a function of a row's word and a column's, so these are where masks could repeat themselves.
+    """Words of a table are a function of a row's word and a column's, so these are where masks
+    could repeat themselves.
 
-    Of independent masks the correlation of two rows times sqrt(n) is a standard normal variable: of n^2 / 2 pairs none is
-    beyond 7, and their spread is 1.
+    Of independent masks the correlation of two rows times sqrt(n) is a standard normal variable: of
+    n^2 / 2 pairs none is beyond 7, and their spread is 1.
     """
     rows, columns, p = 1024, 8192, 0.2
     z = (keep_mask(1, (rows, columns), p, torch.float32) - (1 - p)) / math.sqrt(p * (1 - p))

@@ -1,4 +1,5 @@
-"""Preparation of large sets: the same exact files for any number of workers and after any death, or a loud failure."""
+"""Preparation of large sets: the same exact files for any number of workers and after any death, or
+a loud failure."""
 
 import errno
 import json
@@ -36,7 +37,8 @@ def write_lines(path, texts):
 
 
 def ids_of(texts):
-    return [token for text in texts for token in [*gpt2_encoding().encode_ordinary(text), END_OF_TEXT]]
+    return [token for text in texts
+            for token in [*gpt2_encoding().encode_ordinary(text), END_OF_TEXT]]
 
 
 def tokens_of(folder, split):
@@ -48,7 +50,8 @@ def contents(folder):
 
 
 def go(pattern, out, split=None, **options):
-    prepare(Files(str(pattern)), split or Split(fraction=0.1), out, **({"name": "t", "workers": 1} | options))
+    prepare(Files(str(pattern)), split or Split(fraction=0.1), out,
+            **({"name": "t", "workers": 1} | options))
 
 
 @pytest.fixture
@@ -64,13 +67,15 @@ def small_steps(monkeypatch):
 
 
 @pytest.mark.parametrize("n", [2, 4, 100])
-@pytest.mark.parametrize("options", [{}, {"format": "shards", "shard_tokens": 50}], ids=["raw", "shards"])
+@pytest.mark.parametrize("options", [{}, {"format": "shards", "shard_tokens": 50}],
+                         ids=["raw", "shards"])
 def test_the_files_hold_each_document_and_its_end(tmp_path, small_steps, n, options):
     texts = documents(n)
     go(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "out", **options)
     chosen = validation_documents(n, 0.1)
     for split, wanted in (("train", ~chosen), ("val", chosen)):
-        assert tokens_of(tmp_path / "out", split) == ids_of([text for text, take in zip(texts, wanted) if take])
+        assert tokens_of(tmp_path / "out",
+                         split) == ids_of([text for text, take in zip(texts, wanted) if take])
     verify(tmp_path / "out", full=True)
     assert load_tokenizer(read_meta(tmp_path / "out")).vocab_size == 50257
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -78,7 +83,8 @@ def test_the_files_hold_each_document_and_its_end(tmp_path, small_steps, n, opti
 
 
 def test_shards_are_full_and_named_like_those_of_llmc(tmp_path, small_steps):
-    go(write_lines(tmp_path / "a.jsonl", documents(100)), tmp_path / "out", format="shards", shard_tokens=500)
+    go(write_lines(tmp_path / "a.jsonl", documents(100)), tmp_path / "out", format="shards",
+       shard_tokens=500)
     train = sorted(path.name for path in (tmp_path / "out").glob("*train*"))
     assert train == [f"t_train_{i:06}.bin" for i in range(1, len(train) + 1)] and len(train) > 3
     sizes = [(tmp_path / "out" / name).stat().st_size for name in train]
@@ -89,7 +95,8 @@ def test_the_first_tokens_can_be_the_validation_split(tmp_path, small_steps):
     texts = documents(50)
     go(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "out", Split(tokens=333))
     stream = ids_of(texts)
-    assert tokens_of(tmp_path / "out", "val") == stream[:333] and tokens_of(tmp_path / "out", "train") == stream[333:]
+    assert tokens_of(tmp_path / "out",
+                     "val") == stream[:333] and tokens_of(tmp_path / "out", "train") == stream[333:]
 
 
 def test_the_split_is_that_of_the_package_datasets():
@@ -97,7 +104,8 @@ def test_the_split_is_that_of_the_package_datasets():
     for n in (2, 4, 1999, 2001, 5000):
         rows = datasets.Dataset.from_dict({"i": range(n)})
         theirs = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-        assert sorted(theirs["test"]["i"]) == np.flatnonzero(validation_documents(n, 0.0005)).tolist()
+        assert sorted(theirs["test"]["i"]) == np.flatnonzero(validation_documents(n,
+                                                                                  0.0005)).tolist()
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
@@ -109,10 +117,13 @@ def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_empty_documents_and_half_characters_are_encoded_as_tiktoken_does(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "a \\ud83d b"}\n{"text": ""}\n{"text": "x"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "a \\ud83d b"}\n{"text": '
+                                      '""}\n{"text": "x"}\n')
     go(tmp_path / "a.jsonl", tmp_path / "out", Split(tokens=1))
     assert tokens_of(tmp_path / "out", "train") == ids_of(["a \ud83d b", "", "x"])
-    assert tokens_of(tmp_path / "out", "val") == [END_OF_TEXT] and "4 documents, 2 of them empty" in capsys.readouterr().out
+    assert tokens_of(tmp_path / "out",
+                     "val") == [
+                         END_OF_TEXT] and "4 documents, 2 of them empty" in capsys.readouterr().out
 
 
 def test_a_large_document_is_encoded_exactly(tmp_path):
@@ -121,7 +132,8 @@ def test_a_large_document_is_encoded_exactly(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("x")
     go(tmp_path, tmp_path / "out", Split(tokens=1))
-    assert tokens_of(tmp_path / "out", "val") + tokens_of(tmp_path / "out", "train") == ids_of([text, "x"])
+    assert tokens_of(tmp_path / "out", "val") + tokens_of(tmp_path / "out",
+                                                          "train") == ids_of([text, "x"])
 
 
 # -- once more -----------------------------------------------------------------------
@@ -136,7 +148,9 @@ def test_the_same_again_is_reused_and_a_change_is_not(tmp_path, small_steps, cap
     assert "already made" in capsys.readouterr().out and contents(out) == first
     go(write_lines(source, documents(30, seed=1)), out, format="shards", shard_tokens=200)
     assert 3 < len(contents(out)) < len(first)  # no shard of the first set is left
-    assert tokens_of(out, "train") == ids_of(t for t, v in zip(documents(30, seed=1), validation_documents(30, 0.1)) if not v)
+    assert tokens_of(out, "train") == ids_of(t for t, v in zip(documents(30, seed=1),
+                                                               validation_documents(30, 0.1))
+                                             if not v)
     go(source, out)
     assert set(contents(out)) == {"train.bin", "val.bin", "meta.json", "manifest.json"}
 
@@ -152,12 +166,15 @@ def test_tokens_of_unknown_origin_are_not_overwritten(tmp_path):
 
 def test_two_preparations_do_not_share_a_folder(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", documents(9))
-    with encode._alone_in(tmp_path / "out"), pytest.raises(ValueError, match="another preparation is writing here"):
+    with encode._alone_in(tmp_path / "out"), pytest.raises(ValueError,
+                                                           match="another preparation is writing "
+                                                                 "here"):
         go(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("n, split, says", [(1, Split(fraction=0.5), "the number of documents is 1"),
-                                            (3, Split(tokens=10_000), "none came to the split 'train'")])
+@pytest.mark.parametrize("n, split, says",
+                         [(1, Split(fraction=0.5), "the number of documents is 1"),
+                          (3, Split(tokens=10_000), "none came to the split 'train'")])
 def test_a_split_without_text_is_refused(tmp_path, n, split, says):
     with pytest.raises(ValueError, match=says):
         go(write_lines(tmp_path / "a.jsonl", documents(n)), tmp_path / "out", split)
@@ -173,7 +190,8 @@ class Death(BaseException):
 
 
 def die_at(patch, step):
-    """Let the process die before the given one of its steps on the disk; returns the count of steps."""
+    """Let the process die before the given one of its steps on the disk; returns the count of
+    steps."""
     steps = [0]
 
     def dying(function):
@@ -190,8 +208,10 @@ def die_at(patch, step):
     return steps
 
 
-@pytest.mark.parametrize("options", [{}, {"format": "shards", "shard_tokens": 200}], ids=["raw", "shards"])
-def test_death_at_any_step_and_the_same_command_again_give_the_same_files(tmp_path, small_steps, options):
+@pytest.mark.parametrize("options", [{}, {"format": "shards", "shard_tokens": 200}],
+                         ids=["raw", "shards"])
+def test_death_at_any_step_and_the_same_command_again_give_the_same_files(tmp_path,
+                                                                          small_steps, options):
     source = write_lines(tmp_path / "a.jsonl", documents(6))
     with pytest.MonkeyPatch.context() as patch:
         steps = die_at(patch, 10**9)
@@ -203,13 +223,15 @@ def test_death_at_any_step_and_the_same_command_again_give_the_same_files(tmp_pa
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Death):
                 die_at(patch, attempt)
                 go(source, out, **options)
-            assert (out / "unfinished.json").exists() or not list(out.glob("*.bin"))  # never taken for whole
+            # never taken for whole
+            assert (out / "unfinished.json").exists() or not list(out.glob("*.bin"))
         go(source, out, **options)
         assert contents(out) == wanted
 
 
 def children(pid):
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()]
 
 
 def gone(pid):
@@ -225,8 +247,10 @@ def long_text(tmp_path):
 
 
 def start(text, out, log):
-    """data/text/prepare.py with two workers, when it has written its first shards; the process and its workers."""
-    command = [sys.executable, str(ROOT / "data" / "text" / "prepare.py"), f"--input={text}", f"--out={out}",
+    """data/text/prepare.py with two workers, when it has written its first shards; the process and
+    its workers."""
+    command = [sys.executable, str(ROOT / "data" / "text" / "prepare.py"), f"--input={text}",
+               f"--out={out}",
                "--workers=2", "--format=shards", "--shard_tokens=30_000"]
     process = subprocess.Popen(command, stdout=log, stderr=log)
     while len(list(out.glob("*_train_*.bin"))) < 2:
@@ -237,7 +261,8 @@ def start(text, out, log):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are found in Linux's /proc")
 def test_kill_9_leaves_no_worker_and_loses_nothing(tmp_path, long_text):
-    go(long_text, tmp_path / "whole", Split(fraction=0.05), name="text", format="shards", shard_tokens=30_000)
+    go(long_text, tmp_path / "whole", Split(fraction=0.05), name="text", format="shards",
+       shard_tokens=30_000)
     with open(tmp_path / "log", "w+") as log:
         process, command = start(long_text, tmp_path / "out", log)
         workers = children(process.pid)
@@ -261,7 +286,8 @@ def test_a_killed_worker_is_a_loud_failure(tmp_path, long_text):
         assert process.wait(30) == 2
         log.seek(0)
         assert "error: a worker process died" in log.read().splitlines()[-1]
-    assert (tmp_path / "out" / "unfinished.json").exists() and not (tmp_path / "out" / "manifest.json").exists()
+    assert (tmp_path / "out" / "unfinished.json").exists() and not (tmp_path / "out"
+                                                                    / "manifest.json").exists()
 
 
 class FullDisk:
@@ -283,8 +309,11 @@ class FullDisk:
 def test_a_full_disk_is_said_and_what_was_finished_is_kept(tmp_path, small_steps, monkeypatch):
     source = write_lines(tmp_path / "a.jsonl", documents(50))
     go(source, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="out: the disk is full; what is finished is kept"):
-        patch.setattr(shards, "open", lambda path, mode: FullDisk(open(path, mode), 1500), raising=False)
+    with monkeypatch.context() as patch, pytest.raises(OSError,
+                                                       match="out: the disk is full; what is "
+                                                             "finished is kept"):
+        patch.setattr(shards, "open", lambda path, mode: FullDisk(open(path, mode), 1500),
+                      raising=False)
         go(source, tmp_path / "out")
     state = json.loads((tmp_path / "out" / "unfinished.json").read_text())
     assert 0 < state["documents"] < 50 and not (tmp_path / "out" / "train.bin").exists()
@@ -298,7 +327,8 @@ def test_a_source_that_turns_out_broken_leaves_nothing_that_looks_whole(tmp_path
         go(tmp_path / "a.jsonl", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.bin"))
     go(write_lines(tmp_path / "a.jsonl", ["good"] * 30 + ["cut off"]), tmp_path / "out")
-    assert len(tokens_of(tmp_path / "out", "train")) + len(tokens_of(tmp_path / "out", "val")) == 31 * 2 + 1
+    assert len(tokens_of(tmp_path / "out", "train")) + len(tokens_of(tmp_path / "out",
+                                                                     "val")) == 31 * 2 + 1
 
 
 def test_fewer_documents_than_announced_is_a_failure(tmp_path):

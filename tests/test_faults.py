@@ -1,4 +1,5 @@
-"""Kills, signals, NaN, hanging ranks, damaged files, a second run: what is left is always a run that goes on."""
+"""Kills, signals, NaN, hanging ranks, damaged files, a second run: what is left is always a run
+that goes on."""
 
 import json
 import os
@@ -29,7 +30,8 @@ def without(flags, *names):
 @pytest.fixture
 def flags(tiny_flags):
     """60 steps, a checkpoint every 10, on any number of ranks."""
-    return [*without(tiny_flags, "max_iters", "lr_decay_iters", "eval_interval"), "--max_iters=60", "--lr_decay_iters=60",
+    return [*without(tiny_flags, "max_iters", "lr_decay_iters", "eval_interval"), "--max_iters=60",
+            "--lr_decay_iters=60",
             "--eval_interval=10", "--eval_iters=1", "--init_from=auto"]
 
 
@@ -53,19 +55,24 @@ def until(condition, seconds=90):
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all_and_nothing_is_lost(flags, tmp_path):
-    """SIGTERM to rank 1 and, in the next part, SIGUSR1 to rank 0: all exit with 0; the same command ends as if never asked."""
-    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 2, tmp_path / "logs") == [0, 0]
+    """SIGTERM to rank 1 and, in the next part, SIGUSR1 to rank 0: all exit with 0; the same command
+    ends as if never asked."""
+    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 2,
+                     tmp_path / "logs") == [0, 0]
     asked = tmp_path / "asked"
     for rank, number in ((1, signal.SIGTERM), (0, signal.SIGUSR1)):
         saves = len(whole_checkpoints(asked)) and int(find_checkpoint(asked).name[5:])
-        processes = ranks.start(ranks.train, ([*flags, f"--out_dir={asked}"],), 2, tmp_path / "logs")
-        until(lambda saves=saves: whole_checkpoints(asked) and int(find_checkpoint(asked).name[5:]) > saves)
+        processes = ranks.start(ranks.train, ([*flags, f"--out_dir={asked}"],), 2,
+                                tmp_path / "logs")
+        until(lambda saves=saves: whole_checkpoints(asked)
+              and int(find_checkpoint(asked).name[5:]) > saves)
         os.kill(processes[rank].pid, number)
         assert ranks.wait(processes) == [0, 0]
         assert int(find_checkpoint(asked).name[5:]) < 60
     assert ranks.run(ranks.train, ([*flags, f"--out_dir={asked}"],), 2, tmp_path / "logs") == [0, 0]
     assert_same_run(tmp_path / "whole", asked)
-    evaluations = [json.loads(line) for line in (asked / "metrics.jsonl").read_text().splitlines() if "val/loss" in line]
+    evaluations = [json.loads(line) for line in (asked / "metrics.jsonl").read_text().splitlines()
+                   if "val/loss" in line]
     assert [e["iter"] for e in evaluations] == list(range(0, 61, 10))
     assert "asked to stop (another rank was), at step" in (tmp_path / "logs" / "0.log").read_text()
 
@@ -75,17 +82,20 @@ def test_a_second_run_on_the_same_folder_is_refused(tiny_flags, tmp_path, capsys
     with faults.only_run(folder, start.World()):
         assert run.main(tiny_flags) == 2
     said = capsys.readouterr().err
-    assert f"another run is at work in {folder} (process {os.getpid()} on " in said and said.count("\n") == 1
+    assert f"another run is at work in {folder} (process {os.getpid()} on " in said and said.count(
+        "\n") == 1
     assert run.main(tiny_flags) == 0
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(tiny_flags, tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(tiny_flags,
+                                                                          tmp_path, capsys):
     assert run.main(tiny_flags) == 0
     before = {k: v.clone() for k, v in weights(tmp_path / "out")[1].items()}
     file = whole_checkpoints(tmp_path / "out")[-1] / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert run.main([*tiny_flags, "--init_from=resume"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed from"))
+    line = next(line for line in capsys.readouterr().out.splitlines()
+                if line.startswith("resumed from"))
     assert "step-00000008, step 8" in line and "not from" in line and "step-00000012/optimizer.safetensors" in line
     assert (tmp_path / "out" / "set-aside-1" / "step-00000012").is_dir()
     after = weights(tmp_path / "out")[1]
@@ -97,11 +107,13 @@ def test_a_step_without_a_finite_gradient_changes_nothing(optimizer, tiny_flags)
     """The very first step, too, whose moments do not exist before it."""
     built = start.build(parse([*tiny_flags, f"--optimizer={optimizer}"]))
     before = [p.detach().clone() for p in built.model.parameters()]
-    hook = built.model.transformer.ln_f.weight.register_hook(lambda gradient: gradient * float("nan"))
+    hook = built.model.transformer.ln_f.weight.register_hook(lambda gradient: gradient
+                                                             * float("nan"))
     assert loop.train_step(built, lr=0.1)[2] == 1
     hook.remove()
     assert all(torch.equal(p, b) for p, b in zip(built.model.parameters(), before, strict=True))
-    moments = [v for state in built.optimizer.state.values() for v in state.values() if v is not None]
+    moments = [v for state in built.optimizer.state.values()
+               for v in state.values() if v is not None]
     assert moments and all((v == 0).all() for v in moments)
     numbers = loop.train_step(built, lr=0.1)
     assert numbers[2] == 0 and numbers.isfinite().all()
@@ -109,11 +121,13 @@ def test_a_step_without_a_finite_gradient_changes_nothing(optimizer, tiny_flags)
 
 
 def crowded(flags, rank):
-    """Train, but no file on one rank can grow beyond 20,000 bytes, which stands in for its full disk."""
+    """Train, but no file on one rank can grow beyond 20,000 bytes, which stands in for its full
+    disk."""
     from train.run import main
 
     if int(os.environ["RANK"]) == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE,
+                           (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     sys.exit(main(flags))
 
 
@@ -122,7 +136,8 @@ def test_a_full_disk_of_one_rank_ends_all_and_loses_nothing(tiny_flags, tmp_path
     assert ranks.run(ranks.train, ([*flags, "--max_iters=4"],), 2, tmp_path / "logs") == [0, 0]
     assert ranks.run(crowded, (flags, 1), 2, tmp_path / "full") == [2, 2]
     said = [(tmp_path / "full" / f"{rank}.log").read_text().splitlines()[-1] for rank in (0, 1)]
-    assert all("checkpoint of step 8" in line and "not written" in line and "step-00000004" in line for line in said)
+    assert all("checkpoint of step 8" in line and "not written" in line and "step-00000004" in line
+               for line in said)
     assert [p.name for p in sorted((tmp_path / "out").glob("*step-*"))] == ["step-00000004"]
     verify(find_checkpoint(tmp_path / "out"))
     assert not list((tmp_path / "out").glob(".unfinished-*"))
@@ -144,17 +159,22 @@ def poisoned(flags, rank, at):
 
 
 def test_nan_on_one_rank_skips_the_step_on_all_and_too_many_end_the_run(tiny_flags, tmp_path):
-    """The poison comes after the gradients met, so rank 0's are finite: the loss, which is summed, tells it."""
+    """The poison comes after the gradients met, so rank 0's are finite: the loss, which is summed,
+    tells it."""
     flags = [*tiny_flags, "--max_skipped=3"]
     assert ranks.run(poisoned, (flags, 1, {2, 5}), 2, tmp_path / "logs") == [0, 0]
-    entries = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    entries = [json.loads(line)
+               for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = {e["iter"]: e for e in entries if "tokens" in e}
-    assert [i for i, e in steps.items() if e["loss"] is None] == [2, 5] and steps[11]["skipped"] == 2
+    assert [i for i, e in steps.items() if e["loss"] is None] == [2,
+                                                                  5] and steps[11]["skipped"] == 2
     assert (tmp_path / "logs" / "0.log").read_text().count("skipped, loss nan") == 2
     gone = [*without(flags, "out_dir"), f"--out_dir={tmp_path / 'gone'}"]
     assert ranks.run(poisoned, (gone, 1, set(range(4, 12))), 2, tmp_path / "gone-logs") == [2, 2]
-    assert "3 steps in a row without a finite loss" in (tmp_path / "gone-logs" / "0.log").read_text()
-    assert [e["iter"] for e in json.loads((tmp_path / "gone" / "not-finite.json").read_text())] == [4, 5, 6]
+    assert "3 steps in a row without a finite loss" in (tmp_path / "gone-logs"
+                                                        / "0.log").read_text()
+    assert [e["iter"]
+            for e in json.loads((tmp_path / "gone" / "not-finite.json").read_text())] == [4, 5, 6]
 
 
 def asleep(flags, rank, at):
@@ -181,17 +201,23 @@ def test_a_rank_that_hangs_is_named_in_bounded_time(tiny_flags, tmp_path):
 
 
 def torchrun(flags, *options):
-    return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train" / "run.py"), *flags]
+    return [sys.executable, "-m", "torch.distributed.run", *options,
+            str(ROOT / "train" / "run.py"), *flags]
 
 
 def test_two_agents_on_the_loopback_interface_train_together(tiny_data, tmp_path):
     """The quickstart, smaller, in nanoGPT's two-node form; and then the doctor's measurement."""
     port = ranks.free_port()
-    flags = ["configs/quickstart.py", f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'out'}", "--gradient_accumulation_steps=2",
-             "--device=cpu", "--dtype=float32", "--max_iters=6", "--eval_interval=6", "--eval_iters=2", "--compile=False", "--batch_size=2"]
-    nodes = [subprocess.Popen(torchrun(flags, "--nproc_per_node=1", "--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
-                                       f"--master_port={port}"), cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    flags = ["configs/quickstart.py", f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'out'}",
+             "--gradient_accumulation_steps=2",
+             "--device=cpu", "--dtype=float32", "--max_iters=6", "--eval_interval=6",
+             "--eval_iters=2", "--compile=False", "--batch_size=2"]
+    nodes = [subprocess.Popen(torchrun(flags, "--nproc_per_node=1", "--nnodes=2",
+                                       f"--node_rank={rank}", "--master_addr=127.0.0.1",
+                                       f"--master_port={port}"), cwd=tmp_path,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+             for rank in (0, 1)]
     said = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert "parallel: DDP, 2 ranks on 2 node(s)" in said[0] and "iter" not in said[1]
@@ -201,7 +227,8 @@ def test_two_agents_on_the_loopback_interface_train_together(tiny_data, tmp_path
 def test_the_doctor_says_what_is_here_and_how_fast_ranks_exchange(auto_dtype, tmp_path, capsys):
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
-    assert all(f"\n{what} " in f"\n{said}" for what in ("python", "torch", "triton", "GPUs", "kernels", "dtype"))
+    assert all(f"\n{what} " in f"\n{said}"
+               for what in ("python", "torch", "triton", "GPUs", "kernels", "dtype"))
     assert doctor.main(["--dist=True"]) == 2
     assert "torchrun" in capsys.readouterr().err
     assert ranks.run(doctor.main, (["--dist=True"],), 2, tmp_path / "logs") == [0, 0]
@@ -213,19 +240,24 @@ def children(pid):
 
 
 def test_a_run_killed_again_and_again_ends_as_if_never_killed(flags, tmp_path, request):
-    """kill -9 to one rank of two under FSDP2 at random moments (`--kills=N` times), saves included; torchrun restarts them.
+    """kill -9 to one rank of two under FSDP2 at random moments (`--kills=N` times), saves included;
+    torchrun restarts them.
 
     --init_from stays scratch: after a restart the run knows that the folder is its own.
     """
     kills = request.config.getoption("--kills")
     steps = 20 + 45 * kills  # about what it does between a restart and the next kill
-    flags = [*without(flags, "init_from", "max_iters", "lr_decay_iters"), f"--max_iters={steps}", f"--lr_decay_iters={steps}",
+    flags = [*without(flags, "init_from", "max_iters", "lr_decay_iters"), f"--max_iters={steps}",
+             f"--lr_decay_iters={steps}",
              "--parallel=fsdp"]
-    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 2, tmp_path / "logs", seconds=900) == [0, 0]
+    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 2,
+                     tmp_path / "logs", seconds=900) == [0, 0]
     killed, done = tmp_path / "killed", 0
-    options = ("--standalone", "--nproc_per_node=2", f"--max-restarts={kills}", "--monitor-interval=0.1")
+    options = ("--standalone", "--nproc_per_node=2", f"--max-restarts={kills}",
+               "--monitor-interval=0.1")
     with (tmp_path / "log").open("w") as log:
-        agent = subprocess.Popen(torchrun([*flags, f"--out_dir={killed}"], *options), stdout=log, stderr=log, cwd="/",
+        agent = subprocess.Popen(torchrun([*flags, f"--out_dir={killed}"], *options), stdout=log,
+                                 stderr=log, cwd="/",
                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
         until(lambda: whole_checkpoints(killed) or agent.poll() is not None)
         while done < kills and agent.poll() is None:

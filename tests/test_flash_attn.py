@@ -1,4 +1,5 @@
-"""The flash-attn suite: what we ask of the package, against a stand-in of its interface; and the package itself on a GPU."""
+"""The flash-attn suite: what we ask of the package, against a stand-in of its interface; and the
+package itself on a GPU."""
 
 import importlib
 import sys
@@ -12,14 +13,17 @@ from kernels import load, reference, resolve, torch_ops
 from tests.numerics import DEVICE, assert_as_accurate
 
 
-def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+                    softcap=0.0,
                     alibi_slopes=None, deterministic=False, return_attn_probs=False):
-    """What flash-attn 2.8 documents: key j is seen by query i where i - left <= j <= i + right, -1 being no limit."""
+    """What flash-attn 2.8 documents: key j is seen by query i where i - left <= j <= i + right, -1
+    being no limit."""
     assert deterministic and not dropout_p
     left, right = (q.shape[1] if w < 0 else w for w in window_size)
     right = 0 if causal else right
     i, j = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])[None, :]
-    scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) * (softmax_scale or q.shape[-1] ** -0.5)
+    scores = torch.einsum("bihd,bjhd->bhij", q.float(),
+                          k.float()) * (softmax_scale or q.shape[-1] ** -0.5)
     p = scores.masked_fill((j < i - left) | (j > i + right), float("-inf")).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", p, v.float()).to(q.dtype)
 
@@ -71,5 +75,6 @@ def test_the_package_is_as_accurate_as_pytorch(window):
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     qkv = torch.randn(2, 1000, 3, 4, 64, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     flash = load("torch", attention="flash_attn")
-    ours, definition, yardstick = (partial(suite.attention_qkv, window=window) for suite in (flash, reference, torch_ops))
+    ours, definition, yardstick = (partial(suite.attention_qkv, window=window)
+                                   for suite in (flash, reference, torch_ops))
     assert_as_accurate(ours, definition, (qkv,), yardstick)

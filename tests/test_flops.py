@@ -25,9 +25,10 @@ def counted_per_token(config, suite):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_both_formulas_are_within_half_a_percent_of_what_torch_counts(size):
-    """The definitions multiply whole attention matrices, which PaLM's formula counts, too; the causal one counts half of
-    them. The causal formula, which is llm.c's, also has 6 operations for each position embedding, T d of them, though
-    nothing is multiplied with those (0.6 % at 124M): they are set apart."""
+    """The definitions multiply whole attention matrices, which PaLM's formula counts, too; the
+    causal one counts half of them. The causal formula, which is llm.c's, also has 6 operations for
+    each position embedding, T d of them, though nothing is multiplied with those (0.6 % at 124M):
+    they are set apart."""
     config = replace(SIZES[size], vocab_size=50304, bias=False)
     counted, formula = counted_per_token(config, "reference"), flops_per_token(config)
     L, d = config.n_layer, config.n_embd
@@ -37,7 +38,8 @@ def test_both_formulas_are_within_half_a_percent_of_what_torch_counts(size):
 
 
 def test_the_kernels_tell_torch_what_they_multiply():
-    """P matmul parameters, 6 operations each; attention 2 L d T forward and, with the scores made again, 5 backward."""
+    """P matmul parameters, 6 operations each; attention 2 L d T forward and, with the scores made
+    again, 5 backward."""
     config = replace(SIZES["gpt2"], vocab_size=50304, bias=False, n_layer=2)
     d = config.n_embd
     assert counted_per_token(config, "triton") == 6 * (12 * 2 * d**2 + 50304 * d) + 7 * 2 * d * T

@@ -12,41 +12,56 @@ ROOT = Path(__file__).parents[1]
 
 # What nanoGPT's six kinds of config files say, by name and value.
 NANOGPT = {
-    "train_gpt2": {"wandb_log": True, "wandb_project": "owt", "wandb_run_name": "gpt2-124M", "batch_size": 12, "block_size": 1024,
-                   "gradient_accumulation_steps": 40, "max_iters": 600000, "lr_decay_iters": 600000, "eval_interval": 1000,
+    "train_gpt2": {"wandb_log": True, "wandb_project": "owt", "wandb_run_name": "gpt2-124M",
+                   "batch_size": 12, "block_size": 1024,
+                   "gradient_accumulation_steps": 40, "max_iters": 600000,
+                   "lr_decay_iters": 600000, "eval_interval": 1000,
                    "eval_iters": 200, "log_interval": 10, "weight_decay": 0.1},
     "train_shakespeare_char": {
-        "out_dir": "out-shakespeare-char", "eval_interval": 250, "eval_iters": 200, "log_interval": 10,
-        "always_save_checkpoint": False, "wandb_log": False, "wandb_project": "shakespeare-char", "wandb_run_name": "mini-gpt",
-        "dataset": "shakespeare_char", "gradient_accumulation_steps": 1, "batch_size": 64, "block_size": 256, "n_layer": 6,
-        "n_head": 6, "n_embd": 384, "dropout": 0.2, "learning_rate": 1e-3, "max_iters": 5000, "lr_decay_iters": 5000,
+        "out_dir": "out-shakespeare-char", "eval_interval": 250, "eval_iters": 200,
+        "log_interval": 10,
+        "always_save_checkpoint": False, "wandb_log": False, "wandb_project": "shakespeare-char",
+        "wandb_run_name": "mini-gpt",
+        "dataset": "shakespeare_char", "gradient_accumulation_steps": 1, "batch_size": 64,
+        "block_size": 256, "n_layer": 6,
+        "n_head": 6, "n_embd": 384, "dropout": 0.2, "learning_rate": 1e-3, "max_iters": 5000,
+        "lr_decay_iters": 5000,
         "min_lr": 1e-4, "beta2": 0.99, "warmup_iters": 100},
     "finetune_shakespeare": {
-        "out_dir": "out-shakespeare", "eval_interval": 5, "eval_iters": 40, "wandb_log": False, "wandb_project": "shakespeare",
-        "dataset": "shakespeare", "init_from": "gpt2-xl", "always_save_checkpoint": False, "batch_size": 1,
-        "gradient_accumulation_steps": 32, "max_iters": 20, "learning_rate": 3e-5, "decay_lr": False},
-    **{f"eval_{size.replace('-', '_')}": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False, "init_from": size}
+        "out_dir": "out-shakespeare", "eval_interval": 5, "eval_iters": 40, "wandb_log": False,
+        "wandb_project": "shakespeare",
+        "dataset": "shakespeare", "init_from": "gpt2-xl", "always_save_checkpoint": False,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 32, "max_iters": 20, "learning_rate": 3e-5,
+        "decay_lr": False},
+    **{f"eval_{size.replace('-', '_')}": {"batch_size": 8, "eval_iters": 500, "eval_only": True,
+                                          "wandb_log": False, "init_from": size}
        for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
 }
 
 
 @pytest.mark.parametrize("name", NANOGPT)
 def test_nanogpt_config_files_are_read(name, tmp_path, capsys):
-    """With their comments, arithmetic and, in one, a run name made from the clock, which is not executed."""
+    """With their comments, arithmetic and, in one, a run name made from the clock, which is not
+    executed."""
     lines = [f"{k} = {v!r} # a comment" for k, v in NANOGPT[name].items()]
-    lines = [line.replace("gradient_accumulation_steps = 40", "gradient_accumulation_steps = 5 * 8") for line in lines]
+    lines = [line.replace("gradient_accumulation_steps = 40",
+                          "gradient_accumulation_steps = 5 * 8") for line in lines]
     if name == "finetune_shakespeare":
         lines = ["import time", *lines, "wandb_run_name = 'ft-' + str(time.time())"]
     (tmp_path / "config.py").write_text("\n".join(lines))
     config = load_file(str(tmp_path / "config.py"))
     assert {k: v for k, v in flatten(config) if k in NANOGPT[name]} == NANOGPT[name]
     assert changed(config).keys() <= NANOGPT[name].keys()
-    assert ("wandb_run_name keeps its default" in capsys.readouterr().err) == (name == "finetune_shakespeare")
+    assert ("wandb_run_name keeps its default" in capsys.readouterr().err) == (
+        name == "finetune_shakespeare")
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [
-    ("shakespeare_char", "train_shakespeare_char"), ("train_gpt2", "train_gpt2"), ("finetune_shakespeare", "finetune_shakespeare"),
-    ("eval_gpt2", "eval_gpt2"), ("eval_gpt2_medium", "eval_gpt2_medium"), ("eval_gpt2_large", "eval_gpt2_large"),
+    ("shakespeare_char", "train_shakespeare_char"), ("train_gpt2", "train_gpt2"),
+    ("finetune_shakespeare", "finetune_shakespeare"),
+    ("eval_gpt2", "eval_gpt2"), ("eval_gpt2_medium", "eval_gpt2_medium"),
+    ("eval_gpt2_large", "eval_gpt2_large"),
     ("eval_gpt2_xl", "eval_gpt2_xl"),
 ])
 def test_our_config_is_nanogpts(ours, theirs):
@@ -231,20 +246,23 @@ def test_wrong_lines_are_named(line, message, tmp_path):
 
 
 def test_stitch_llms_command_line_reads_backwards():
-    assert parse(["--backward=True"]) == parse(["--direction=backward"]) != parse(["--backward=False"]) == Config()
+    assert parse(["--backward=True"]) == parse(["--direction=backward"]) != parse(
+        ["--backward=False"]) == Config()
 
 
 @pytest.fixture
 def yaml_folder(tmp_path):
     pytest.importorskip("hydra", reason="hydra-core is not installed")
     for name, text in {
-        "train.yaml": "defaults:\n  - system: cpu\n  - model: small\n  - data: chars\n  - algorithm: adamw\n  - _self_\n"
+        "train.yaml": "defaults:\n  - system: cpu\n  - model: small\n  - data: chars\n  - "
+                      "algorithm: adamw\n  - _self_\n"
                       "algorithm:\n  max_iters: 100\n",
         "system/cpu.yaml": "device: cpu\ncompile: false\nout_dir: out-${data.dataset}\n",
         "model/small.yaml": "n_layer: 2\nn_head: 2\nn_embd: 32\n",
         "model/large.yaml": "n_layer: 4\nn_head: 4\nn_embd: 64\n",
         "data/chars.yaml": "dataset: shakespeare_char\nbatch_size: 8\nblock_size: 64\n",
-        "algorithm/adamw.yaml": "learning_rate: 6e-4\nmin_lr: 6e-5\nmax_iters: 5000\nlr_decay_iters: ${.max_iters}\nwarmup_iters: 10\n",
+        "algorithm/adamw.yaml": "learning_rate: 6e-4\nmin_lr: 6e-5\nmax_iters: "
+                                "5000\nlr_decay_iters: ${.max_iters}\nwarmup_iters: 10\n",
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -252,13 +270,16 @@ def yaml_folder(tmp_path):
 
 
 def test_composed_yaml_is_the_hand_written_config(yaml_folder):
-    config = parse([f"--config-path={yaml_folder}", "--config-name=train", "model=large", "+algorithm.beta2=0.99"])
+    config = parse([f"--config-path={yaml_folder}", "--config-name=train", "model=large",
+                    "+algorithm.beta2=0.99"])
     base = Config()
     by_hand = Config(
         model=dataclasses.replace(base.model, n_layer=4, n_head=4, n_embd=64, block_size=64),
         data=dataclasses.replace(base.data, dataset="shakespeare_char", batch_size=8),
-        optim=dataclasses.replace(base.optim, learning_rate=6e-4, min_lr=6e-5, max_iters=100, lr_decay_iters=100, warmup_iters=10, beta2=0.99),
-        run=dataclasses.replace(base.run, device="cpu", compile=False, out_dir="out-shakespeare_char"),
+        optim=dataclasses.replace(base.optim, learning_rate=6e-4, min_lr=6e-5, max_iters=100,
+                                  lr_decay_iters=100, warmup_iters=10, beta2=0.99),
+        run=dataclasses.replace(base.run, device="cpu", compile=False,
+                                out_dir="out-shakespeare_char"),
     )
     assert config == by_hand
     assert isinstance(config.optim.learning_rate, float)
@@ -266,7 +287,8 @@ def test_composed_yaml_is_the_hand_written_config(yaml_folder):
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--config-name=nothing"], "nothing"), (["--config-name=train", "model.n_haed=3"], "n_haed"),
-    (["--config-name=train", "+model.dataset=x"], "dataset is given twice"), (["--config-name=train", "--n_layer=3"], "override as in hydra"),
+    (["--config-name=train", "+model.dataset=x"], "dataset is given twice"),
+    (["--config-name=train", "--n_layer=3"], "override as in hydra"),
 ])
 def test_wrong_yaml_is_one_line(argv, message, yaml_folder):
     with pytest.raises(ValueError, match=message) as caught:

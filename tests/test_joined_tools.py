@@ -1,4 +1,5 @@
-"""What the tools make of models that no GPT-2 elsewhere is: backward, stitched, with a head of their own."""
+"""What the tools make of models that no GPT-2 elsewhere is: backward, stitched, with a head of
+their own."""
 
 import math
 
@@ -33,14 +34,19 @@ def test_a_backward_model_is_scored_from_the_end(tiny_flags, tiny_data, tmp_path
     assert predict.main([f"--out_dir={tmp_path / 'out'}", "--text=acdfg", "--top=1"]) == 0
     said = capsys.readouterr().out
     assert f"mean loss {mean:.4f}" in said and "token before:" in said and f"{logits[-1].argmax().item()}  '" in said
-    figures = evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), data_dir=str(tiny_data), device="cpu", dtype="float32"))
-    assert figures["loss"] < math.log(29) - 0.2  # what it has learnt shows only in the order it reads
+    figures = evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"),
+                                                  data_dir=str(tiny_data), device="cpu",
+                                                  dtype="float32"))
+    # what it has learnt shows only in the order it reads
+    assert figures["loss"] < math.log(29) - 0.2
     with pytest.raises(ValueError, match="this model has --direction=backward"):
-        evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), lambada="FILE", device="cpu", dtype="float32"))
+        evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), lambada="FILE",
+                                            device="cpu", dtype="float32"))
 
 
 def test_a_frozen_model_needs_fewer_operations():
-    """By hand: forward everywhere, gradients of activations above the seam, the seam's own weight gradient."""
+    """By hand: forward everywhere, gradients of activations above the seam, the seam's own weight
+    gradient."""
     c = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=10, seam=1)
     block, head, norms, seam = 12 * 64, 80, 40, 72
     work = 2 * (2 * block + head + norms + seam) + 2 * (block + head + norms + seam) + 2 * 64

@@ -10,7 +10,8 @@ from tests.numerics import DEVICE, assert_as_accurate, grads
 
 SHAPES = [(1, 1), (1, 8), (7, 96), (33, 768), (5, 1000), (3, 1600), (2, 16384), (257, 3)]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-LUCK = 8.0  # of one element or two, whose error may be anything from 0; and the interpreter truncates bf16
+# of one element or two, whose error may be anything from 0; and the interpreter truncates bf16
+LUCK = 8.0
 GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")]
 
 
@@ -22,7 +23,9 @@ def tensor(*shape, dtype=FP32, seed=0, grad=True):
 def arguments(M, N, x=BF16, residual=None, w=FP32, bias=True):
     """x, the residual if it has a dtype, w and b."""
     stream = [] if residual is None else [tensor(M, N, dtype=residual, seed=1)]
-    return tensor(M, N, dtype=x), *stream, tensor(N, dtype=w, seed=2), tensor(N, dtype=w, seed=3) if bias else None
+    return tensor(M, N, dtype=x), *stream, tensor(N, dtype=w,
+                                                  seed=2), tensor(N, dtype=w,
+                                                                  seed=3) if bias else None
 
 
 # -- numbers -------------------------------------------------------------------
@@ -31,10 +34,13 @@ def arguments(M, N, x=BF16, residual=None, w=FP32, bias=True):
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layernorm_errs_no_more_than_pytorch(shape, dtype):
-    assert_as_accurate(ln.layernorm, reference.layernorm, arguments(*shape, x=dtype), torch_ops.layernorm)
+    assert_as_accurate(ln.layernorm, reference.layernorm, arguments(*shape, x=dtype),
+                       torch_ops.layernorm)
 
 
-@pytest.mark.parametrize("x, residual", [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP16, FP32), (FP16, FP16), (FP32, BF16)],
+@pytest.mark.parametrize("x, residual",
+                         [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP16, FP32), (FP16, FP16),
+                          (FP32, BF16)],
                          ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_add_layernorm_errs_no_more_than_pytorch(shape, x, residual):
@@ -44,7 +50,8 @@ def test_add_layernorm_errs_no_more_than_pytorch(shape, x, residual):
 
 @pytest.mark.parametrize("shape", [(7, 96), (3, 1600)], ids=str)
 def test_without_bias_and_with_bf16_weight(shape):
-    for args in (arguments(*shape, bias=False), arguments(*shape, w=BF16), arguments(*shape, w=BF16, bias=False)):
+    for args in (arguments(*shape, bias=False), arguments(*shape, w=BF16),
+                 arguments(*shape, w=BF16, bias=False)):
         assert_as_accurate(ln.layernorm, reference.layernorm, args)
     args = arguments(*shape, residual=FP32, bias=False)
     assert_as_accurate(ln.add_layernorm, reference.add_layernorm, args, torch_ops.add_layernorm)
@@ -62,7 +69,8 @@ def test_any_shape_and_mix_of_dtypes(M, N, x, residual, bias):
 def test_rows_far_from_zero_keep_their_variance():
     """mean(x^2) - mean(x)^2 loses every digit of it; so does padding that counts."""
     x, w, b = tensor(5, 1000, grad=False), tensor(1000), tensor(1000, seed=1)
-    assert_as_accurate(ln.layernorm, reference.layernorm, ((x + 3e3).requires_grad_(), w, b), torch_ops.layernorm)
+    assert_as_accurate(ln.layernorm, reference.layernorm, ((x + 3e3).requires_grad_(), w, b),
+                       torch_ops.layernorm)
 
 
 def test_no_rows():
@@ -79,12 +87,16 @@ def test_no_rows():
 def test_rows_may_lie_apart_and_columns_too():
     w, b = tensor(96), tensor(96, seed=1)
     packed = tensor(2, 7, 3, 96, dtype=BF16, grad=False)
-    for x in (packed[:, :, 1], packed[0, :1, 0].expand(5, 96), packed.view(96, -1).T, packed[..., ::2].reshape(-1, 96)):
+    for x in (packed[:, :, 1], packed[0, :1, 0].expand(5, 96), packed.view(96, -1).T,
+              packed[..., ::2].reshape(-1, 96)):
         x = x.detach().requires_grad_()
         assert_as_accurate(ln.layernorm, reference.layernorm, (x, w, b), torch_ops.layernorm)
-        residual = x.detach().float().requires_grad_()  # with the strides of x where its elements do not overlap
-        assert_as_accurate(ln.add_layernorm, reference.add_layernorm, (x, residual, w, b), torch_ops.add_layernorm)
-        assert_as_accurate(ln.add_layernorm, reference.add_layernorm, (x, x.detach().requires_grad_(), w, b),
+        # with the strides of x where its elements do not overlap
+        residual = x.detach().float().requires_grad_()
+        assert_as_accurate(ln.add_layernorm, reference.add_layernorm, (x, residual, w, b),
+                           torch_ops.add_layernorm)
+        assert_as_accurate(ln.add_layernorm, reference.add_layernorm,
+                           (x, x.detach().requires_grad_(), w, b),
                            torch_ops.add_layernorm)
 
 
@@ -95,15 +107,18 @@ def test_expanded_gradients(residual):
     outputs = ln.layernorm(*args) if residual is None else ln.add_layernorm(*args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     expanded = torch.autograd.grad([o.sum() for o in outputs], args, retain_graph=True)
-    assert all(map(torch.equal, expanded, torch.autograd.grad(outputs, args, [torch.ones_like(o) for o in outputs])))
+    assert all(map(torch.equal, expanded,
+                   torch.autograd.grad(outputs, args, [torch.ones_like(o) for o in outputs])))
 
 
 def test_gradient_whose_rows_lie_apart():
     x, w, b = arguments(7, 96, x=FP32)
     gradients = [torch.randn(7, 200, device=DEVICE)[:, 3:99], torch.randn(96, 7, device=DEVICE).T]
-    got, true = (torch.autograd.grad(suite.add_layernorm(x, x, w, b), (x, w, b), gradients) for suite in (ln, reference))
+    got, true = (torch.autograd.grad(suite.add_layernorm(x, x, w, b), (x, w, b), gradients)
+                 for suite in (ln, reference))
     torch.testing.assert_close(got, true)
-    got, true = (torch.autograd.grad(suite.layernorm(x, w, b), (x, w, b), gradients[0]) for suite in (ln, reference))
+    got, true = (torch.autograd.grad(suite.layernorm(x, w, b), (x, w, b), gradients[0])
+                 for suite in (ln, reference))
     torch.testing.assert_close(got, true)
 
 
@@ -116,7 +131,8 @@ def test_one_output_alone(residual):
     both = torch.autograd.grad([total, y], args, [torch.zeros_like(total), dy], retain_graph=True)
     assert all(map(torch.equal, torch.autograd.grad(y, args, dy, retain_graph=True), both))
     dx, dr, dw, db = torch.autograd.grad(total, args, dtotal, allow_unused=True)
-    assert torch.equal(dr, dtotal) and torch.equal(dx, dtotal.to(BF16)) and dw is None and db is None
+    assert torch.equal(dr, dtotal) and torch.equal(dx,
+                                                   dtotal.to(BF16)) and dw is None and db is None
 
 
 def test_both_summands_get_the_same_gradient():
@@ -130,7 +146,8 @@ def test_thirty_backwards_are_bit_equal():
     x, r, w, b = arguments(65, 96, residual=FP32)
     total, y = ln.add_layernorm(x, r, w, b)
     gradients = [torch.randn_like(total), torch.randn_like(y)]
-    first, *rest = (torch.autograd.grad([total, y], [x, r, w, b], gradients, retain_graph=True) for _ in range(30))
+    first, *rest = (torch.autograd.grad([total, y], [x, r, w, b], gradients, retain_graph=True)
+                    for _ in range(30))
     assert all(torch.equal(a, b) for again in rest for a, b in zip(first, again))
 
 
@@ -144,8 +161,10 @@ def test_opcheck():
     torch.library.opcheck(ln._add_layernorm, (x, r, w, b, 1e-5))
     stats = torch.rand(5, device=DEVICE), torch.rand(5, device=DEVICE)
     plain = x.detach(), r.detach(), w.detach()
-    torch.library.opcheck(ln._layernorm_backward, (plain[0], None, plain[0], plain[2], *stats, True, None))
-    torch.library.opcheck(ln._layernorm_backward, (plain[0], plain[1], plain[1], plain[2], *stats, False, BF16))
+    torch.library.opcheck(ln._layernorm_backward,
+                          (plain[0], None, plain[0], plain[2], *stats, True, None))
+    torch.library.opcheck(ln._layernorm_backward,
+                          (plain[0], plain[1], plain[1], plain[2], *stats, False, BF16))
 
 
 def test_strides_are_those_that_the_fake_promised():
@@ -218,7 +237,8 @@ class TestAtRealSize:
         torch.cuda.set_sync_debug_mode("error")
         try:
             outputs = ln.add_layernorm(x, r, w, b)
-            first, *rest = (torch.autograd.grad(outputs, [x, r, w, b], gradients, retain_graph=True) for _ in range(30))
+            first, *rest = (torch.autograd.grad(outputs, [x, r, w, b], gradients,
+                                                retain_graph=True) for _ in range(30))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(a, b) for again in rest for a, b in zip(first, again))

@@ -1,4 +1,5 @@
-"""The loader: each window once per epoch, the same for any number of ranks, ordered by seed and position alone."""
+"""The loader: each window once per epoch, the same for any number of ranks, ordered by seed and
+position alone."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,8 @@ BLOCK = 7
 
 
 def opened(tmp_path, n):
-    write_tokens(tmp_path / "train.bin", np.arange(n))  # an id is its own place, so that a window tells where it began
+    # an id is its own place, so that a window tells where it began
+    write_tokens(tmp_path / "train.bin", np.arange(n))
     return open_tokens(tmp_path / "train.bin")
 
 
@@ -35,7 +37,8 @@ def test_permute_permutes(n):
 
 
 def test_the_shuffle_is_fair():
-    """Over 20,000 keys each place of a permutation of 6 is hit as often as the others, as are neighbouring pairs."""
+    """Over 20,000 keys each place of a permutation of 6 is hit as often as the others, as are
+    neighbouring pairs."""
     keys = np.arange(20_000, dtype=np.uint64)
     first, second = (permute(np.full(len(keys), i, np.uint64), 6, keys) for i in (0, 1))
     for values, cells in ((first, 6), (first * np.uint64(6) + second, 30)):
@@ -45,16 +48,19 @@ def test_the_shuffle_is_fair():
 
 
 def test_an_epoch_is_shuffled():
-    order = permute(np.arange(10_000, dtype=np.uint64), 10_000, np.zeros(10_000, np.uint64)).astype(int)
+    order = permute(np.arange(10_000, dtype=np.uint64), 10_000,
+                    np.zeros(10_000, np.uint64)).astype(int)
     assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
     assert np.abs(np.diff(order)).mean() == pytest.approx(10_000 / 3, rel=0.05)
 
 
 def test_targets_are_the_next_tokens(tokens):
     inputs, targets = next(Loader(tokens, block_size=BLOCK, batch_size=3, seed=1))
-    assert inputs.shape == targets.shape == (3, BLOCK) and inputs.dtype == targets.dtype == torch.int64
+    assert inputs.shape == targets.shape == (3,
+                                             BLOCK) and inputs.dtype == targets.dtype == torch.int64
     assert inputs.is_contiguous() and targets.is_contiguous()
-    assert torch.equal(inputs, inputs[:, :1] + torch.arange(BLOCK)) and torch.equal(targets, inputs + 1)
+    assert torch.equal(inputs,
+                       inputs[:, :1] + torch.arange(BLOCK)) and torch.equal(targets, inputs + 1)
 
 
 @pytest.mark.parametrize("n", [8, 9, 14, 15, 21, 22, 1000])
@@ -65,7 +71,8 @@ def test_each_window_comes_exactly_once_per_epoch(tmp_path, n):
     for _ in range(4):
         seen = sorted(starts(loader, per_epoch))
         assert len(set(seen)) == per_epoch
-        assert {start % BLOCK for start in seen} == {seen[0] % BLOCK} and np.all(np.diff(seen) == BLOCK)
+        assert {start % BLOCK
+                for start in seen} == {seen[0] % BLOCK} and np.all(np.diff(seen) == BLOCK)
     assert loader.epoch == 4
 
 
@@ -77,9 +84,11 @@ def test_epochs_differ_in_order_and_in_where_windows_begin(tokens):
 
 
 def test_ranks_are_disjoint_and_make_the_same_global_batches(tokens):
-    """A step of 4 micro-batches sees the same windows on 1, 2 and 4 ranks, also across the end of an epoch."""
+    """A step of 4 micro-batches sees the same windows on 1, 2 and 4 ranks, also across the end of
+    an epoch."""
     def step_windows(world_size):
-        ranks = [Loader(tokens, block_size=BLOCK, batch_size=3, seed=5, rank=r, world_size=world_size)
+        ranks = [Loader(tokens, block_size=BLOCK, batch_size=3, seed=5, rank=r,
+                        world_size=world_size)
                  for r in range(world_size)]
         for _ in range(30):
             yield sorted(start for rank in ranks for start in starts(rank, 4 // world_size))
@@ -108,14 +117,16 @@ class AheadOnTheHost:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_position_that_is_set_counts_at_once(tokens, device, monkeypatch):
-    """On a GPU a batch is already on its way when a checkpoint sets the position: it must not be handed out."""
+    """On a GPU a batch is already on its way when a checkpoint sets the position: it must not be
+    handed out."""
     monkeypatch.setattr(loader_module, "_Ahead", AheadOnTheHost)
     options = {"block_size": BLOCK, "batch_size": 3, "seed": 9, "device": device}
     fresh, resumed = Loader(tokens, position=30, **options), Loader(tokens, **options)
     for _ in range(2):
         resumed.position = fresh.position
         for _ in range(3):
-            assert all(map(torch.equal, next(fresh), next(resumed))) and fresh.position == resumed.position
+            assert all(map(torch.equal, next(fresh),
+                           next(resumed))) and fresh.position == resumed.position
         next(fresh)
     assert fresh.position == 30 + 8 * 3
 
@@ -123,7 +134,8 @@ def test_a_position_that_is_set_counts_at_once(tokens, device, monkeypatch):
 @pytest.mark.parametrize("after", [1, 50, 200])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_resume_equals_going_on(tokens, after, world_size):
-    options = {"block_size": BLOCK, "batch_size": 3, "seed": 9, "rank": world_size - 1, "world_size": world_size}
+    options = {"block_size": BLOCK, "batch_size": 3, "seed": 9, "rank": world_size - 1,
+               "world_size": world_size}
     loader = Loader(tokens, **options)
     starts(loader, after)
     assert loader.position == after * 3 * world_size
@@ -148,12 +160,15 @@ def test_torch_and_numpy_random_state_are_not_touched(tokens):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
     next(Loader(tokens, block_size=BLOCK, batch_size=2, seed=0))
     list(eval_batches(tokens, block_size=BLOCK, batch_size=2, count=3, seed=0))
-    assert torch.equal(torch_state, torch.get_rng_state()) and numpy_state == np.random.get_state()[1].tolist()
+    assert torch.equal(torch_state,
+                       torch.get_rng_state()) and numpy_state == np.random.get_state()[1].tolist()
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(),
+                    reason="resident memory is read from Linux's /proc")
 def test_memory_stays_flat_over_10_000_batches(tmp_path):
-    """A memory map would add the 32 MB of the file to this process's memory as its pages are touched."""
+    """A memory map would add the 32 MB of the file to this process's memory as its pages are
+    touched."""
     write_tokens(tmp_path / "train.bin", (np.zeros(1 << 20, np.uint16) for _ in range(16)))
     loader = Loader(open_tokens(tmp_path / "train.bin"), block_size=1023, batch_size=2, seed=0)
     next(loader)
@@ -180,8 +195,10 @@ def test_wrong_sizes_are_refused(tokens, wrong):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_sees_the_same_windows_on_any_number_of_ranks(tokens, world_size):
     options = {"block_size": BLOCK, "batch_size": 3, "count": 5, "seed": 2}
-    ranks = [list(eval_batches(tokens, rank=r, world_size=world_size, **options)) for r in range(world_size)]
-    assert len({len(batches) for batches in ranks}) == 1  # else FSDP's ranks would wait for one another for ever
+    ranks = [list(eval_batches(tokens, rank=r, world_size=world_size, **options))
+             for r in range(world_size)]
+    # else FSDP's ranks would wait for one another for ever
+    assert len({len(batches) for batches in ranks}) == 1
     seen = []
     for inputs, targets in (batch for batches in ranks for batch in batches):
         counted = targets[:, 0] >= 0
@@ -201,7 +218,8 @@ def test_evaluation_ends_with_the_data(tokens, tmp_path):
 
 def test_evaluation_of_the_training_text_is_not_the_first_training_batch(tokens):
     first = starts(Loader(tokens, block_size=BLOCK, batch_size=10, seed=2), 1)
-    assert sorted(first) != sorted(starts(eval_batches(tokens, block_size=BLOCK, batch_size=10, count=1, seed=2), 1))
+    assert sorted(first) != sorted(starts(eval_batches(tokens, block_size=BLOCK, batch_size=10,
+                                                       count=1, seed=2), 1))
 
 
 @pytest.mark.gpu
@@ -212,7 +230,8 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(tokens):
         if i == 25:
             on_gpu.position = on_cpu.position = 6
         kept = next(on_gpu)
-        torch.cuda._sleep(100_000)  # the device lags, and the host must not overwrite what is still to be copied
+        # the device lags, and the host must not overwrite what is still to be copied
+        torch.cuda._sleep(100_000)
         assert on_gpu.position == on_cpu.position + 3
         assert all(torch.equal(a.cpu(), b) for a, b in zip(kept, next(on_cpu)))
     assert kept[0].device.type == "cuda" and kept[0].is_contiguous()

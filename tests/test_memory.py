@@ -1,4 +1,5 @@
-"""Micro-batches for the memory at hand, what is said when it is not enough, and torch.compile tried before it is promised."""
+"""Micro-batches for the memory at hand, what is said when it is not enough, and torch.compile tried
+before it is promised."""
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from train.parallel import World
 
 
 def test_batch_size_auto_keeps_the_tokens_of_a_step(monkeypatch, tiny_flags):
-    """A GPU of 1,000 bytes, played: 100 for the model and 60 a sequence, beside AdamW's moments. 8 sequences a step."""
-    config = parse([f.replace("--batch_size=4", "--batch_size=auto") for f in tiny_flags] + ["--gradient_accumulation_steps=8"])
+    """A GPU of 1,000 bytes, played: 100 for the model and 60 a sequence, beside AdamW's moments. 8
+    sequences a step."""
+    config = parse([f.replace("--batch_size=4", "--batch_size=auto") for f in tiny_flags]
+                   + ["--gradient_accumulation_steps=8"])
     assert config.data.fit_batch and config.data.batch_size == 12
     config = parse([*tiny_flags, "--fit_batch=True"])
     seen = []
@@ -21,9 +24,12 @@ def test_batch_size_auto_keeps_the_tokens_of_a_step(monkeypatch, tiny_flags):
     monkeypatch.setattr(hardware, "peak_memory_bytes", lambda _: 100 + 60 * seen[-1])
     moments = 2 * sum(p.nbytes for p in model.parameters())
     for free, batch in ((500, 4), (800, 8), (300, 2), (200, 1)):
-        monkeypatch.setattr(hardware, "free_memory_bytes", lambda _, free=free: int((free + moments) / memory.USABLE) + 1)
+        monkeypatch.setattr(hardware,
+                            "free_memory_bytes", lambda _, free=free: int((free + moments)
+                                                                          / memory.USABLE) + 1)
         fitted = memory.fit(config, model, World(), torch.device("cpu"), torch.float32)
-        assert (fitted.data.batch_size, fitted.optim.gradient_accumulation_steps) == (batch, 8 // batch)
+        assert (fitted.data.batch_size,
+                fitted.optim.gradient_accumulation_steps) == (batch, 8 // batch)
         assert fitted.tokens_per_iter == config.tokens_per_iter
     assert all(p.grad is None for p in model.parameters())
     monkeypatch.setattr(hardware, "free_memory_bytes", lambda _: moments)
@@ -47,7 +53,8 @@ def test_batch_size_auto_needs_a_gpu(tiny_flags, tmp_path, capsys):
 
 def test_out_of_memory_says_which_flags_take_less(tiny_flags, monkeypatch, capsys):
     def full(_run):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand much more")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand much "
+                                     "more")
 
     monkeypatch.setattr(loop, "accumulate", full)
     assert run.main(tiny_flags) == 2
@@ -58,17 +65,20 @@ def test_out_of_memory_says_which_flags_take_less(tiny_flags, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("value", ["True", "auto"])
-def test_torch_compile_that_cannot_work_is_said_at_the_start(value, tiny_flags, monkeypatch, capsys):
+def test_torch_compile_that_cannot_work_is_said_at_the_start(value, tiny_flags,
+                                                             monkeypatch, capsys):
     """--compile=True is refused; auto trains without, and the line says why."""
     def broken(*_):
         raise RuntimeError("no C++ compiler found\nin eleven places")
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(compiling, "WORTH_TRYING_S", 0.0)
-    code = run.main([*(f for f in tiny_flags if not f.startswith("--compile")), f"--compile={value}", "--dropout=0.0", "--max_iters=1"])
+    code = run.main([*(f for f in tiny_flags if not f.startswith("--compile")),
+                     f"--compile={value}", "--dropout=0.0", "--max_iters=1"])
     out, err = capsys.readouterr()
     if value == "True":
-        assert code == 2 and err.count("\n") == 1 and "no C++ compiler found" in err and "--compile=False" in err
+        assert code == 2 and err.count(
+            "\n") == 1 and "no C++ compiler found" in err and "--compile=False" in err
     else:
         assert code == 0
         assert "compile: no (torch.compile cannot work here: RuntimeError: no C++ compiler found)" in out.splitlines()

@@ -9,7 +9,8 @@ from gpt.flops import matmul_params
 from gpt.generate import KVCache, generate, sample_token
 from kernels import load
 
-PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
+             "gpt2-xl": 1_557_611_200}
 TINY = GPTConfig(block_size=16, vocab_size=65, n_layer=3, n_head=2, n_embd=32)
 
 
@@ -55,7 +56,8 @@ def test_no_token_sees_its_future():
     x = torch.randn(1, 10, 32, requires_grad=True)
     model.transformer.wte.forward = lambda idx: x
     for t in range(10):
-        (grad,) = torch.autograd.grad(model.features(torch.zeros(1, 10, dtype=torch.long))[0, t] @ torch.arange(32.0), x)
+        (grad,) = torch.autograd.grad(model.features(torch.zeros(1, 10, dtype=torch.long))[0, t]
+                                      @ torch.arange(32.0), x)
         assert (grad[0, t + 1 :] == 0).all()
         assert (grad[0, : t + 1] != 0).any(-1).all()
 
@@ -65,7 +67,8 @@ def test_documents_do_not_see_each_other():
     starts = torch.tensor([[0] * 5 + [5] * 7], dtype=torch.int32)
     other = idx.clone()
     other[0, :5] = (other[0, :5] + 1) % 65
-    torch.testing.assert_close(model.features(idx, starts)[0, 5:], model.features(other, starts)[0, 5:], rtol=0, atol=0)
+    torch.testing.assert_close(model.features(idx, starts)[0, 5:],
+                               model.features(other, starts)[0, 5:], rtol=0, atol=0)
     assert not torch.equal(model.features(idx)[0, 5:], model.features(other)[0, 5:])
 
 
@@ -85,10 +88,12 @@ def test_greedy_text_is_the_same_with_and_without_cache(prompt, texts, dtype):
     One text in fp32 takes gpt/linear.py's way for each new token.
     """
     model = tiny().to(dtype)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(65, 32, dtype=dtype))  # a tied one repeats its input
+    # a tied one repeats its input
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(65, 32, dtype=dtype))
     model.transformer.wte.weight.data *= 20  # or the text is one token over and over
     idx = torch.randint(65, (texts, prompt))
-    cached, defined = (torch.cat([*generate(model, idx, 30, temperature=0, cached=c)], 1) for c in (True, False))
+    cached, defined = (torch.cat([*generate(model, idx, 30, temperature=0, cached=c)], 1)
+                       for c in (True, False))
     assert torch.equal(cached, defined)
     assert len(cached.unique()) > 2
 

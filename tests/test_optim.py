@@ -10,7 +10,8 @@ from train.config import OptimConfig
 
 
 def one_step(c):
-    """A matrix and a vector of ones with gradient 0.5, after one step of c; what the matrix and the vector became."""
+    """A matrix and a vector of ones with gradient 0.5, after one step of c; what the matrix and the
+    vector became."""
     model = nn.Linear(1, 1)
     nn.init.ones_(model.weight), nn.init.ones_(model.bias)
     optimizer = optim.build(model, c)
@@ -21,14 +22,16 @@ def one_step(c):
 
 
 def test_adamw_step_by_hand():
-    """The first step of Adam is lr * sign(g); the matrix decays by lr * weight_decay beforehand, the vector does not."""
+    """The first step of Adam is lr * sign(g); the matrix decays by lr * weight_decay beforehand,
+    the vector does not."""
     matrix, vector = one_step(OptimConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.2))
     assert matrix == pytest.approx(1 * (1 - 0.1 * 0.2) - 0.1, abs=1e-6)
     assert vector == pytest.approx(1 - 0.1, abs=1e-6)
 
 
 def test_adam_step_by_hand():
-    assert one_step(OptimConfig(optimizer="adam", learning_rate=0.1, weight_decay=0.2)) == pytest.approx((0.9, 0.9), abs=1e-6)
+    assert one_step(OptimConfig(optimizer="adam", learning_rate=0.1,
+                                weight_decay=0.2)) == pytest.approx((0.9, 0.9), abs=1e-6)
 
 
 def test_sgd_steps_by_hand():
@@ -51,7 +54,8 @@ def test_matrices_decay_and_the_rest_does_not():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, bias=True))
     decay, rest = optim.build(model, OptimConfig()).param_groups
     assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
-    assert len(decay["params"]) == 2 + 4 * 2  # both embeddings, four matrices a layer; the tied head is not counted twice
+    # both embeddings, four matrices a layer; the tied head is not counted twice
+    assert len(decay["params"]) == 2 + 4 * 2
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 

@@ -1,4 +1,5 @@
-"""Any number of ranks is one process: the same losses, weights, evaluation, checkpoints, whatever is trained and how."""
+"""Any number of ranks is one process: the same losses, weights, evaluation, checkpoints, whatever
+is trained and how."""
 
 import json
 import os
@@ -25,18 +26,24 @@ def without(flags, *names):
     return [f for f in flags if not f.startswith(tuple(f"--{name}=" for name in names))]
 
 
-# 20 steps of 6 micro-batches over all ranks, clipped, without dropout, on a vocabulary of 29, which 2 and 3 do not divide
-CURVE = [*without(TINY, "dropout", "gradient_accumulation_steps", "max_iters", "lr_decay_iters", "eval_interval", "batch_size", "learning_rate"),
-         "--dropout=0.0", "--gradient_accumulation_steps=6", f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}",
-         "--eval_interval=10", "--batch_size=2", "--grad_clip=0.5", "--learning_rate=3e-3", "--init_from=auto"]
+# 20 steps of 6 micro-batches over all ranks, clipped, without dropout, on a vocabulary of 29, which
+# 2 and 3 do not divide
+CURVE = [*without(TINY, "dropout", "gradient_accumulation_steps", "max_iters", "lr_decay_iters",
+                  "eval_interval", "batch_size", "learning_rate"),
+         "--dropout=0.0", "--gradient_accumulation_steps=6", f"--max_iters={STEPS}",
+         f"--lr_decay_iters={STEPS}",
+         "--eval_interval=10", "--batch_size=2", "--grad_clip=0.5", "--learning_rate=3e-3",
+         "--init_from=auto"]
 SHORT = [*without(CURVE, "max_iters", "eval_interval"), "--max_iters=3", "--eval_interval=3"]
 SPREADS = ("ddp", "fsdp")
 KINDS = {  # what else is trained, compared with one process after three steps
-    "triton": ["--kernels=triton", "--n_embd=32", "--n_layer=1", "--gradient_accumulation_steps=2", "--max_iters=1", "--eval_interval=9", "--eval_iters=1"],
+    "triton": ["--kernels=triton", "--n_embd=32", "--n_layer=1", "--gradient_accumulation_steps=2",
+               "--max_iters=1", "--eval_interval=9", "--eval_iters=1"],
     "backward": ["--direction=backward", "--kernels=reference"],
     "merge": ["--init_from=merge", "--stitch_layer_index=1"],
     # stitched with the upper model's head, so untied, and frozen but for the seam
-    "stitch": ["--init_from=stitch", "--stitch_layer_index=1", "--use_original_head=False", "--batch_size_alignment=8"],
+    "stitch": ["--init_from=stitch", "--stitch_layer_index=1", "--use_original_head=False",
+               "--batch_size_alignment=8"],
 }
 KEYS = {  # what else may change a parameter's name
     "compiledddp": ["--parallel=ddp", "--compile=True"],
@@ -46,22 +53,26 @@ KEYS = {  # what else may change a parameter's name
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """The folder of all the runs of this file, each in a folder of its name; each number of ranks is started once."""
+    """The folder of all the runs of this file, each in a folder of its name; each number of ranks
+    is started once."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_tiny_data(folder / "tiny")
     command = partial(flags_of, folder, data)
     torch.use_deterministic_algorithms(False)
-    alone = [command(CURVE, "one"), command(CURVE, "mixed", "--max_iters=5"), command(SHORT, "a", "--seed=5"), command(SHORT, "b", "--seed=6")]
+    alone = [command(CURVE, "one"), command(CURVE, "mixed", "--max_iters=5"),
+             command(SHORT, "a", "--seed=5"), command(SHORT, "b", "--seed=6")]
     alone += [command(SHORT, f"{kind}1", *joined(folder, flags)) for kind, flags in KINDS.items()]
     alone += [command(CURVE, "evaluated1", *EVALUATION), command(SHORT, "eager1")]
     for flags in alone:
         assert run.main(flags) == 0
     start(folder, 2, two_ranks(folder, command))
     start(folder, 3, [command(CURVE, f"{how}3", f"--parallel={how}") for how in SPREADS])
-    start(folder, 4, [command(CURVE, f"evaluated{how}4", f"--parallel={how}", *EVALUATION) for how in SPREADS])
+    start(folder, 4,
+          [command(CURVE, f"evaluated{how}4", f"--parallel={how}", *EVALUATION) for how in SPREADS])
     longer = ["--init_from=resume", "--max_iters=22"]
-    for flags in (command(CURVE, "mixed"), *(command(CURVE, f"{name}longer", *longer, f"--resume_dir={folder / name}")
-                                             for name in ("one", "fsdp2"))):
+    for flags in (command(CURVE, "mixed"),
+                  *(command(CURVE, f"{name}longer", *longer, f"--resume_dir={folder / name}")
+                    for name in ("one", "fsdp2"))):
         assert run.main(flags) == 0
     return folder
 
@@ -76,32 +87,39 @@ def flags_of(folder, data, base, name, *more):
 
 
 def joined(folder, flags):
-    return [*flags, f"--resume_dir={folder / 'a'}", f"--merge_dir={folder / 'b'}"] if "--stitch_layer_index=1" in flags else flags
+    return [*flags, f"--resume_dir={folder / 'a'}",
+            f"--merge_dir={folder / 'b'}"] if "--stitch_layer_index=1" in flags else flags
 
 
 def two_ranks(folder, command):
     runs = [command(CURVE, f"{how}2", f"--parallel={how}") for how in SPREADS]
-    runs += [command(CURVE, f"evaluated{how}2", f"--parallel={how}", *EVALUATION) for how in SPREADS]
-    runs += [command(CURVE, "mixed", "--max_iters=13"), (command(CURVE, "hsdp2", "--parallel=hsdp"), {"LOCAL_WORLD_SIZE": 1})]
+    runs += [command(CURVE, f"evaluated{how}2", f"--parallel={how}", *EVALUATION)
+             for how in SPREADS]
+    runs += [command(CURVE, "mixed", "--max_iters=13"),
+             (command(CURVE, "hsdp2", "--parallel=hsdp"), {"LOCAL_WORLD_SIZE": 1})]
     for how in SPREADS:
         runs.append(command(SHORT, f"{how}bf16", f"--parallel={how}", "--dtype=bfloat16"))
         dropping = ["--dropout=0.1", f"--parallel={how}", "--max_iters=6"]
-        runs += [command(SHORT, f"{how}whole", *dropping), command(SHORT, f"{how}parts", *dropping[:-1]),
+        runs += [command(SHORT, f"{how}whole", *dropping),
+                 command(SHORT, f"{how}parts", *dropping[:-1]),
                  command(SHORT, f"{how}parts", *dropping)]
-        runs += [command(SHORT, f"{kind}{how}", *joined(folder, flags), f"--parallel={how}") for kind, flags in KINDS.items()]
+        runs += [command(SHORT, f"{kind}{how}", *joined(folder, flags), f"--parallel={how}")
+                 for kind, flags in KINDS.items()]
     return runs + [command(SHORT, name, *flags) for name, flags in KEYS.items()]
 
 
 def start(folder, size, runs):
     """Train them one after the other on as many ranks; each meets at a port of its own."""
     runs = [r if isinstance(r, tuple) else (r, {}) for r in runs]
-    settled = [(flags, {"MASTER_PORT": ranks.free_port(), "LOCAL_WORLD_SIZE": size} | more) for flags, more in runs]
+    settled = [(flags, {"MASTER_PORT": ranks.free_port(), "LOCAL_WORLD_SIZE": size} | more)
+               for flags, more in runs]
     codes = ranks.run(ranks.train_each, (settled,), size, folder / f"logs{size}", seconds=300)
     assert codes == [0] * size, (folder / f"logs{size}" / "0.log").read_text()[-3000:]
 
 
 def leave_first_step(runs, folder):
-    """A rank that writes of each of the runs, as NAME.pt: the first step's loss and gradients, whole, and an evaluation."""
+    """A rank that writes of each of the runs, as NAME.pt: the first step's loss and gradients,
+    whole, and an evaluation."""
     for name, flags, port in runs:
         os.environ["MASTER_PORT"] = str(port)
         built = start_run.build(parse(flags))
@@ -115,13 +133,16 @@ def leave_first_step(runs, folder):
 
 @pytest.fixture(scope="module")
 def first_step(tmp_path_factory):
-    """Reads what `leave_first_step` left of one process, and of two ranks under DDP and FSDP2, in a dtype."""
+    """Reads what `leave_first_step` left of one process, and of two ranks under DDP and FSDP2, in a
+    dtype."""
     folder = tmp_path_factory.mktemp("first")
     data = write_tiny_data(folder / "tiny")
     for size, hows in ((1, ["auto"]), (2, SPREADS)):
-        runs = [(f"{how} {dtype}", [*flags_of(folder, data, CURVE, "none"), f"--parallel={how}", f"--dtype={dtype}"], ranks.free_port())
+        runs = [(f"{how} {dtype}", [*flags_of(folder, data, CURVE, "none"), f"--parallel={how}",
+                                    f"--dtype={dtype}"], ranks.free_port())
                 for how in hows for dtype in ("float32", "bfloat16")]
-        assert ranks.run(leave_first_step, (runs, folder), size, folder / f"logs{size}") == [0] * size
+        assert ranks.run(leave_first_step, (runs, folder), size,
+                         folder / f"logs{size}") == [0] * size
     return lambda how, dtype: torch.load(folder / f"{how} {dtype}.pt")
 
 
@@ -132,12 +153,14 @@ def outcome(folder):
     if not whole_checkpoints(folder):
         return {}, evaluations, {}
     newest = whole_checkpoints(folder)[-1]
-    tensors = {f"{part}:{k}": v for part in ("model", "optimizer") for k, v in read_part(newest, part).items()}
+    tensors = {f"{part}:{k}": v for part in ("model", "optimizer")
+               for k, v in read_part(newest, part).items()}
     return {e["iter"]: e["loss"] for e in entries if "loss" in e}, evaluations, tensors
 
 
 def assert_same(a, b, rel=1e-5):
-    """Losses, evaluations and weights within `rel`; the weights as a whole, since single ones are near zero."""
+    """Losses, evaluations and weights within `rel`; the weights as a whole, since single ones are
+    near zero."""
     assert a[0].keys() == b[0].keys()
     assert list(a[0].values()) == pytest.approx(list(b[0].values()), rel=rel)
     for step in a[1].keys() & b[1].keys():
@@ -145,8 +168,10 @@ def assert_same(a, b, rel=1e-5):
     assert a[2].keys() == b[2].keys()
     for name in a[2]:
         difference = torch.linalg.norm(a[2][name] - b[2][name])
-        # A moment is a gradient, which is a difference of sums: it loses digits that the weights keep.
-        assert difference <= (rel if name.startswith("model:") else 100 * rel) * torch.linalg.norm(b[2][name]), name
+        # A moment is a gradient, which is a difference of sums: it loses digits that the weights
+        # keep.
+        assert difference <= (rel if name.startswith("model:")
+                              else 100 * rel) * torch.linalg.norm(b[2][name]), name
 
 
 def assert_equal(a, b):
@@ -154,33 +179,45 @@ def assert_equal(a, b):
     assert all(torch.equal(a[2][name], b[2][name]) for name in a[2])
 
 
-@pytest.mark.parametrize(("how", "dtype"), [("ddp", "float32"), ("fsdp", "float32"), ("ddp", "bfloat16")])
+@pytest.mark.parametrize(("how", "dtype"),
+                         [("ddp", "float32"), ("fsdp", "float32"), ("ddp", "bfloat16")])
 def test_the_gradients_of_shards_and_of_copies_are_those_of_one_process(first_step, how, dtype):
-    """In bf16 as near as in fp32 under DDP: whoever computes a micro-batch rounds it in the same way (all have one thread
-    here), and the six are added in fp32. Only the order differs, which is a few times 2**-24 of the sum of their sizes."""
+    """In bf16 as near as in fp32 under DDP: whoever computes a micro-batch rounds it in the same
+    way (all have one thread here), and the six are added in fp32. Only the order differs, which is
+    a few times 2**-24 of the sum of their sizes."""
     one, ours = first_step("auto", dtype), first_step(how, dtype)
     assert ours[:2] == pytest.approx(one[:2], rel=1e-6)
     torch.testing.assert_close(ours[2], one[2], rtol=1e-5, atol=1e-7)
 
 
 def test_the_gradients_of_bf16_shards_are_those_of_one_process_but_for_rounding(first_step):
-    """FSDP2 rounds what autocast leaves in fp32, the embeddings, norms and residual stream, so each rounds for itself.
+    """FSDP2 rounds what autocast leaves in fp32, the embeddings, norms and residual stream, so each
+    rounds for itself.
 
-    One rounding to 8 bits errs by at most u = 2**-8, and by u / sqrt(3) in the root mean square, whatever was rounded
-    before; errors that do not know of each other add up in squares, and so do the terms of a sum that are not alike: it errs
-    by no larger share of itself than they do. From the embedding to the logits 36 numbers are rounded: two tables and their sum; in each
-    of two blocks four weights, four outputs of linear layers, two norms, two sums, gelu, the probabilities and attention's
-    output (15); the last norm, the head, the logits. The way back rounds the gradient of each once. So the logits, and the
-    loss, whose gradient by them has a norm below sqrt(2), differ from the exact ones by at most u * sqrt(36 / 3) times the
-    size of the logits, and the gradients by u * sqrt(72 / 3) of theirs. Two roundings of one truth differ by sqrt(2) of that.
+    One rounding to 8 bits errs by at most u = 2**-8, and by u / sqrt(3) in the root mean square,
+    whatever was rounded before; errors that do not know of each other add up in squares, and so do
+    the terms of a sum that are not alike: it errs by no larger share of itself than they do. From
+    the embedding to the logits 36 numbers are rounded: two tables and their sum; in each of two
+    blocks four weights, four outputs of linear layers, two norms, two sums, gelu, the probabilities
+    and attention's output (15); the last norm, the head, the logits. The way back rounds the
+    gradient of each once. So the logits, and the loss, whose gradient by them has a norm below
+    sqrt(2), differ from the exact ones by at most u * sqrt(36 / 3) times the size of the logits,
+    and the gradients by u * sqrt(72 / 3) of theirs. Two roundings of one truth differ by sqrt(2) of
+    that.
     """
-    (loss, evaluation, one), (*losses, shards) = first_step("auto", "bfloat16"), first_step("fsdp", "bfloat16")
-    u, logits = 2**-8, 0.02 * 16**0.5  # a head of normal(0.02) times 16 normalised features; weights have their initial size
-    assert losses == pytest.approx([loss, evaluation], abs=2**0.5 * u * (36 / 3) ** 0.5 * 2**0.5 * logits, rel=0)
+    (loss, evaluation, one), (*losses, shards) = first_step("auto",
+                                                            "bfloat16"), first_step("fsdp",
+                                                                                    "bfloat16")
+    # a head of normal(0.02) times 16 normalised features; weights have their initial size
+    u, logits = 2**-8, 0.02 * 16**0.5
+    assert losses == pytest.approx([loss, evaluation],
+                                   abs=2**0.5 * u * (36 / 3) ** 0.5 * 2**0.5 * logits, rel=0)
     assert shards.keys() == one.keys()
-    flat, ours = (torch.cat([gradients[name].flatten() for name in one]) for gradients in (one, shards))
+    flat, ours = (torch.cat([gradients[name].flatten() for name in one])
+                  for gradients in (one, shards))
     assert (ours - flat).norm() <= 2**0.5 * u * (72 / 3) ** 0.5 * flat.norm()
-    assert not torch.equal(ours, ours.bfloat16().float()), "summed over micro-batches and ranks in fp32"
+    assert not torch.equal(ours,
+                           ours.bfloat16().float()), "summed over micro-batches and ranks in fp32"
 
 
 @pytest.mark.parametrize("name", ["ddp2", "fsdp2", "ddp3", "fsdp3", "hsdp2"])
@@ -194,7 +231,8 @@ def test_ranks_are_one_process(done, name):
 def test_one_two_one_ranks_is_the_uninterrupted_run(done):
     mixed, one = outcome(done / "mixed"), outcome(done / "one")
     assert_same((mixed[0], {}, mixed[2]), (one[0], {}, one[2]))  # it was evaluated at other steps
-    assert "saved by 1 rank(s), so dropout draws new random numbers" in (done / "logs2" / "0.log").read_text()
+    assert "saved by 1 rank(s), so dropout draws new random numbers" in (done / "logs2"
+                                                                         / "0.log").read_text()
 
 
 def test_shards_of_two_ranks_go_on_in_one_process(done):
@@ -235,12 +273,15 @@ def test_compiling_and_recomputing_change_no_key_and_no_number(done, name):
 def test_shards_are_read_as_the_model_that_was_trained(done):
     """fsdpwhole was saved by two ranks; what each part holds is listed without reading it."""
     folder = whole_checkpoints(done / "fsdpwhole")[-1]
-    assert len(list((folder / "model").iterdir())) == 2 and not (folder / "model.safetensors").exists()
+    assert len(list((folder / "model").iterdir())) == 2 and not (folder
+                                                                 / "model.safetensors").exists()
     model = load_model(folder)
     shards = read_part(folder, "model")
-    assert sorted(shards) == sorted(saved_shapes(folder, "model")) == sorted(name for name, _ in model.named_parameters())
+    assert sorted(shards) == sorted(saved_shapes(folder, "model")) == sorted(name
+                                                                             for name, _ in model.named_parameters())
     assert all(torch.equal(p, shards[name]) for name, p in model.named_parameters())
-    assert export.main([f"--out_dir={folder}", "--to=safetensors", f"--folder={done / 'gathered'}"]) == 0
+    assert export.main([f"--out_dir={folder}", "--to=safetensors",
+                        f"--folder={done / 'gathered'}"]) == 0
     gathered = load_model(done / "gathered")
     assert all(torch.equal(p, shards[name]) for name, p in gathered.named_parameters())
 
@@ -259,7 +300,8 @@ def test_a_flipped_byte_in_a_shard_is_found(done, tmp_path):
 
 def tiny(dropout=0.0):
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=16, dropout=dropout))
+    return GPT(GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=16,
+                         dropout=dropout))
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_no_gradient_and_no_name(dropout):
@@ -267,7 +309,8 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(dropout):
     gradients = []
     for on in (False, True):
         model = tiny(dropout)
-        parallel.place(model, ParallelConfig(activation_checkpointing=on), World(), torch.device("cpu"), torch.float32, False)
+        parallel.place(model, ParallelConfig(activation_checkpointing=on), World(),
+                       torch.device("cpu"), torch.float32, False)
         torch.manual_seed(1)
         model(idx, idx).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -287,7 +330,8 @@ def test_attention_is_not_computed_again():
             return func(*args, **(kwargs or {}))
 
     model = tiny()
-    parallel.place(model, ParallelConfig(activation_checkpointing=True), World(), torch.device("cpu"), torch.float32, False)
+    parallel.place(model, ParallelConfig(activation_checkpointing=True), World(),
+                   torch.device("cpu"), torch.float32, False)
     idx = torch.randint(29, (2, 16))
     loss = model(idx, idx)
     with Count() as count:
@@ -312,9 +356,11 @@ def test_an_accumulation_that_ranks_do_not_divide_is_refused():
 
 @pytest.mark.parametrize("how", ["auto", "fsdp"])
 def test_evaluation_and_generation_do_not_compile_the_step_again(how, tiny_flags, monkeypatch):
-    """One process compiles the model, the ways to spread it its blocks; FSDP2 over one rank stands for more."""
+    """One process compiles the model, the ways to spread it its blocks; FSDP2 over one rank stands
+    for more."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    built = start_run.build(parse([*without(tiny_flags, "compile"), "--compile=True", f"--parallel={how}"]))
+    built = start_run.build(parse([*without(tiny_flags, "compile"), "--compile=True",
+                                   f"--parallel={how}"]))
     try:
         for _ in range(2):
             loop.train_step(built, lr=1e-3)

@@ -9,7 +9,8 @@ from bench import plots
 from bench.cases import Case
 from bench.operator_peers import implementations
 
-ENVIRONMENT = {"cpu": "X", "threads": 2, "gpu": None, "torch": "2", "python": "3", "commit": "0123456789", "date": "2026-01-01T",
+ENVIRONMENT = {"cpu": "X", "threads": 2, "gpu": None, "torch": "2", "python": "3",
+               "commit": "0123456789", "date": "2026-01-01T",
                "command": "bench/x.py"}
 STEP = {"median_ms": 10.0, "q1_ms": 9.0, "q3_ms": 11.0}
 RATES = {"matmul_tflops": 100.0, "copy_gbs": 1000.0}  # the ridge is at 100 operations per byte
@@ -21,20 +22,28 @@ def measured(of_floor):
 
 OPERATORS = {"environment": ENVIRONMENT, "rates": RATES, "cases": {
     "attention": {"operator": "attention", "shape": [1, 64, 2, 8], "floor": {
-        "forward": {"flops": 1e9, "bytes": 1e6}, "backward": {"flops": 2e9, "bytes": 2e6}, "both": {"flops": 3e9, "bytes": 3e6}},
-        "variants": {"ours": dict.fromkeys(plots.NOMINAL_PASSES, measured(0.5)), "torch": {**dict.fromkeys(plots.NOMINAL_PASSES, measured(0.4)), "backward": None}}},
+        "forward": {"flops": 1e9, "bytes": 1e6}, "backward": {"flops": 2e9, "bytes": 2e6},
+        "both": {"flops": 3e9, "bytes": 3e6}},
+        "variants": {"ours": dict.fromkeys(plots.NOMINAL_PASSES, measured(0.5)),
+                     "torch": {**dict.fromkeys(plots.NOMINAL_PASSES, measured(0.4)),
+                               "backward": None}}},
     "cross_entropy": {"operator": "cross_entropy", "shape": [10, 100], "floor": {
-        "forward": {"flops": 0.0, "bytes": 2000.0}, "backward": None, "both": {"flops": 0.0, "bytes": 4000.0}},
-        "variants": {"ours": {**dict.fromkeys(plots.NOMINAL_PASSES, measured(0.5)), "backward": measured(None)}}}}}
-CATEGORIES = {"matmul": {"ms": 6.0, "floor_ms": 4.0}, "norm": {"ms": 1.0, "floor_ms": 1.5}, "idle": {"ms": 3.0, "floor_ms": 0.0}}
+        "forward": {"flops": 0.0, "bytes": 2000.0}, "backward": None,
+        "both": {"flops": 0.0, "bytes": 4000.0}},
+        "variants": {"ours": {**dict.fromkeys(plots.NOMINAL_PASSES, measured(0.5)),
+                              "backward": measured(None)}}}}}
+CATEGORIES = {"matmul": {"ms": 6.0, "floor_ms": 4.0}, "norm": {"ms": 1.0, "floor_ms": 1.5},
+              "idle": {"ms": 3.0, "floor_ms": 0.0}}
 TRAINING = {"environment": ENVIRONMENT, "cases": {"small": {
     "batch_size": 2, "config": {"block_size": 64},
     "variants": {"ours": {"dtype": "float32", "step": STEP, "tokens_per_s": 12_800.0}},
-    "profile": {"variants": {"ours": {"step_ms": 10.0, "floor_ms": 5.5, "tokens": 128, "categories": CATEGORIES}}}}}}
+    "profile": {"variants": {"ours": {"step_ms": 10.0, "floor_ms": 5.5, "tokens": 128,
+                                      "categories": CATEGORIES}}}}}}
 
 
 def implementations_of_all():
-    return [implementations(Case(operator, (4, 8, 2, 4)), torch.device("cpu")) for operator in plots.MARKERS]
+    return [implementations(Case(operator, (4, 8, 2, 4)), torch.device("cpu"))
+            for operator in plots.MARKERS]
 
 
 @pytest.fixture
@@ -46,14 +55,16 @@ def figure():
 def test_a_point_is_as_far_below_the_roof_as_it_is_from_its_floor():
     flat = OPERATORS["cases"]["attention"]
     assert plots.intensity_and_speed(flat, "forward", 0.5, RATES) == pytest.approx((1000.0, 50.0))
-    rising = OPERATORS["cases"]["cross_entropy"]  # 5 nominal operations for each of 1,000 elements of 2 bytes
+    # 5 nominal operations for each of 1,000 elements of 2 bytes
+    rising = OPERATORS["cases"]["cross_entropy"]
     assert plots.intensity_and_speed(rising, "forward", 0.5, RATES) == pytest.approx((2.5, 1.25))
 
 
 def test_the_roofline_has_every_measured_phase_and_no_other(figure):
     plots.roofline(OPERATORS, figure)
     points = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
-    assert len(points) == 2 + 1 + 2, "ours two, torch one (its backward is refused); of the loss forward and both"
+    assert len(
+        points) == 2 + 1 + 2, "ours two, torch one (its backward is refused); of the loss forward and both"
     assert {name for case in implementations_of_all() for name in case} <= set(plots.COLORS)
 
 
@@ -82,4 +93,5 @@ def test_pictures_are_drawn_of_the_results_there_are(tmp_path):
 def test_a_result_without_a_profile_has_no_waterfall(tmp_path):
     case = {k: v for k, v in TRAINING["cases"]["small"].items() if k != "profile"}
     (tmp_path / "mfu-cpu.json").write_text(json.dumps(TRAINING | {"cases": {"small": case}}))
-    assert plots.source("waterfall", "cpu", tmp_path) is None and plots.source("tokens", "cpu", tmp_path) is not None
+    assert plots.source("waterfall", "cpu",
+                        tmp_path) is None and plots.source("tokens", "cpu", tmp_path) is not None

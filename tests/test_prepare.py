@@ -1,4 +1,5 @@
-"""The prepare.py of every data set: counts, the same files every time, and one line for what is wrong."""
+"""The prepare.py of every data set: counts, the same files every time, and one line for what is
+wrong."""
 
 import hashlib
 import json
@@ -21,7 +22,8 @@ from data.tokens import open_split
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-needs_text = pytest.mark.skipif(not TEXT.exists(), reason="the text of tiny Shakespeare is not on this machine")
+needs_text = pytest.mark.skipif(not TEXT.exists(), reason="the text of tiny Shakespeare is not on "
+                                                          "this machine")
 
 
 @pytest.fixture
@@ -39,7 +41,8 @@ def contents(folder):
 def run(set_name, *options, cwd):
     """Run a data set's prepare.py as a user does; its exit code, stdout and stderr."""
     script = str(ROOT / "data" / set_name / "prepare.py")
-    done = subprocess.run([sys.executable, script, *options], cwd=cwd, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script, *options], cwd=cwd, capture_output=True,
+                          text=True, timeout=60)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -50,7 +53,8 @@ def run(set_name, *options, cwd):
 def test_tiny_shakespeare_has_its_counts(tmp_path, closed_network, capsys):
     shakespeare_char.main(TEXT, tmp_path)
     assert capsys.readouterr().out.splitlines() == [
-        "length of dataset in characters: 1,115,394", "vocab size: 65", "train has 1,003,854 tokens",
+        "length of dataset in characters: 1,115,394", "vocab size: 65",
+        "train has 1,003,854 tokens",
         "val has 111,540 tokens"]
     train, val = (np.fromfile(tmp_path / f"{split}.bin", np.uint16) for split in ("train", "val"))
     assert (len(train), len(val)) == (1_003_854, 111_540)
@@ -64,7 +68,8 @@ def test_any_text_goes_and_gives_the_same_files_each_time(tmp_path, closed_netwo
     for out in ("a", "b"):
         shakespeare_char.main(tmp_path / "mine.txt", tmp_path / out)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    ids = [i for split in ("train", "val") for i in np.fromfile(tmp_path / "a" / f"{split}.bin", np.uint16).tolist()]
+    ids = [i for split in ("train", "val")
+           for i in np.fromfile(tmp_path / "a" / f"{split}.bin", np.uint16).tolist()]
     assert load_tokenizer(read_meta(tmp_path / "a")).decode(ids) == "日本語\r\nétude 🙂\n"
 
 
@@ -99,9 +104,10 @@ class Answer:
         return self.content
 
 
-@pytest.mark.parametrize("answer, says", [(small.urllib.error.URLError("no route"), r"cannot be had \(no route\)"),
-                                          (TimeoutError("timed out"), r"cannot be had \(timed out\)"),
-                                          (b"404: Not Found", "14 bytes with the wrong SHA-256")])
+@pytest.mark.parametrize("answer, says",
+                         [(small.urllib.error.URLError("no route"), r"cannot be had \(no route\)"),
+                          (TimeoutError("timed out"), r"cannot be had \(timed out\)"),
+                          (b"404: Not Found", "14 bytes with the wrong SHA-256")])
 def test_without_text_and_network_nothing_is_written(tmp_path, monkeypatch, answer, says):
     monkeypatch.setattr(small.urllib.request, "urlopen", Answer(answer))
     with pytest.raises(ValueError, match=f"{says}.*give"):
@@ -127,7 +133,8 @@ def test_tiny_shakespeare_has_its_counts_in_gpt2s_tokens(tmp_path, closed_networ
     shakespeare.main(TEXT, tmp_path)
     assert "train has 301,966 tokens\nval has 36,059 tokens" in capsys.readouterr().out
     tokenizer = load_tokenizer(read_meta(tmp_path))
-    ids = [i for split in ("train", "val") for i in np.fromfile(tmp_path / f"{split}.bin", np.uint16).tolist()]
+    ids = [i for split in ("train", "val")
+           for i in np.fromfile(tmp_path / f"{split}.bin", np.uint16).tolist()]
     assert tokenizer.decode(ids) == TEXT.read_text()
 
 
@@ -137,7 +144,8 @@ def four_documents(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    texts = ["One document.", "", "Zwei: <|endoftext|> 東京\n\n", "and   a fourth one, somewhat longer than the others " * 9]
+    texts = ["One document.", "", "Zwei: <|endoftext|> 東京\n\n",
+             "and   a fourth one, somewhat longer than the others " * 9]
     parquet.write_table(pa.table({"text": texts}), tmp_path / "four.parquet")
     return [[*gpt2_encoding().encode_ordinary(text), END_OF_TEXT] for text in texts]
 
@@ -146,7 +154,8 @@ def four_documents(tmp_path):
 def test_four_documents_of_a_local_parquet_are_enough(tmp_path, four_documents, set_name):
     code, out, errors = run(set_name, "--input=four.parquet", "--out=out", cwd=tmp_path)
     assert code == 0 and "4 documents, 1 of them empty" in out and "documents/s" in errors, errors
-    train, val = (np.concatenate(list(open_split(tmp_path / "out", split).chunks())).tolist() for split in ("train", "val"))
+    train, val = (np.concatenate(list(open_split(tmp_path / "out", split).chunks())).tolist()
+                  for split in ("train", "val"))
     if set_name == "fineweb":
         assert val + train == [i for ids in four_documents for i in ids]
     else:
@@ -155,12 +164,16 @@ def test_four_documents_of_a_local_parquet_are_enough(tmp_path, four_documents, 
         assert train == [i for ids, taken in zip(four_documents, chosen) if not taken for i in ids]
 
 
-@pytest.mark.parametrize("options, says", [([], "give either --input"), (["--input=a.txt", "--hub=x"], "give either --input"),
-                                           (["--input=a.txt"], "a.txt: no such file"),
-                                           (["--input=.", "--val_fraction=1.5"], "val_fraction=1.5: must be between")])
+@pytest.mark.parametrize("options, says",
+                         [([], "give either --input"),
+                          (["--input=a.txt", "--hub=x"], "give either --input"),
+                          (["--input=a.txt"], "a.txt: no such file"),
+                          (["--input=.", "--val_fraction=1.5"],
+                           "val_fraction=1.5: must be between")])
 def test_wrong_options_are_one_line_and_exit_code_2(tmp_path, options, says):
     code, _, errors = run("text", *options, "--out=out", cwd=tmp_path)
-    assert code == 2 and says in errors and errors.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert code == 2 and says in errors and errors.count("\n") == 1 and not (tmp_path
+                                                                             / "out").exists()
 
 
 # -- python_stdlib -------------------------------------------------------------------
@@ -175,7 +188,8 @@ def test_the_standard_library_becomes_bytes_and_a_second_call_reuses_them(tmp_pa
     train, val = (open_split(tmp_path / "std", split) for split in ("train", "val"))
     assert len(train) > 5_000_000 and 0.02 < len(val) / len(train) < 0.12
     assert load_tokenizer(read_meta(tmp_path / "std")).vocab_size == 256
-    again = subprocess.run([sys.executable, "-m", "data.python_stdlib.prepare", "--out=std"], cwd=tmp_path, text=True,
+    again = subprocess.run([sys.executable, "-m", "data.python_stdlib.prepare", "--out=std"],
+                           cwd=tmp_path, text=True,
                            capture_output=True, timeout=60)
     assert "already made" in again.stdout and again.stdout.count("\n") == 1, again.stderr
     assert contents(tmp_path / "std") == first
@@ -185,8 +199,10 @@ def test_the_standard_library_becomes_bytes_and_a_second_call_reuses_them(tmp_pa
 def little_library(tmp_path, monkeypatch):
     """A standard library of 40 files, and some that must not be taken."""
     library = tmp_path / "lib"
-    for name in [f"m{i}.py" for i in range(38)] + ["json/a.py", "json/b.py", "test/t.py", "json/tests/t.py", "x.txt",
-                                                   "_sysconfigdata_x.py", "site-packages/s.py", "__pycache__/c.py"]:
+    for name in [f"m{i}.py" for i in range(38)] + ["json/a.py", "json/b.py", "test/t.py",
+                                                   "json/tests/t.py", "x.txt",
+                                                   "_sysconfigdata_x.py", "site-packages/s.py",
+                                                   "__pycache__/c.py"]:
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_bytes(f"# {name} \xff\n".encode("latin-1"))
     monkeypatch.setattr(python_stdlib.sysconfig, "get_path", lambda _: str(library))
@@ -195,7 +211,8 @@ def little_library(tmp_path, monkeypatch):
 
 def test_every_file_is_in_one_split(little_library, tmp_path):
     python_stdlib.main(tmp_path / "out")
-    found = {split: bytes(open_split(tmp_path / "out", split).read(np.array([0]), n)[0].astype(np.uint8))
+    found = {
+        split: bytes(open_split(tmp_path / "out", split).read(np.array([0]), n)[0].astype(np.uint8))
              for split, n in ((s, len(open_split(tmp_path / "out", s))) for s in ("train", "val"))}
     names = sorted([f"m{i}.py" for i in range(38)] + ["json/a.py", "json/b.py"])
     for split, content in found.items():
@@ -227,7 +244,8 @@ def test_a_set_that_was_not_finished_is_not_taken_for_whole(little_library, tmp_
     with pytest.raises(ValueError, match="its preparation is not finished"):
         open_split(out, "train")
     python_stdlib.main(out)
-    assert len(open_split(out, "train")) and set(contents(out)) == {"train.bin", "val.bin", "meta.json", "manifest.json"}
+    assert len(open_split(out, "train")) and set(contents(out)) == {"train.bin", "val.bin",
+                                                                    "meta.json", "manifest.json"}
 
 
 def test_a_python_without_its_source_is_told(tmp_path, monkeypatch):

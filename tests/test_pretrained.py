@@ -24,7 +24,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 def hf_tiny(tmp_path_factory):
     """A random GPT2LMHeadModel with GPT-2's vocabulary, saved to a folder."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=50257, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    config = transformers.GPT2Config(vocab_size=50257, n_positions=64, n_embd=32,
+                                     n_layer=2, n_head=2)
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -36,7 +37,8 @@ def hf_tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gpt2_data(tmp_path_factory):
-    """3,000 and 500 ids of GPT-2's vocabulary, without a meta file, as nanoGPT's openwebtext has them."""
+    """3,000 and 500 ids of GPT-2's vocabulary, without a meta file, as nanoGPT's openwebtext has
+    them."""
     import numpy as np
 
     folder = tmp_path_factory.mktemp("gpt2-data")
@@ -46,7 +48,8 @@ def gpt2_data(tmp_path_factory):
     return folder
 
 
-SMALL_STEPS = ["--device=cpu", "--dtype=float32", "--compile=False", "--batch_size=2", "--gradient_accumulation_steps=2", "--max_iters=4",
+SMALL_STEPS = ["--device=cpu", "--dtype=float32", "--compile=False", "--batch_size=2",
+               "--gradient_accumulation_steps=2", "--max_iters=4",
                "--eval_interval=4", "--eval_iters=2", "--decay_lr=False", "--learning_rate=1e-3"]
 
 
@@ -58,8 +61,10 @@ def test_hugging_face_logits_are_the_same(hf_tiny):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"), ({"activation_function": "relu"}, "activation 'relu'"),
-    ({"n_inner": 100}, "inner width 100"), ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),
+    ({"activation_function": "relu"}, "activation 'relu'"),
+    ({"n_inner": 100}, "inner width 100"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
 ])
 def test_another_kind_of_gpt2_is_refused(hf_tiny, tmp_path, change, message):
     config = json.loads((hf_tiny[0] / "config.json").read_text()) | change
@@ -73,42 +78,51 @@ def test_no_weights_and_no_network_is_one_line(monkeypatch, tmp_path, gpt2_data,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert run.main([*SMALL_STEPS, "--init_from=gpt2", f"--data_dir={gpt2_data}", f"--out_dir={tmp_path / 'out'}"]) == 2
+    assert run.main([*SMALL_STEPS, "--init_from=gpt2", f"--data_dir={gpt2_data}",
+                     f"--out_dir={tmp_path / 'out'}"]) == 2
     err = capsys.readouterr().err
     assert "--init_from=gpt2: its weights cannot be loaded" in err and err.count("\n") == 1
 
 
 def test_finetuning_starts_from_the_weights_and_learns(hf_tiny, gpt2_data, tmp_path):
     """nanoGPT's finetune_shakespeare in small: constant learning rate, cropped block size."""
-    flags = [*SMALL_STEPS, f"--init_from={hf_tiny[0]}", f"--data_dir={gpt2_data}", f"--out_dir={tmp_path / 'out'}",
+    flags = [*SMALL_STEPS, f"--init_from={hf_tiny[0]}", f"--data_dir={gpt2_data}",
+             f"--out_dir={tmp_path / 'out'}",
              "--block_size=32", "--max_iters=12", "--eval_interval=6", "--dropout=0.1"]
     built = start.build(parse(flags))
     assert built.model.config.block_size == 32 and built.model.config.dropout == 0.1
     idx = torch.randint(50257, (1, 32))
-    torch.testing.assert_close(built.model.eval().predict(idx), hf_tiny[1](idx).logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(built.model.eval().predict(idx), hf_tiny[1](idx).logits,
+                               rtol=0, atol=2e-5)
     assert run.main(flags) == 0
-    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    log = [json.loads(line)
+           for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     losses = [e["train/loss"] for e in log if "train/loss" in e]
     assert losses[-1] < losses[0] - 0.05
     assert {e["lr"] for e in log} == {1e-3}
 
 
 def test_sampling_from_hugging_face_weights(hf_tiny, capsys):
-    assert sample.main([f"--init_from={hf_tiny[0]}", "--start=Hello", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]) == 0
+    assert sample.main([f"--init_from={hf_tiny[0]}", "--start=Hello", "--num_samples=1",
+                        "--max_new_tokens=5", "--device=cpu"]) == 0
     assert capsys.readouterr().out.startswith("Hello")
     assert sample.main(["--init_from=nothing-of-the-kind"]) == 2
     assert "'nothing-of-the-kind' is no folder and no published size" in capsys.readouterr().err
 
 
 def test_export_reloads_in_transformers_with_equal_logits(hf_tiny, gpt2_data, tmp_path, capsys):
-    """A model with GPT-2's padded vocabulary, without biases: the padding goes, the logits and the tokenizer stay."""
+    """A model with GPT-2's padded vocabulary, without biases: the padding goes, the logits and the
+    tokenizer stay."""
     out = tmp_path / "out"
-    flags = [*SMALL_STEPS, f"--data_dir={gpt2_data}", f"--out_dir={out}", "--block_size=16", "--n_layer=1", "--n_head=2", "--n_embd=16"]
+    flags = [*SMALL_STEPS, f"--data_dir={gpt2_data}", f"--out_dir={out}", "--block_size=16",
+             "--n_layer=1", "--n_head=2", "--n_embd=16"]
     assert run.main(flags) == 0
     assert export.main([f"--out_dir={out}", "--to=hf"]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "hf").eval()
     idx = torch.randint(50257, (2, 16))
-    torch.testing.assert_close(model(idx).logits, GPT.from_checkpoint(out).predict(idx)[..., :50257], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(idx).logits,
+                               GPT.from_checkpoint(out).predict(idx)[..., :50257],
+                               rtol=1e-4, atol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "hf")
     assert tokenizer("Hello world, it's")["input_ids"] == [15496, 995, 11, 340, 338]
     assert export.main([f"--out_dir={out}", "--to=hf"]) == 2
@@ -118,11 +132,14 @@ def test_export_reloads_in_transformers_with_equal_logits(hf_tiny, gpt2_data, tm
 
 
 def nanogpt_checkpoint(folder, tiny_flags, *, prefix=""):
-    """A ckpt.pt by nanoGPT's documented keys, made without our writer: two steps of plain AdamW on a small model."""
+    """A ckpt.pt by nanoGPT's documented keys, made without our writer: two steps of plain AdamW on
+    a small model."""
     built = start.build(parse([*tiny_flags, "--dropout=0.0"]))
     model = built.model
-    decay, rest = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+    decay, rest = ([p for p in model.parameters() if (p.dim() >= 2) == wanted]
+                   for wanted in (True, False))
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1},
+                                   {"params": rest, "weight_decay": 0.0}],
                                   lr=1e-2, betas=(0.9, 0.95))
     for _ in range(2):
         model(*next(built.batches)).backward()
@@ -131,8 +148,10 @@ def nanogpt_checkpoint(folder, tiny_flags, *, prefix=""):
     folder.mkdir()
     c = built.config.model
     torch.save({
-        "model": {prefix + k: v for k, v in model.state_dict().items()}, "optimizer": optimizer.state_dict(),
-        "model_args": {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "block_size": c.block_size,
+        "model": {prefix + k: v for k, v in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "model_args": {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
+                       "block_size": c.block_size,
                        "bias": c.bias, "vocab_size": c.vocab_size, "dropout": 0.0},
         "iter_num": 2, "best_val_loss": torch.tensor(3.0), "config": {"batch_size": 4},
     }, folder / "ckpt.pt")
@@ -142,7 +161,8 @@ def nanogpt_checkpoint(folder, tiny_flags, *, prefix=""):
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_nanogpt_checkpoint_goes_on_with_the_same_losses(tiny_flags, tmp_path, prefix):
     model, optimizer = nanogpt_checkpoint(tmp_path / "nano", tiny_flags, prefix=prefix)
-    flags = [*tiny_flags, "--init_from=resume", f"--resume_dir={tmp_path / 'nano'}", "--dropout=0.0",
+    flags = [*tiny_flags, "--init_from=resume", f"--resume_dir={tmp_path / 'nano'}",
+             "--dropout=0.0",
              "--gradient_accumulation_steps=1", "--grad_clip=0", "--decay_lr=False"]
     built = start.build(parse(flags))
     assert (built.step, built.best_val_loss) == (2, 3.0)
@@ -161,10 +181,14 @@ def test_nanogpt_checkpoint_is_written_with_its_keys(tiny_flags, tmp_path):
     assert run.main(tiny_flags) == 0
     assert export.main([f"--out_dir={tmp_path / 'out'}", "--to=nanogpt"]) == 0
     written = torch.load(tmp_path / "out" / "nanogpt" / "ckpt.pt", weights_only=True)
-    assert written.keys() == {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
-    assert {"transformer.wte.weight", "lm_head.weight", "transformer.h.1.mlp.c_proj.weight"} <= written["model"].keys()
-    ours = start.build(parse([*tiny_flags, "--init_from=resume", "--max_iters=20", "--dropout=0.0"]))
-    theirs = start.build(parse([*tiny_flags, "--init_from=resume", f"--resume_dir={tmp_path / 'out' / 'nanogpt'}", "--dropout=0.0"]))
+    assert written.keys() == {"model", "optimizer", "model_args", "iter_num",
+                              "best_val_loss", "config"}
+    assert {"transformer.wte.weight", "lm_head.weight",
+            "transformer.h.1.mlp.c_proj.weight"} <= written["model"].keys()
+    ours = start.build(parse([*tiny_flags, "--init_from=resume", "--max_iters=20",
+                              "--dropout=0.0"]))
+    theirs = start.build(parse([*tiny_flags, "--init_from=resume",
+                                f"--resume_dir={tmp_path / 'out' / 'nanogpt'}", "--dropout=0.0"]))
     assert ours.step == theirs.step == 12
     losses = [loop.train_step(r, lr=1e-2)[0] for r in (ours, theirs)]
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
@@ -188,7 +212,8 @@ def test_a_malicious_checkpoint_is_refused(tmp_path):
 
 
 def test_tanh_gelu_cannot_go_to_nanogpt(tmp_path):
-    config = replace(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8), activation="gelu_tanh")
+    config = replace(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8),
+                     activation="gelu_tanh")
     with pytest.raises(ValueError, match="nanoGPT knows only the exact GELU"):
         nanogpt.write(tmp_path / "ckpt.pt", config, {}, {}, 0, 0.0, {})
 
@@ -202,7 +227,8 @@ def test_token_losses_are_an_independent_computation():
         start_of_block = (t - 1) // 8 * 8
         p = model.predict(ids[None, start_of_block:t])[0, -1].double().softmax(-1)
         by_hand.append(-p[ids[t]].log().item())
-    torch.testing.assert_close(token_losses(model, ids).double(), torch.tensor(by_hand, dtype=torch.double), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(token_losses(model, ids).double(),
+                               torch.tensor(by_hand, dtype=torch.double), rtol=1e-5, atol=1e-6)
 
 
 def test_predict_prints_perplexity_and_the_likeliest_tokens(tiny_flags, tmp_path, capsys):
@@ -216,14 +242,16 @@ def test_predict_prints_perplexity_and_the_likeliest_tokens(tiny_flags, tmp_path
     assert out[0] == f"8 tokens, mean loss {mean:.4f}, perplexity {math.exp(mean):.4f}"
     best = model.predict(ids[None], False)[0, 0].softmax(-1).topk(3)
     assert [int(line.split()[2]) for line in out[2:]] == best.indices.tolist()
-    for bad in ([], ["--text=a", "--file=b"], ["--text=A"], ["--file=/nowhere"], ["--text=a", "--top=0"]):
+    for bad in ([], ["--text=a", "--file=b"], ["--text=A"], ["--file=/nowhere"],
+                ["--text=a", "--top=0"]):
         assert predict.main([*flags, *bad]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_evaluate_is_transformers_loss_over_the_whole_split(hf_tiny, gpt2_data, capsys):
     folder, theirs = hf_tiny
-    figures = evaluate.evaluate(evaluate.Evaluate(init_from=str(folder), data_dir=str(gpt2_data), batch_size=3, device="cpu",
+    figures = evaluate.evaluate(evaluate.Evaluate(init_from=str(folder), data_dir=str(gpt2_data),
+                                                  batch_size=3, device="cpu",
                                                   dtype="float32"))
     import numpy as np
 
@@ -231,7 +259,8 @@ def test_evaluate_is_transformers_loss_over_the_whole_split(hf_tiny, gpt2_data, 
     losses = []
     for s in range(0, 499, 64):
         window = ids[s : s + 65]
-        losses.append(F.cross_entropy(theirs(window[None, :-1]).logits[0].double(), window[1:], reduction="sum").item())
+        losses.append(F.cross_entropy(theirs(window[None, :-1]).logits[0].double(), window[1:],
+                                      reduction="sum").item())
     assert figures["tokens"] == 499
     assert figures["loss"] == pytest.approx(sum(losses) / 499, abs=1e-4)
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
@@ -247,7 +276,8 @@ def test_hellaswag_and_lambada_by_brute_force(hf_tiny, tmp_path):
 
     folder, theirs = hf_tiny
     encode = load_tokenizer(None).encode
-    examples = [{"ctx": "A man walks", "endings": ["home", "into a large red house", "off", "and sings"], "label": i % 4} for i in range(8)]
+    examples = [{"ctx": "A man walks", "endings": ["home", "into a large red house", "off",
+                                                   "and sings"], "label": i % 4} for i in range(8)]
     texts = ["the cat sat on the mat", "she looked at him and smiled", "one two three"]
     (tmp_path / "h.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples))
     (tmp_path / "l.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -257,17 +287,24 @@ def test_hellaswag_and_lambada_by_brute_force(hf_tiny, tmp_path):
         n = len(encode(ending))
         return F.cross_entropy(theirs(ids[None, :-1]).logits[0, -n:], ids[-n:], reduction="none")
 
-    figures = evaluate.evaluate(evaluate.Evaluate(init_from=str(folder), hellaswag=str(tmp_path / "h.jsonl"),
-                                                  lambada=str(tmp_path / "l.jsonl"), device="cpu", dtype="float32"))
+    figures = evaluate.evaluate(evaluate.Evaluate(init_from=str(folder),
+                                                  hellaswag=str(tmp_path / "h.jsonl"),
+                                                  lambada=str(tmp_path / "l.jsonl"), device="cpu",
+                                                  dtype="float32"))
     scores = [losses("A man walks", " " + e) for e in examples[0]["endings"]]
-    best = min(range(4), key=lambda i: scores[i].sum().item()), min(range(4), key=lambda i: scores[i].mean().item())
-    assert (figures["hellaswag acc"], figures["hellaswag acc_norm"]) == tuple(sum(e["label"] == b for e in examples) / 8 for b in best)
-    total = sum(losses(t.rpartition(" ")[0], " " + t.rpartition(" ")[2]).sum().item() for t in texts)
+    best = min(range(4), key=lambda i: scores[i].sum().item()), min(range(4),
+                                                                    key=lambda i: scores[i].mean().item())
+    assert (figures["hellaswag acc"],
+            figures["hellaswag acc_norm"]) == tuple(sum(e["label"] == b for e in examples) / 8
+                                                    for b in best)
+    total = sum(losses(t.rpartition(" ")[0], " " + t.rpartition(" ")[2]).sum().item()
+                for t in texts)
     assert figures["lambada ppl"] == pytest.approx(math.exp(total / 3), rel=1e-4)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ([], "nothing to evaluate on"), (["--data_dir=/nowhere"], "/nowhere/val.bin"), (["--hellaswag=BAD"], "line 1: not JSON"),
+    ([], "nothing to evaluate on"), (["--data_dir=/nowhere"], "/nowhere/val.bin"),
+    (["--hellaswag=BAD"], "line 1: not JSON"),
     (["--lambada=GOOD"], "line 1: no 'text'"), (["--data_dir=DATA", "--split=test"], "test.bin"),
     (["--batch_size=0"], "batch_size=0"),
 ])
@@ -275,8 +312,11 @@ def test_bad_evaluation_input_is_one_line(flags, message, hf_tiny, gpt2_data, tm
     (tmp_path / "bad").write_text("nonsense\n")
     (tmp_path / "good").write_text("{}\n")
     named = {"BAD": tmp_path / "bad", "GOOD": tmp_path / "good", "DATA": gpt2_data}
-    flags = [f if "=" not in f else f"{f.partition('=')[0]}={named.get(f.partition('=')[2], f.partition('=')[2])}" for f in flags]
-    assert evaluate.main([f"--init_from={hf_tiny[0]}", "--device=cpu", "--dtype=float32", *flags]) == 2
+    flags = [f if "=" not in f
+             else f"{f.partition('=')[0]}={named.get(f.partition('=')[2], f.partition('=')[2])}"
+             for f in flags]
+    assert evaluate.main([f"--init_from={hf_tiny[0]}", "--device=cpu", "--dtype=float32",
+                          *flags]) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
 
@@ -284,7 +324,9 @@ def test_bad_evaluation_input_is_one_line(flags, message, hf_tiny, gpt2_data, tm
 def test_our_checkpoint_is_a_beginning_too(tiny_flags, tmp_path):
     """--init_from=DIR takes the weights and nothing else: step 0, fresh optimizer."""
     assert run.main(tiny_flags) == 0
-    built = start.build(parse([*tiny_flags, f"--init_from={tmp_path / 'out'}", f"--out_dir={tmp_path / 'other'}"]))
+    built = start.build(parse([*tiny_flags, f"--init_from={tmp_path / 'out'}",
+                               f"--out_dir={tmp_path / 'other'}"]))
     assert built.step == 0 and not built.optimizer.state
     trained = GPT.from_checkpoint(find_checkpoint(tmp_path / "out"))
-    assert all(torch.equal(a, b) for a, b in zip(built.model.parameters(), trained.parameters(), strict=True))
+    assert all(torch.equal(a, b)
+               for a, b in zip(built.model.parameters(), trained.parameters(), strict=True))

@@ -40,19 +40,23 @@ def test_kernels_are_known_by_name_or_by_who_launched_them(names, category):
 
 
 def test_overlapping_spans_count_once():
-    assert profile_step.busy_ms([(0, 1000), (500, 1500), (600, 700), (3000, 4000)]) == pytest.approx(2.5)
+    assert profile_step.busy_ms([(0, 1000), (500, 1500), (600, 700),
+                                 (3000, 4000)]) == pytest.approx(2.5)
     assert profile_step.busy_ms([]) == 0
 
 
 def event(name, start=0.0, end=0.0, kernels=(), device=DeviceType.CPU, parent=None, note=False):
-    return SimpleNamespace(name=name, device_type=device, kernels=[SimpleNamespace(name=n, duration=d) for n, d in kernels],
-                           cpu_parent=parent, is_user_annotation=note, time_range=SimpleNamespace(start=start, end=end))
+    return SimpleNamespace(name=name, device_type=device,
+                           kernels=[SimpleNamespace(name=n, duration=d) for n, d in kernels],
+                           cpu_parent=parent, is_user_annotation=note,
+                           time_range=SimpleNamespace(start=start, end=end))
 
 
 def test_each_kernel_counts_once_and_by_its_operator():
     outer = event("ridge::attention_forward")
     events = [outer, event("cuLaunchKernel", kernels=[("_forward", 2000.0)], parent=outer),
-              event("_forward", 0, 2000, device=DeviceType.CUDA), event("gemm", 2000, 5000, device=DeviceType.CUDA),
+              event("_forward", 0, 2000, device=DeviceType.CUDA),
+              event("gemm", 2000, 5000, device=DeviceType.CUDA),
               event("Optimizer.step", 0, 9000, device=DeviceType.CUDA, note=True)]
     rows = profile_step.kernels_of_device(events)
     assert sorted(rows) == [("_forward", "attention", 2.0), ("gemm", "matmul", 3.0)]
@@ -65,7 +69,8 @@ def test_a_table_has_the_floor_of_floors_and_adds_up():
     assert found["categories"]["idle"]["ms"] == pytest.approx(3.0 / STEPS)
     assert sum(row["ms"] for row in found["categories"].values()) == pytest.approx(found["step_ms"])
     assert found["floor_ms"] == pytest.approx(ns_per_token(SMALL, RATES, 64) * 64 * 1e-6)
-    assert found["longest"][0] == {"name": "aten::mm", "category": "matmul", "ms": 3.0, "calls": pytest.approx(2 / STEPS)}
+    assert found["longest"][0] == {"name": "aten::mm", "category": "matmul", "ms": 3.0,
+                                   "calls": pytest.approx(2 / STEPS)}
 
 
 def test_a_step_on_a_cpu_is_attributed_and_traced(tmp_path):
@@ -75,10 +80,12 @@ def test_a_step_on_a_cpu_is_attributed_and_traced(tmp_path):
     idx, targets = torch.randint(65, (2, 4, 32))
     found = profile_step.profile_all([peer], SMALL, idx, targets, tmp_path)["variants"]["ours"]
     spent = {name: row["ms"] for name, row in found["categories"].items()}
-    assert all(spent[name] > 0 for name in ("matmul", "attention", "norm", "cross-entropy", "embedding", "optimizer", "elementwise"))
+    assert all(spent[name] > 0 for name in ("matmul", "attention", "norm", "cross-entropy",
+                                            "embedding", "optimizer", "elementwise"))
     assert spent["rest"] < 0.5 * found["step_ms"], found["longest"]
     assert sum(spent.values()) == pytest.approx(found["step_ms"], rel=0.05)
     calls = {row["name"]: row["calls"] for row in found["longest"]}
-    assert calls["aten::mm"] == 3 * (4 * SMALL.n_layer + 1), "three products for each of the linear layers and the head"
+    assert calls["aten::mm"] == 3 * (4 * SMALL.n_layer
+                                     + 1), "three products for each of the linear layers and the head"
     trace = json.loads(gzip.open(tmp_path / found["trace"]).read())
     assert any(e.get("name") == "aten::mm" for e in trace["traceEvents"])

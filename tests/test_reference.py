@@ -1,4 +1,5 @@
-"""The definitions against PyTorch's operators in fp64, and the PyTorch suite against the definitions."""
+"""The definitions against PyTorch's operators in fp64, and the PyTorch suite against the
+definitions."""
 
 from functools import partial
 
@@ -20,19 +21,23 @@ def qkv(B=2, T=9, H=3, D=8, dtype=torch.float64):
 
 def test_attention_is_scaled_dot_product_attention():
     q, k, v = qkv()
-    theirs = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+    theirs = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)),
+                                            is_causal=True).transpose(1, 2)
     torch.testing.assert_close(reference.attention(q, k, v), theirs)
 
 
 def test_window_and_documents_by_hand():
     """T=4, window 2, documents [0, 1], [2, 3]: who sees whom, written out."""
     starts = torch.tensor([[0, 0, 2, 2]], dtype=torch.int32)
-    assert reference.visible(4, starts, 2).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
+    assert reference.visible(4, starts,
+                             2).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0],
+                                                    [0, 0, 1, 1]]]
     assert reference.visible(3, None, 2).int().tolist() == [[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]
 
 
 def test_philox_is_the_published_one():
-    """Known answers of Random123 for philox4x32-10: an all-zero counter and key give 6627e8d5 first."""
+    """Known answers of Random123 for philox4x32-10: an all-zero counter and key give 6627e8d5
+    first."""
     keep = reference.philox_keep(torch.tensor(0, device=DEVICE), (1, 1, 1, 1), 0x6627E8D5 / 2**32)
     drop = reference.philox_keep(torch.tensor(0, device=DEVICE), (1, 1, 1, 1), 0x6627E8D6 / 2**32)
     assert keep.item() and not drop.item()
@@ -40,7 +45,8 @@ def test_philox_is_the_published_one():
 
 def test_dropout_keeps_the_mean_and_needs_a_seed():
     q, k, v = qkv(B=1, T=4, D=4)
-    many = [reference.attention(q, k, v, dropout=0.3, seed=torch.tensor(s, device=DEVICE)) for s in range(3000)]
+    many = [reference.attention(q, k, v, dropout=0.3, seed=torch.tensor(s, device=DEVICE))
+            for s in range(3000)]
     assert (torch.stack(many).mean(0) - reference.attention(q, k, v)).abs().max() < 0.1
     with pytest.raises(ValueError, match="needs seed"):
         reference.attention(q, k, v, dropout=0.3)
@@ -59,8 +65,10 @@ def test_cross_entropy_ignores_what_is_ignored(reduction):
     x, w = randn(7, 6), randn(11, 6)
     targets = torch.tensor([3, -1, 0, 10, -1, 5, 2], device=DEVICE)
     theirs = F.cross_entropy(x @ w.T, targets, ignore_index=-1, reduction=reduction)
-    torch.testing.assert_close(reference.cross_entropy(x @ w.T, targets, reduction=reduction), theirs)
-    torch.testing.assert_close(reference.linear_cross_entropy(x, w, targets, reduction=reduction), theirs)
+    torch.testing.assert_close(reference.cross_entropy(x @ w.T, targets, reduction=reduction),
+                               theirs)
+    torch.testing.assert_close(reference.linear_cross_entropy(x, w, targets, reduction=reduction),
+                               theirs)
 
 
 def test_definitions_switch_autocast_off():
@@ -71,23 +79,30 @@ def test_definitions_switch_autocast_off():
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = reference.attention(q, k, v), reference.linear_cross_entropy(x, w, targets)
     torch.testing.assert_close(inside[0], reference.attention(q, k, v), rtol=0, atol=0)
-    torch.testing.assert_close(inside[1], reference.linear_cross_entropy(x, w, targets), rtol=0, atol=0)
+    torch.testing.assert_close(inside[1], reference.linear_cross_entropy(x, w, targets),
+                               rtol=0, atol=0)
 
 
 def test_torch_suite_is_as_accurate_as_the_definitions():
     torch.manual_seed(0)
     starts = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 3, 8], [0] * 9], dtype=torch.int32, device=DEVICE)
     for options in ({}, {"window": 3}, {"doc_start": starts}, {"doc_start": starts, "window": 2}):
-        ours, defined = partial(torch_ops.attention, **options), partial(reference.attention, **options)
+        ours, defined = partial(torch_ops.attention,
+                                **options), partial(reference.attention, **options)
         assert_as_accurate(ours, defined, qkv(dtype=torch.float32))
-    x, head, targets = randn(7, 16, dtype=torch.float32), randn(11, 16, dtype=torch.float32), torch.tensor([3, -1, 0, 10, -1, 5, 2])
-    assert_as_accurate(torch_ops.linear_cross_entropy, reference.linear_cross_entropy, (x, head, targets.to(DEVICE)))
+    x, head, targets = randn(7, 16, dtype=torch.float32), randn(11, 16,
+                                                                dtype=torch.float32), torch.tensor(
+                                                                    [3, -1, 0, 10, -1, 5, 2])
+    assert_as_accurate(torch_ops.linear_cross_entropy, reference.linear_cross_entropy,
+                       (x, head, targets.to(DEVICE)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torch_norms_are_as_accurate_as_the_definitions(dtype):
     torch.manual_seed(0)
-    x, r, w, b = randn(7, 16, dtype=dtype), randn(7, 16, dtype=torch.float32), *(randn(16, dtype=torch.float32) for _ in "wb")
+    x, r, w, b = randn(7, 16, dtype=dtype), randn(7, 16,
+                                                  dtype=torch.float32), *(
+                                                      randn(16, dtype=torch.float32) for _ in "wb")
     assert_as_accurate(torch_ops.layernorm, reference.layernorm, (x, w, b))
     assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r, w, b))
     assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r.to(dtype), w))
@@ -105,7 +120,8 @@ def test_resolver_says_what_it_chose_and_refuses_what_cannot_run(monkeypatch):
     assert resolve("auto", "cpu")[:3] == ("torch", "torch", "torch")
     assert "cpu" in str(resolve("auto", "cpu"))
     assert resolve("torch", "cpu", attention="reference")[:3] == ("reference", "torch", "torch")
-    with pytest.raises(ValueError, match="no such implementation; choose from reference, torch, triton, flash_attn"):
+    with pytest.raises(ValueError, match="no such implementation; choose from reference, torch, "
+                                         "triton, flash_attn"):
         resolve("torch", "cpu", attention="nonsense")
     with pytest.raises(ValueError, match=r"flash_attn needs a CUDA device.*--attention=torch"):
         resolve("torch", "cpu", attention="flash_attn")

@@ -1,4 +1,5 @@
-"""Which checkpoint counts, and that none which does is lost: rollbacks, divergence, strange names, readers beside a run."""
+"""Which checkpoint counts, and that none which does is lost: rollbacks, divergence, strange names,
+readers beside a run."""
 
 import json
 import os
@@ -12,7 +13,14 @@ import torch
 
 from gpt import export, run_folder, sample
 from gpt.pretrained import read_part, save_tensors
-from gpt.run_folder import AGAIN, find_checkpoint, newest_sound, read_state, reading, whole_checkpoints
+from gpt.run_folder import (
+    AGAIN,
+    find_checkpoint,
+    newest_sound,
+    read_state,
+    reading,
+    whole_checkpoints,
+)
 from tests import ranks
 from train import checkpoint, faults, loop, run, start
 from train.config import parse
@@ -40,7 +48,8 @@ def evaluations(folder):
 
 
 def edit_state(folder, **values):
-    """Change state.json as a run of an older version could have written it: whole, with its checksum."""
+    """Change state.json as a run of an older version could have written it: whole, with its
+    checksum."""
     file, done = folder / "state.json", folder / "DONE"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     done.write_text(json.dumps(json.loads(done.read_text()) | {file.name: run_folder.entry(file)}))
@@ -50,12 +59,16 @@ def edit_state(folder, **values):
 
 
 def test_going_back_sets_later_checkpoints_aside(flags, folder, capsys):
-    """Pruning, which keeps the latest steps, once deleted all that a run saved after it had gone back."""
+    """Pruning, which keeps the latest steps, once deleted all that a run saved after it had gone
+    back."""
     before = (folder / "metrics.jsonl").read_bytes()
-    back = [*flags, "--init_from=resume", f"--resume_dir={folder / 'step-00000004'}", "--eval_interval=1", "--keep_last=2"]
+    back = [*flags, "--init_from=resume", f"--resume_dir={folder / 'step-00000004'}",
+            "--eval_interval=1", "--keep_last=2"]
     assert run.main([*back, "--max_iters=7"]) == 0
     assert "moved to" in capsys.readouterr().out
-    assert names(folder)[-2:] == ["06", "07"] and names(folder / "set-aside-1") == ["06", "08", "10", "12"]
+    assert names(folder)[-2:] == ["06",
+                                  "07"] and names(folder / "set-aside-1") == ["06",
+                                                                              "08", "10", "12"]
     assert (folder / "set-aside-1" / "metrics.jsonl").read_bytes() == before
     assert evaluations(folder) == [0, 2, 4, 5, 6, 7]
     assert run.main([*flags, "--init_from=resume", "--max_iters=8"]) == 0
@@ -63,21 +76,25 @@ def test_going_back_sets_later_checkpoints_aside(flags, folder, capsys):
 
 
 def test_a_run_is_not_mixed_with_another(flags, folder, tmp_path, capsys):
-    """--resume_dir of one run and --out_dir of another once cut the other's metrics and kept the checkpoints of both."""
+    """--resume_dir of one run and --out_dir of another once cut the other's metrics and kept the
+    checkpoints of both."""
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != faults.LOCK}
     assert run.main([*flags, "--init_from=resume", f"--resume_dir={other}", "--max_iters=14"]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "already holds a run (step-00000012)" in said and "another --out_dir" in said
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != faults.LOCK} == before
+    assert said.count(
+        "\n") == 1 and "already holds a run (step-00000012)" in said and "another --out_dir" in said
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()
+            and p.name != faults.LOCK} == before
 
 
 # -- divergence -----------------------------------------------------------------------
 
 
 def test_what_is_not_finite_is_neither_saved_nor_the_best(flags, folder, monkeypatch, capsys):
-    """Checkpoints of a run that had diverged were the newest, and one with a loss of NaN displaced the best."""
+    """Checkpoints of a run that had diverged were the newest, and one with a loss of NaN displaced
+    the best."""
     train_step = loop.train_step
 
     def diverge(run, lr):
@@ -139,7 +156,8 @@ def test_pruning_keeps_the_best_finite_one(flags, folder):
 
 
 def test_an_error_waits_for_the_checkpoint_that_is_being_written(flags, monkeypatch, tmp_path):
-    """A run that ended by an error, or by Ctrl-C, just after "saving checkpoint" had lost it, even its only one."""
+    """A run that ended by an error, or by Ctrl-C, just after "saving checkpoint" had lost it, even
+    its only one."""
     train_step, write, reached = loop.train_step, checkpoint._write_tensors, threading.Event()
 
     def fail(run, lr):
@@ -162,7 +180,8 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(flags, monkeypa
 
 
 def test_names_that_are_not_ours_are_left_alone(flags, folder):
-    """A copy `step-00000004-old` ended every save with a traceback; a `step-best` was taken for the newest."""
+    """A copy `step-00000004-old` ended every save with a traceback; a `step-best` was taken for the
+    newest."""
     for name in ("step-00000004-old", "step-best", "step-best.again", "step-4"):
         shutil.copytree(folder / "step-00000004", folder / name)
     (folder / "step-notes.txt").write_text("mine")
@@ -172,7 +191,8 @@ def test_names_that_are_not_ours_are_left_alone(flags, folder):
     assert find_checkpoint(folder).name == "step-00000012"
     assert run.main([*flags, "--init_from=resume", "--max_iters=16", "--keep_last=1"]) == 0
     assert names(folder)[-1] == "16" and len(names(folder)) <= 3
-    assert {"step-00000004-old", "step-best", "step-best.again", "step-4", "step-notes.txt"} < {p.name for p in folder.iterdir()}
+    assert {"step-00000004-old", "step-best", "step-best.again", "step-4",
+            "step-notes.txt"} < {p.name for p in folder.iterdir()}
     assert (folder / "step-00000004").is_symlink() and read_state(moved)["step"] == 4
 
 
@@ -185,7 +205,8 @@ def test_a_linked_or_broken_step_makes_room_for_the_one_saved_again(flags, folde
     (folder / "step-00000010" / "DONE").unlink()
     assert run.main([*flags, "--init_from=resume", "--max_iters=13"]) == 0
     assert not (folder / "step-00000012").is_symlink() and (tmp_path / "moved" / "DONE").is_file()
-    assert names(folder)[-3:] == ["10", "12", "13"] and (folder / "set-aside-1" / "step-00000010").is_dir()
+    assert names(folder)[-3:] == ["10", "12",
+                                  "13"] and (folder / "set-aside-1" / "step-00000010").is_dir()
 
 
 def test_steps_beyond_eight_digits_come_last(tmp_path):
@@ -227,8 +248,10 @@ def dying(flags, moment):
 
 
 def test_saving_a_step_again_is_never_without_it(flags, tmp_path):
-    """The older folder was removed before the new one was renamed: a kill in between lost the step."""
-    folder, go_on = tmp_path / "out", [*flags, "--init_from=resume", "--max_iters=4", "--keep_last=1"]
+    """The older folder was removed before the new one was renamed: a kill in between lost the
+    step."""
+    folder, go_on = tmp_path / "out", [*flags, "--init_from=resume", "--max_iters=4",
+                                       "--keep_last=1"]
     assert ranks.run(stopping, ([*flags, "--keep_last=1"], 4), 1, tmp_path / "logs") == [0]
     assert evaluations(folder) == [0, 2] and names(folder)[-1] == "04"
     assert read_state(find_checkpoint(folder))["val_loss"] is None
@@ -241,8 +264,10 @@ def test_saving_a_step_again_is_never_without_it(flags, tmp_path):
         newest, wrong = newest_sound(folder)
         assert read_state(newest)["step"] == 4 and not wrong
         assert run.main(go_on) == 0
-        assert names(folder)[-1] == "04" and read_state(find_checkpoint(folder))["val_loss"] is not None
-        assert evaluations(folder) == [0, 2, 4]  # a kill after the evaluation's line once left it twice
+        assert names(folder)[-1] == "04" and read_state(
+            find_checkpoint(folder))["val_loss"] is not None
+        # a kill after the evaluation's line once left it twice
+        assert evaluations(folder) == [0, 2, 4]
         assert not list(folder.glob(f"*{AGAIN}"))
         if code == 0:
             break
@@ -253,7 +278,8 @@ def test_saving_a_step_again_is_never_without_it(flags, tmp_path):
 
 
 def test_a_checkpoint_that_is_read_is_not_removed(folder):
-    """sample.py beside a run that saved fast failed: the checkpoint it had found was pruned under its hands."""
+    """sample.py beside a run that saved fast failed: the checkpoint it had found was pruned under
+    its hands."""
     with reading(folder / "step-00000002") as held:
         checkpoint.prune(folder, keep_last=1, keep_every=0)
         assert held.is_dir() and names(folder)[0] == "02"
@@ -270,11 +296,14 @@ def test_a_checkpoint_that_goes_while_it_is_opened_is_looked_for_again(folder, m
 
 
 def test_text_is_sampled_beside_a_run_that_prunes_at_every_step(flags, tmp_path, capsys):
-    (busy,) = ranks.start(ranks.train, ([*flags, "--eval_interval=1", "--keep_last=1", "--max_iters=4000", "--eval_iters=1",
-                                         "--log_interval=4000"],), 1, tmp_path / "logs")
+    (busy,) = ranks.start(ranks.train,
+                          ([*flags, "--eval_interval=1", "--keep_last=1", "--max_iters=4000",
+                            "--eval_iters=1",
+                            "--log_interval=4000"],), 1, tmp_path / "logs")
     while not whole_checkpoints(tmp_path / "out"):
         assert busy.is_alive()
-    ask = [f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--dtype=float32", "--num_samples=1", "--max_new_tokens=2", "--start=a"]
+    ask = [f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--dtype=float32", "--num_samples=1",
+           "--max_new_tokens=2", "--start=a"]
     codes = [sample.main(ask) for _ in range(6)]
     busy.kill()
     busy.join()
@@ -324,15 +353,21 @@ def test_a_line_in_the_metrics_that_is_none_is_named(line, said, flags, folder, 
     log.write_text("".join([*lines[:2], line if line.endswith("\n") else line + "\n", *lines[2:]]))
     assert run.main([*flags, "--init_from=resume", "--max_iters=13"]) == (2 if said else 0)
     error = capsys.readouterr().err
-    assert error.count("\n") == (1 if said else 0) and (not said or (said in error and str(log) in error))
+    assert error.count("\n") == (1 if said else 0) and (not said
+                                                        or (said in error and str(log) in error))
 
 
 @pytest.mark.parametrize(("part", "change", "said"), [
-    ("optimizer", lambda t: t.pop("transformer.wpe.weight:exp_avg"), "the shape of transformer.wpe.weight:exp_avg is none in its opt"),
-    ("optimizer", lambda t: t.update({"transformer.wpe.weight:exp_avg": torch.zeros(29, 16)}), "(29, 16) in its optimizer, this run's is (16, 16)"),
-    ("optimizer", lambda t: [t.pop(k) for k in list(t) if k.endswith("sq")], "the state has exp_avg and step of transformer.wte.weight; the optimizer needs"),
-    ("model", lambda t: t.update({"transformer.wpe.weight": torch.zeros(16, 17)}), "(16, 17) in its model, this run's is (16, 16)"),
-    ("model", lambda t: t.pop("transformer.ln_f.weight"), "the shape of transformer.ln_f.weight is none in its model"),
+    ("optimizer", lambda t: t.pop("transformer.wpe.weight:exp_avg"), "the shape of "
+                                                                     "transformer.wpe.weight:exp_avg is none in its opt"),
+    ("optimizer", lambda t: t.update({"transformer.wpe.weight:exp_avg": torch.zeros(29, 16)}),
+     "(29, 16) in its optimizer, this run's is (16, 16)"),
+    ("optimizer", lambda t: [t.pop(k) for k in list(t) if k.endswith("sq")],
+     "the state has exp_avg and step of transformer.wte.weight; the optimizer needs"),
+    ("model", lambda t: t.update({"transformer.wpe.weight": torch.zeros(16, 17)}),
+     "(16, 17) in its model, this run's is (16, 16)"),
+    ("model", lambda t: t.pop("transformer.ln_f.weight"), "the shape of transformer.ln_f.weight is "
+                                                          "none in its model"),
 ])
 def test_names_and_shapes_are_compared_before_anything_is_placed(part, change, said, flags, folder):
     newest = find_checkpoint(folder)

@@ -31,15 +31,18 @@ def test_same_seed_same_text(trained, capsys):
 def test_greedy_needs_no_seed(trained, capsys):
     flags = (trained, "--num_samples=1", "--max_new_tokens=30", "--start=a")
     greedy = text(capsys, *flags, "--top_k=1")
-    assert greedy == text(capsys, *flags, "--top_k=1", "--seed=5") == text(capsys, *flags, "--temperature=0")
+    assert greedy == text(capsys, *flags, "--top_k=1",
+                          "--seed=5") == text(capsys, *flags, "--temperature=0")
     assert greedy == text(capsys, *flags, "--top_p=0.0001")
 
 
 def test_prompt_from_a_file_and_with_an_equals_sign(trained, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("xyz = a")
-    from_file = text(capsys, trained, f"--start=FILE:{tmp_path / 'prompt.txt'}", "--num_samples=1", "--max_new_tokens=5")
+    from_file = text(capsys, trained, f"--start=FILE:{tmp_path / 'prompt.txt'}", "--num_samples=1",
+                     "--max_new_tokens=5")
     assert from_file.startswith("xyz = a")
-    assert from_file == text(capsys, trained, "--start=xyz = a", "--num_samples=1", "--max_new_tokens=5")
+    assert from_file == text(capsys, trained, "--start=xyz = a", "--num_samples=1",
+                             "--max_new_tokens=5")
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -60,7 +63,8 @@ def test_bad_input_is_one_line(flags, message, trained, capsys):
 
 
 def test_the_prompt_may_be_longer_than_the_window(trained, capsys):
-    assert "b" * 40 in text(capsys, trained, f"--start={'b' * 40}", "--num_samples=1", "--max_new_tokens=4")
+    assert "b" * 40 in text(capsys, trained, f"--start={'b' * 40}", "--num_samples=1",
+                            "--max_new_tokens=4")
 
 
 @pytest.mark.parametrize("units", [True, False])

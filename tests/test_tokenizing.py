@@ -1,4 +1,5 @@
-"""The measurement of text preparation, small: it times nothing that is wrong, and says what it measured."""
+"""The measurement of text preparation, small: it times nothing that is wrong, and says what it
+measured."""
 
 import json
 
@@ -13,7 +14,8 @@ pytest.importorskip("tiktoken", reason="tiktoken is not installed")
 def options(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times.\n" * 2000)
-    return tokenizing.Options(text=str(text), megabytes=1, workers=1, repeats=1, out=str(tmp_path / "out.json"))
+    return tokenizing.Options(text=str(text), megabytes=1, workers=1, repeats=1,
+                              out=str(tmp_path / "out.json"))
 
 
 def test_it_measures_both_on_the_same_text(options):

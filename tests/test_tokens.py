@@ -1,4 +1,5 @@
-"""Files of tokens: what is written is read, whole or not at all, and what is wrong with a file is said."""
+"""Files of tokens: what is written is read, whole or not at all, and what is wrong with a file is
+said."""
 
 import json
 import os
@@ -25,7 +26,8 @@ def test_what_is_written_is_read(tmp_path, ids, header):
     opened = open_tokens(tmp_path / "a.bin")
     assert len(opened) == len(ids) and opened.dtype == np.uint16
     assert np.array_equal(everything(opened), ids)
-    assert np.array_equal(opened.read(np.array([0, 2990, 17]), 11), np.stack([ids[:11], ids[-11:], ids[17:28]]))
+    assert np.array_equal(opened.read(np.array([0, 2990, 17]), 11),
+                          np.stack([ids[:11], ids[-11:], ids[17:28]]))
 
 
 def test_the_formats_are_those_of_the_other_trainers(tmp_path, ids):
@@ -47,7 +49,8 @@ def test_shards_read_as_one_file(tmp_path, ids, header, monkeypatch):
     for opened in (open_split(tmp_path, "train"), open_tokens(tmp_path / "*train_*.bin")):
         assert np.array_equal(everything(opened), ids)
         starts = np.arange(len(ids) - 1001)
-        assert np.array_equal(opened.read(starts, 1002), np.lib.stride_tricks.sliding_window_view(ids, 1002))
+        assert np.array_equal(opened.read(starts, 1002),
+                              np.lib.stride_tricks.sliding_window_view(ids, 1002))
     assert len(open_split(tmp_path, "val")) == 9
 
 
@@ -60,14 +63,20 @@ def test_an_id_beyond_16_bits_is_refused_and_nothing_is_left(tmp_path, outside):
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, ids, monkeypatch):
     write_tokens(tmp_path / "a.bin", ids)
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os,
+                        "fsync", lambda _: (_
+                                            for _ in ()).throw(OSError(28,
+                                                                       "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         write_tokens(tmp_path / "a.bin", ids[:7])
-    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"] and len(open_tokens(tmp_path / "a.bin")) == len(ids)
+    assert [path.name
+            for path in tmp_path.iterdir()] == [
+                    "a.bin"] and len(open_tokens(tmp_path / "a.bin")) == len(ids)
 
 
 def test_an_absent_file_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(ValueError, match=r"train.bin.*python data/shakespeare_char/prepare.py --out="):
+    with pytest.raises(ValueError, match=r"train.bin.*python data/shakespeare_char/prepare.py "
+                                         r"--out="):
         open_split(tmp_path / "shakespeare_char", "train")
     with pytest.raises(ValueError, match=r"mine.bin.*data/SET/prepare.py.*shakespeare_char"):
         open_tokens(tmp_path / "mine.bin")
@@ -122,7 +131,8 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, monkeypatch):
     ids[777] = 65
     write_tokens(tmp_path / "train.bin", ids)
     check_vocabulary(open_tokens(tmp_path / "train.bin"), 66)
-    with pytest.raises(ValueError, match=r"train\.bin: holds the id 65, the model's vocab_size is 65"):
+    with pytest.raises(ValueError,
+                       match=r"train\.bin: holds the id 65, the model's vocab_size is 65"):
         check_vocabulary(open_tokens(tmp_path / "train.bin"), 65)
 
 

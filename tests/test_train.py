@@ -62,29 +62,36 @@ def test_a_run_leaves_what_scripts_rely_on(tiny_flags, capsys):
     assert evaluations[-1]["val/loss"] < evaluations[0]["val/loss"] - 0.2
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 29
-    assert [c.name for c in whole_checkpoints(folder)] == ["step-00000008", "step-00000012"]  # should one be damaged
+    # should one be damaged
+    assert [c.name for c in whole_checkpoints(folder)] == ["step-00000008", "step-00000012"]
     assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pt")]
 
 
 def test_a_steps_time_on_a_cpu_is_its_own(tiny_flags, monkeypatch):
-    """Each step once had the time of the one after it, and the last one before an evaluation had that of nothing."""
+    """Each step once had the time of the one after it, and the last one before an evaluation had
+    that of nothing."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     report = Report(parse(tiny_flags), World(), torch.device("cpu"), Asked())
     report.begin(0, False)
     for step, ms in enumerate((10, 20, 30)):
         now[0] += ms / 1000
-        report.step(step, 1e-3, torch.tensor([2.0, 1.0, 0.0, 0.0]), types.SimpleNamespace(position=0, epoch=0.0))
+        report.step(step, 1e-3, torch.tensor([2.0, 1.0, 0.0, 0.0]),
+                    types.SimpleNamespace(position=0, epoch=0.0))
     report.pause()
     assert [e["time_ms"] for e in entries(out(tiny_flags))] == pytest.approx([10, 20, 30])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_epoch(dtype, tiny_flags, tmp_path):
-    """12 steps at once, and 4 + 4 + 4: the same weights, moments, generators and data position, bit for bit."""
+def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_epoch(dtype,
+                                                                                     tiny_flags,
+                                                                                     tmp_path):
+    """12 steps at once, and 4 + 4 + 4: the same weights, moments, generators and data position, bit
+    for bit."""
     tiny_flags = [*tiny_flags, f"--dtype={dtype}"]
     assert run.main(tiny_flags) == 0
-    parts = [f for f in tiny_flags if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'parts'}"]
+    parts = [f for f in tiny_flags
+             if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'parts'}"]
     for limit in (4, 8, 12):
         assert run.main([*parts, f"--max_iters={limit}", "--init_from=auto"]) == 0
     assert_same_run(out(tiny_flags), tmp_path / "parts")
@@ -95,11 +102,14 @@ def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_e
 
 @pytest.mark.parametrize("delay", [0.0, 0.15])
 def test_a_killed_run_resumes_bit_equal(delay, tiny_flags, tmp_path):
-    """kill -9 some time after the first checkpoint, perhaps inside the next save; then the same command again. All in
-    processes of one thread: with another number of them sums are taken in another order."""
+    """kill -9 some time after the first checkpoint, perhaps inside the next save; then the same
+    command again. All in processes of one thread: with another number of them sums are taken in
+    another order."""
     flags = [*tiny_flags, "--max_iters=60", "--lr_decay_iters=60", "--log_interval=1"]
     assert ranks.run(ranks.train, (flags,), 1, tmp_path / "logs") == [0]
-    killed = [f for f in flags if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'killed'}", "--init_from=auto"]
+    killed = [f for f in flags
+              if not f.startswith("--out_dir")] + [f"--out_dir={tmp_path / 'killed'}",
+                                                   "--init_from=auto"]
     (process,) = ranks.start(ranks.train, (killed,), 1, tmp_path / "logs")
     while not whole_checkpoints(tmp_path / "killed") and process.is_alive():
         time.sleep(0.002)
@@ -114,10 +124,12 @@ def test_a_killed_run_resumes_bit_equal(delay, tiny_flags, tmp_path):
 
 
 def test_accumulation_is_a_larger_batch(tiny_flags):
-    """4 micro-batches of 2 give the gradient of 1 micro-batch of 8: the same windows, each token with the same weight."""
+    """4 micro-batches of 2 give the gradient of 1 micro-batch of 8: the same windows, each token
+    with the same weight."""
     gradients = []
     for batch, steps in ((2, 4), (8, 1)):
-        config = parse([*tiny_flags, f"--batch_size={batch}", f"--gradient_accumulation_steps={steps}", "--dropout=0.0"])
+        config = parse([*tiny_flags, f"--batch_size={batch}",
+                        f"--gradient_accumulation_steps={steps}", "--dropout=0.0"])
         built = start.build(config)
         gradients.append((loop.accumulate(built), [p.grad for p in built.model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
@@ -126,10 +138,12 @@ def test_accumulation_is_a_larger_batch(tiny_flags):
 def test_the_gradient_is_clipped(tiny_flags):
     norms = []
     for limit in (0.0, 0.01):
-        built = start.build(parse([*tiny_flags, f"--grad_clip={limit}", "--optimizer=sgd", "--momentum=0", "--weight_decay=0"]))
+        built = start.build(parse([*tiny_flags, f"--grad_clip={limit}", "--optimizer=sgd",
+                                   "--momentum=0", "--weight_decay=0"]))
         before = [p.detach().clone() for p in built.model.parameters()]
         loop.train_step(built, lr=1.0)
-        moved = [(p - b).detach().flatten() for p, b in zip(built.model.parameters(), before, strict=True)]
+        moved = [(p - b).detach().flatten()
+                 for p, b in zip(built.model.parameters(), before, strict=True)]
         norms.append(torch.cat(moved).norm().item())
     assert norms[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
 
@@ -139,12 +153,14 @@ def test_evaluation_is_repeatable_and_disturbs_nothing(tiny_flags):
     state, position = torch.get_rng_state(), built.batches.position
     first = loop.evaluate(built)
     assert first == loop.evaluate(built)
-    assert torch.equal(state, torch.get_rng_state()) and built.batches.position == position and built.model.training
+    assert torch.equal(state,
+                       torch.get_rng_state()) and built.batches.position == position and built.model.training
     assert abs(first["val"] - math.log(29)) < 0.2
 
 
 def test_evaluation_is_brute_force_over_all_windows(tiny_flags):
-    """With enough batches every window of the split counts once: sum of losses over sum of tokens."""
+    """With enough batches every window of the split counts once: sum of losses over sum of
+    tokens."""
     config = parse([*tiny_flags, "--eval_iters=1000", "--batch_size=1"])
     built = start.build(config)
     tokens = built.tokens["val"]
@@ -191,21 +207,24 @@ def test_half_precision_tracks_fp32(dtype, tiny_flags, tmp_path):
     assert losses[dtype] == pytest.approx(losses["float32"], rel=0.02)
     assert losses[dtype] != losses["float32"]
     for limit in (4, 12):
-        assert run.main([*flags, f"--dtype={dtype}", f"--out_dir={tmp_path / 'parts'}", f"--max_iters={limit}", "--init_from=auto"]) == 0
+        assert run.main([*flags, f"--dtype={dtype}", f"--out_dir={tmp_path / 'parts'}",
+                         f"--max_iters={limit}", "--init_from=auto"]) == 0
     assert_same_run(tmp_path / dtype, tmp_path / "parts")
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tiny_flags, tmp_path):
     base = [f for f in tiny_flags if "out_dir" not in f]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run.main([*base, f"--out_dir={tmp_path / name}", f"--seed={seed}", "--max_iters=4"]) == 0
+        assert run.main([*base, f"--out_dir={tmp_path / name}", f"--seed={seed}",
+                         "--max_iters=4"]) == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "a", tmp_path / "c")
 
 
 def test_compiled_training_is_the_same_training(tiny_flags, tmp_path):
-    flags = [f for f in tiny_flags if "out_dir" not in f and "--compile" not in f] + ["--dropout=0.0", "--max_iters=4", "--n_layer=1"]
+    flags = [f for f in tiny_flags if "out_dir" not in f
+             and "--compile" not in f] + ["--dropout=0.0", "--max_iters=4", "--n_layer=1"]
     for value in (True, False):
         assert run.main([*flags, f"--out_dir={tmp_path / str(value)}", f"--compile={value}"]) == 0
     (_, compiled, _), (_, eager, _) = final(tmp_path / "True"), final(tmp_path / "False")
@@ -220,17 +239,23 @@ def test_every_optimizer_trains_and_resumes(tiny_flags, tmp_path):
         flags = [*base, f"--optimizer={name}", "--learning_rate=0.02"]
         assert run.main([*flags, f"--out_dir={tmp_path / name}"]) == 0
         for limit in (4, 12):
-            assert run.main([*flags, f"--out_dir={tmp_path / name}-parts", f"--max_iters={limit}", "--init_from=auto"]) == 0
+            assert run.main([*flags, f"--out_dir={tmp_path / name}-parts", f"--max_iters={limit}",
+                             "--init_from=auto"]) == 0
         assert_same_run(tmp_path / name, tmp_path / f"{name}-parts")
-    assert run.main([*base, f"--out_dir={tmp_path / 'sgd'}", "--init_from=resume", "--max_iters=20"]) == 2
+    assert run.main([*base, f"--out_dir={tmp_path / 'sgd'}", "--init_from=resume",
+                     "--max_iters=20"]) == 2
 
 
-def test_loggers_get_nanogpts_keys_and_a_missing_one_is_a_warning(tiny_flags, tmp_path, monkeypatch, capsys):
+def test_loggers_get_nanogpts_keys_and_a_missing_one_is_a_warning(tiny_flags, tmp_path,
+                                                                  monkeypatch, capsys):
     logged = []
     fake = types.SimpleNamespace(init=lambda **how: logged.append(how), log=logged.append)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert run.main([*tiny_flags, "--wandb_log=True", "--wandb_run_name=me", "--tensorboard=True"]) == 0
-    assert (logged[0]["project"], logged[0]["name"], logged[0]["config"]["n_layer"]) == ("owt", "me", 2)
+    assert run.main([*tiny_flags, "--wandb_log=True", "--wandb_run_name=me",
+                     "--tensorboard=True"]) == 0
+    assert (logged[0]["project"], logged[0]["name"],
+            logged[0]["config"]["n_layer"]) == ("owt", "me", 2)
     assert {"iter", "train/loss", "val/loss", "lr", "mfu"} <= logged[1].keys()
-    assert capsys.readouterr().out.count("warning: --tensorboard=True, but tensorboard is not installed") == 1
+    assert capsys.readouterr().out.count("warning: --tensorboard=True, but tensorboard is not "
+                                         "installed") == 1

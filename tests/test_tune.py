@@ -1,4 +1,5 @@
-"""Choosing launch settings by measurement (bench/tune.py). The measuring itself runs on a CPU here, in the interpreter."""
+"""Choosing launch settings by measurement (bench/tune.py). The measuring itself runs on a CPU here,
+in the interpreter."""
 
 import json
 from pathlib import Path
@@ -21,14 +22,17 @@ def todays():
     """What GPT-2 asks of launch.py on an H100, and the settings it is given: {Call: settings}."""
     with tune.steered() as (today, _), offline((9, 0), lambda *launched: None):
         for case in cases.gpt2("124M"):
-            dict(cases.run(cases.operator(case, "triton"), cases.arguments(case, "meta"), cases.options(case, "meta")))
+            dict(cases.run(cases.operator(case, "triton"), cases.arguments(case, "meta"),
+                           cases.options(case, "meta")))
     return today
 
 
 def test_every_function_of_launch_is_tuned_and_used(todays):
-    functions = {name for name, value in vars(launch).items() if callable(value) and not name.startswith("_")}
+    functions = {name for name, value in vars(launch).items() if callable(value)
+                 and not name.startswith("_")}
     facts = {"capability", "multiprocessors"}  # of the device
-    memory = {"chunk_rows", "padded_vocabulary"}  # trade speed for memory, or concern no kernel of ours
+    # trade speed for memory, or concern no kernel of ours
+    memory = {"chunk_rows", "padded_vocabulary"}
     assert {call.function for call in todays} == set(tune.KNOBS) == functions - facts - memory
 
 
@@ -68,28 +72,33 @@ def test_medians_decide_and_not_the_best_sample():
 
 
 def peer(size, family, triton_ms, torch_ms):
-    return {"size": size, "family": family, "step": {"triton": Timing((triton_ms,)), "torch": Timing((torch_ms,))}}
+    return {"size": size, "family": family,
+            "step": {"triton": Timing((triton_ms,)), "torch": Timing((torch_ms,))}}
 
 
 def test_triton_is_fastest_only_where_it_wins_at_every_size():
-    rows = [peer("124M", "attention", 1, 2), peer("350M", "attention", 3, 2), peer("124M", "layernorm", 1, 2),
+    rows = [peer("124M", "attention", 1, 2), peer("350M", "attention", 3, 2),
+            peer("124M", "layernorm", 1, 2),
             peer("350M", "layernorm", 1, 3)]
     assert fastest(rows) == {"attention": "torch", "layernorm": "triton"}
 
 
 def test_a_familys_operators_count_together():
-    assert fastest([peer("124M", "layernorm", 3, 2), peer("124M", "layernorm", 1, 4)]) == {"layernorm": "triton"}
+    assert fastest([peer("124M", "layernorm", 3, 2), peer("124M", "layernorm", 1, 4)]) == {
+        "layernorm": "triton"}
 
 
 def test_results_are_kept_per_gpu_in_the_users_cache():
-    assert tune.cache_file("NVIDIA H200", {"XDG_CACHE_HOME": "/c"}) == Path("/c/ridgegpt/tune-NVIDIA-H200.json")
+    assert tune.cache_file("NVIDIA H200",
+                           {"XDG_CACHE_HOME": "/c"}) == Path("/c/ridgegpt/tune-NVIDIA-H200.json")
     assert tune.cache_file("A (b)", {}) == Path.home() / ".cache/ridgegpt/tune-A-b.json"
 
 
 def test_steering_replaces_one_call_and_is_undone():
     before = launch.layernorm_backward
     with tune.steered() as (today, chosen):
-        assert launch.layernorm_backward(768) == before(768) == today[Call("layernorm_backward", (768,))]
+        assert launch.layernorm_backward(768) == before(
+            768) == today[Call("layernorm_backward", (768,))]
         chosen[Call("layernorm_backward", (768,))] = {"ROWS": 1}
         assert launch.layernorm_backward(768) == {"ROWS": 1}
         assert launch.layernorm_backward(1024) == before(1024)
@@ -103,7 +112,9 @@ def test_without_a_gpu_it_says_so():
 
 
 SMALL = Case("layernorm", (5, 96), torch.float32)
-needs_kernels = pytest.mark.skipif(not (torch.cuda.is_available() or triton.knobs.runtime.interpret), reason="nothing runs them")
+needs_kernels = pytest.mark.skipif(not (torch.cuda.is_available()
+                                        or triton.knobs.runtime.interpret),
+                                   reason="nothing runs them")
 
 
 @needs_kernels
@@ -117,15 +128,23 @@ def test_inaccurate_operators_are_told():
 
 
 @needs_kernels
-def test_only_settings_with_right_results_are_timed_and_all_is_written(monkeypatch, tmp_path, capsys):
-    """A tile of half the row forgets elements; a tile whose size is no power of two does not run at all."""
-    good, forgetful, broken = [{"ROWS": r, "BLOCK_N": n, "num_warps": 4} for r, n in ((1, 128), (1, 64), (3, 96))]
-    monkeypatch.setattr(tune, "KNOBS", {"layernorm_backward": ("step", lambda call, current: [good, forgetful, broken])})
+def test_only_settings_with_right_results_are_timed_and_all_is_written(monkeypatch,
+                                                                       tmp_path, capsys):
+    """A tile of half the row forgets elements; a tile whose size is no power of two does not run at
+    all."""
+    good, forgetful, broken = [{"ROWS": r, "BLOCK_N": n, "num_warps": 4}
+                               for r, n in ((1, 128), (1, 64), (3, 96))]
+    monkeypatch.setattr(tune, "KNOBS",
+                        {"layernorm_backward": ("step", lambda call, current: [good,
+                                                                               forgetful, broken])})
     result = tune.tune([("tiny", SMALL, SMALL)], DEVICE, repeats=2, compiled=lambda fn: fn)
     (row,) = result["rows"]
-    assert set(row["failed"]) == {str(forgetful), str(broken)} and "backward tensor" in row["failed"][str(forgetful)]
+    assert set(row["failed"]) == {str(forgetful),
+                                  str(broken)} and "backward tensor" in row["failed"][str(
+                                      forgetful)]
     assert set(row["times"]) == {str(good), str(row["before"])}
     assert row["settings"] in (good, row["before"])
     write_result(tmp_path / "r.json", result)
-    assert json.loads((tmp_path / "r.json").read_text())["peers"][0]["step"]["torch"]["median_ms"] > 0
+    assert json.loads(
+        (tmp_path / "r.json").read_text())["peers"][0]["step"]["torch"]["median_ms"] > 0
     assert f"layernorm_backward(96): {row['settings']}" in capsys.readouterr().out

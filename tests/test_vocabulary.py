@@ -199,7 +199,8 @@ def test_other_ids_are_not_trained_on(beginning, other, tiny_flags, tiny_data, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("other", [("bytes", 256, ""), ("gpt2", 50257, ""), ("char", 30, "abcdefghijklmnopqrstuvwxyz0123")])
+@pytest.mark.parametrize("other", [("bytes", 256, ""), ("gpt2", 50257, ""),
+                                   ("char", 30, "abcdefghijklmnopqrstuvwxyz0123")])
 def test_nor_ids_of_another_number(other, tiny_flags, tiny_data, tmp_path, capsys):
     """Where nothing tells which characters the model was trained on."""
     of_characters(tmp_path / "nano", "nowhere")

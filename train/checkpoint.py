@@ -1,11 +1,12 @@
 """Checkpoints that survive what happens to machines.
 
-A checkpoint is written beside the training, by a thread on each rank, into a temporary folder; flushed to disk, marked DONE
-with the checksum of each file, and only then renamed to its place; older ones are removed after that. So whatever dies, and
-whenever, the last whole one stays; gpt/run_folder.py says which that is. No pickle: tensors are safetensors named after the
-parameters, the rest is JSON. Where a rank holds all of the model, rank 0 writes model.safetensors and optimizer.safetensors;
-where the ranks hold shards, each writes its own into the folders model/ and optimizer/ (torch.distributed.checkpoint's
-layout). Either is read on any number of ranks.
+A checkpoint is written beside the training, by a thread on each rank, into a temporary folder;
+flushed to disk, marked DONE with the checksum of each file, and only then renamed to its place;
+older ones are removed after that. So whatever dies, and whenever, the last whole one stays;
+gpt/run_folder.py says which that is. No pickle: tensors are safetensors named after the parameters,
+the rest is JSON. Where a rank holds all of the model, rank 0 writes model.safetensors and
+optimizer.safetensors; where the ranks hold shards, each writes its own into the folders model/ and
+optimizer/ (torch.distributed.checkpoint's layout). Either is read on any number of ranks.
 """
 
 import json
@@ -67,8 +68,10 @@ def finite(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
     return not parallel.sum_over_ranks(torch.as_tensor(bad, device=device).float()).item()
 
 
-def copied(model: GPT, optimizer: torch.optim.Optimizer, w: World) -> tuple[dict[str, dict[str, Tensor]], bool]:
-    """A Snapshot's tensors, and whether they are shards; if not, ranks other than 0 have none. All ranks must call it.
+def copied(model: GPT, optimizer: torch.optim.Optimizer,
+           w: World) -> tuple[dict[str, dict[str, Tensor]], bool]:
+    """A Snapshot's tensors, and whether they are shards; if not, ranks other than 0 have none. All
+    ranks must call it.
 
     Random number generators are each rank's own: `RANK:cpu`, `RANK:cuda`.
     """
@@ -76,30 +79,40 @@ def copied(model: GPT, optimizer: torch.optim.Optimizer, w: World) -> tuple[dict
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     if not sharded and w.rank > 0:
         parts = {"model": {}, "optimizer": {}}
-    found = {part: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()} for part, tensors in parts.items()}
-    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    found = {part: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+             for part, tensors in parts.items()}
+    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()}
+                                            if torch.cuda.is_available() else {})
     ranks = parallel.together(lambda: rng, w)
-    return found | {"rng": {f"{rank}:{kind}": t for rank, states in enumerate(ranks) for kind, t in states.items()}}, sharded
+    return found | {"rng": {f"{rank}:{kind}": t for rank, states in enumerate(ranks)
+                            for kind, t in states.items()}}, sharded
 
 
 class Writer:
-    """Writes checkpoints of a run in a thread beside it, one after the other, together with the other ranks' threads."""
+    """Writes checkpoints of a run in a thread beside it, one after the other, together with the
+    other ranks' threads."""
 
-    def __init__(self, out_dir: Path, w: World, keep_last: int, keep_every: int, failed: Callable[[], None]):
-        """`failed` is called, from the thread, when one could not be written; `wait` then raises why."""
-        self.out_dir, self.world, self.keep, self.failed = out_dir, w, (keep_last, keep_every), failed
-        self.group = dist.new_group(backend="gloo") if w.size > 1 else None  # its own: the training uses the other meanwhile
+    def __init__(self, out_dir: Path, w: World, keep_last: int, keep_every: int,
+                 failed: Callable[[], None]):
+        """`failed` is called, from the thread, when one could not be written; `wait` then raises
+        why."""
+        self.out_dir, self.world, self.keep, self.failed = out_dir, w, (keep_last,
+                                                                        keep_every), failed
+        # its own: the training uses the other meanwhile
+        self.group = dist.new_group(backend="gloo") if w.size > 1 else None
         self.thread: threading.Thread | None = None
         self.error: OSError | RuntimeError | None = None
 
     def begin(self, snapshot: Snapshot) -> None:
         """Start to write, when the one before is done."""
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint",
+                                       daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Raises OSError, on all ranks, if it could not be written."""
+        """Until what was begun is on disk. Raises OSError, on all ranks, if it could not be
+        written."""
         if self.thread is not None:
             self.thread.join()
         self.thread, error, self.error = None, self.error, None
@@ -116,22 +129,27 @@ class Writer:
             self.failed()
 
 
-def save(out_dir: Path, snapshot: Snapshot, w: World, group: dist.ProcessGroup | None = None) -> None:
-    """Write a checkpoint whole, all ranks together, or raise OSError on all of them and leave the others as they were."""
+def save(out_dir: Path, snapshot: Snapshot, w: World,
+         group: dist.ProcessGroup | None = None) -> None:
+    """Write a checkpoint whole, all ranks together, or raise OSError on all of them and leave the
+    others as they were."""
     folder = out_dir / f"{TEMPORARY}{snapshot.step}"
     try:
         needed = sum(parallel.together(lambda: _bytes_here(snapshot), w, group))
-        parallel.together(lambda: _prepare(out_dir, folder, needed) if w.rank == 0 else None, w, group)
+        parallel.together(lambda: _prepare(out_dir, folder, needed) if w.rank == 0
+                          else None, w, group)
         parallel.together(lambda: _write_tensors(folder, snapshot, w, group), w, group)
         sums = parallel.together(lambda: _checksums(folder, snapshot.sharded, w), w, group)
         entries = {name: said for some in sums for name, said in some.items()}
-        parallel.together(lambda: _finish(out_dir, folder, snapshot, entries) if w.rank == 0 else None, w, group)
+        parallel.together(lambda: _finish(out_dir, folder, snapshot, entries) if w.rank == 0
+                          else None, w, group)
     except OSError as error:
         if w.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         kept = whole_checkpoints(out_dir)
         rest = f"the last whole one is {kept[-1]}" if kept else "there is none before it"
-        raise OSError(f"checkpoint of step {snapshot.step} in {out_dir} not written: {error}; {rest}") from error
+        raise OSError(f"checkpoint of step {snapshot.step} in {out_dir} not written: {error}; "
+                      f"{rest}") from error
 
 
 def _bytes_here(snapshot: Snapshot) -> int:
@@ -152,7 +170,8 @@ def _prepare(out_dir: Path, folder: Path, needed: int) -> None:
     folder.mkdir()
 
 
-def _write_tensors(folder: Path, snapshot: Snapshot, w: World, group: dist.ProcessGroup | None) -> None:
+def _write_tensors(folder: Path, snapshot: Snapshot, w: World,
+                   group: dist.ProcessGroup | None) -> None:
     for part, tensors in snapshot.tensors.items():
         if snapshot.sharded and part != "rng":
             _write_shards(folder / part, tensors, group)
@@ -160,12 +179,15 @@ def _write_tensors(folder: Path, snapshot: Snapshot, w: World, group: dist.Proce
             save_tensors(tensors, folder / f"{part}.safetensors")
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def _write_shards(folder: Path, tensors: dict[str, Tensor],
+                  group: dist.ProcessGroup | None) -> None:
     import torch.distributed.checkpoint as dcp  # a second to import
 
     folder.mkdir(exist_ok=True)
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
+        dcp.save(tensors,
+                 storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+                 process_group=group)
     except dcp.api.CheckpointException as error:  # raised on all ranks; no subclass of Exception
         raise OSError(next(iter(error.failures.values()))[0]) from error
 
@@ -181,7 +203,8 @@ def _checksums(folder: Path, sharded: bool, w: World) -> dict[str, Entry]:
 
 def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, Entry]) -> None:
     """The rest of the folder, DONE, and its name."""
-    texts = {"model": config_json(snapshot.model), "state": json.dumps(snapshot.state | {"step": snapshot.step}, indent=1),
+    texts = {"model": config_json(snapshot.model),
+             "state": json.dumps(snapshot.state | {"step": snapshot.step}, indent=1),
              "tokenizer": json.dumps(snapshot.tokenizer)}
     for name, text in texts.items():
         file = folder / f"{name}.json"
@@ -251,8 +274,8 @@ def roll_back(out_dir: Path, step: int) -> Path | None:
 def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World) -> bool:
     """Put back weights, optimizer state and this rank's random number generators, exactly.
 
-    False: the checkpoint is of another number of ranks, and the generators are left for the caller to seed.
-    Raises ValueError, before anything is placed, where names or shapes are not this run's.
+    False: the checkpoint is of another number of ranks, and the generators are left for the caller
+    to seed. Raises ValueError, before anything is placed, where names or shapes are not this run's.
     """
     parameters, names = dict(model.named_parameters()), optim.numbered(model, optimizer)
     found = {part: saved_shapes(folder, part) for part in ("model", "optimizer")}
@@ -291,5 +314,6 @@ def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names, state = optim.numbered(model, optimizer), optimizer.state_dict()["state"]
     return {
         f"{names[i]}:{key}": value
-        for i, moments in state.items() for key, value in moments.items() if isinstance(value, Tensor)
+        for i, moments in state.items()
+        for key, value in moments.items() if isinstance(value, Tensor)
     }

@@ -11,17 +11,19 @@ from gpt.model import Block
 from kernels import Kernels
 from train.config import Config
 
-# What torch.compile raises where a compiler, a header or a driver is missing: all of it derives from these.
+# What torch.compile raises where a compiler, a header or a driver is missing: all of it derives
+# from these.
 UNABLE = (RuntimeError, OSError, ImportError)
-WORTH_TRYING_S = 300.0  # of training; trying takes about ten seconds, compiling all layers up to a minute
+# of training; trying takes about ten seconds, compiling all layers up to a minute
+WORTH_TRYING_S = 300.0
 
 
 def decide(config: Config, kernels: Kernels, device: torch.device, dtype: torch.dtype,
            before: bool | None = None) -> tuple[bool, str]:
     """Whether to compile the model: where it is asked for or pays; and why, in a line.
 
-    auto: as `before`, which is what a resumed run did, so that its bits stay the same; else always on a GPU, and on a CPU
-    where a measurement says that it pays. Draws random numbers.
+    auto: as `before`, which is what a resumed run did, so that its bits stay the same; else always
+    on a GPU, and on a CPU where a measurement says that it pays. Draws random numbers.
     """
     wanted, why = config.run.compile, f"--compile={config.run.compile}"
     try:
@@ -35,7 +37,8 @@ def decide(config: Config, kernels: Kernels, device: torch.device, dtype: torch.
         said = f"torch.compile cannot work here: {type(error).__name__}: {line}"
         if config.run.compile == "auto":
             return False, f"no ({said})"
-        raise ValueError(f"{said}; it needs a C++ compiler, Python's headers, on a GPU Triton; or --compile=False") from error
+        raise ValueError(f"{said}; it needs a C++ compiler, Python's headers, on a GPU Triton; or "
+                         "--compile=False") from error
     return True, f"yes ({why}; tried in {seconds:.1f} s)"
 
 
@@ -52,13 +55,16 @@ def _automatic(config: Config, kernels: Kernels, device: torch.device, dtype: to
     if eager_s * blocks < WORTH_TRYING_S:
         return False, f"auto: {told}, so the run is too short to try"
     compiled_s, first_s = timed(step(torch.compile))
-    torch._dynamo.reset()  # the block that was tried must not count as a variant of those of the model
+    # the block that was tried must not count as a variant of those of the model
+    torch._dynamo.reset()
     saved_s = (eager_s - compiled_s) * blocks - first_s * config.model.n_layer
     return saved_s > 0, f"auto: {told}, compiled {1e3 * compiled_s:.3g} ms after {first_s:.0f} s"
 
 
-def step_of_a_block(config: Config, kernels: Kernels, dtype: torch.dtype) -> Callable[..., Callable[[], None]]:
-    """On the CPU: forward and backward of one block at this run's shape, its forward passed through a function first."""
+def step_of_a_block(config: Config, kernels: Kernels,
+                    dtype: torch.dtype) -> Callable[..., Callable[[], None]]:
+    """On the CPU: forward and backward of one block at this run's shape, its forward passed through
+    a function first."""
     c = config.model
     block = Block(c, kernels)
     x = torch.randn(config.data.batch_size, c.block_size, c.n_embd, requires_grad=True)
@@ -88,9 +94,11 @@ def timed(step: Callable[[], None], repeats: int = 5) -> tuple[float, float]:
 
 
 def probe(device: torch.device) -> float:
-    """Compile a function and its backward, and compare with what they are without; the seconds that took.
+    """Compile a function and its backward, and compare with what they are without; the seconds that
+    took.
 
-    Raises one of UNABLE where torch.compile does not work: at the first call, which in a run is long after the start.
+    Raises one of UNABLE where torch.compile does not work: at the first call, which in a run is
+    long after the start.
     """
     def function(x: torch.Tensor) -> torch.Tensor:
         return (x.sin() * x).sum()

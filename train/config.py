@@ -1,6 +1,8 @@
-"""Everything a run can be told, with nanoGPT's names. No torch here: --help and config errors must be instant.
+"""Everything a run can be told, with nanoGPT's names. No torch here: --help and config errors must
+be instant.
 
-A config file is an ordinary module that says `config = Config(...)`. The command line overrides it: `--batch_size=32`.
+A config file is an ordinary module that says `config = Config(...)`. The command line overrides it:
+`--batch_size=32`.
 """
 
 import dataclasses
@@ -20,7 +22,8 @@ from gpt.config import Block, GPTConfig
 
 SHORTHANDS = {
     "--batch_size=auto": "--fit_batch=True", "--batch-size=auto": "--fit_batch=True",
-    "--backward=True": "--direction=backward", "--backward=False": "--direction=forward",  # Stitch-LLMs' words
+    # Stitch-LLMs' words
+    "--backward=True": "--direction=backward", "--backward=False": "--direction=forward",
 }
 ROOT = Path(__file__).resolve().parent.parent
 Seconds = Annotated[int, Must("be from 1 to 1000000000", lambda n: 1 <= n <= 10**9)]
@@ -41,8 +44,8 @@ class DataConfig:
     batch_size: Positive = 12
     """sequences in a micro-batch, on each rank; auto: as fit_batch"""
     fit_batch: bool = False
-    """micro-batches as large as the GPU's memory allows, with the tokens per step of batch_size times
-    gradient_accumulation_steps; what --batch_size=auto sets"""
+    """micro-batches as large as the GPU's memory allows, with the tokens per step of batch_size
+    times gradient_accumulation_steps; what --batch_size=auto sets"""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,9 @@ class RunConfig:
     out_dir: NotEmpty = "out"
     """the run's folder: checkpoints, metrics.jsonl, config.json, loss.png"""
     init_from: NotEmpty = "scratch"
-    """scratch; resume: go on from the last whole checkpoint; auto: resume where there is one, else scratch;
-    gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder: start from those weights; merge, stitch: from two models"""
+    """scratch; resume: go on from the last whole checkpoint; auto: resume where there is one, else
+    scratch; gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder: start from those weights; merge,
+    stitch: from two models"""
     resume_dir: str = ""
     """where to resume from, or the lower of two models; empty: out_dir"""
     seed: NonNegative = 1337
@@ -127,7 +131,8 @@ class RunConfig:
     always_save_checkpoint: bool = True
     """else only when the validation loss is the best so far"""
     keep_last: Positive = 2
-    """checkpoints kept, besides the best one; of 2, one is there to go back to, should a disk damage the last"""
+    """checkpoints kept, besides the best one; of 2, one is there to go back to, should a disk
+    damage the last"""
     keep_every: NonNegative = 0
     """also keep those at multiples of this many steps; 0: none"""
     wandb_log: bool = False
@@ -143,7 +148,8 @@ class RunConfig:
     compile: bool | Literal["auto"] = "auto"
     """torch.compile; auto: where it pays within the run"""
     max_skipped: Positive = 20
-    """steps in a row whose loss or gradient is not finite; each is skipped, and after so many the run ends"""
+    """steps in a row whose loss or gradient is not finite; each is skipped, and after so many the
+    run ends"""
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,8 @@ class ParallelConfig:
     """How several processes share the work."""
 
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """ddp: each holds the model; fsdp: sharded over all; hsdp: sharded within a node, replicated over nodes;
+    """ddp: each holds the model; fsdp: sharded over all; hsdp: sharded within a node, replicated
+    over nodes;
     auto: ddp, or fsdp where the model's state would fill half of a GPU"""
     activation_checkpointing: bool = False
     """recompute the blocks in backward: about a third more time, far less memory"""
@@ -199,9 +206,11 @@ def flatten(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def unflatten(leaves: dict[str, Any], origin: str = "") -> Config:
-    """The Config with these leaves, defaults elsewhere. Raises ValueError for a name that is none or a value of a wrong type.
+    """The Config with these leaves, defaults elsewhere. Raises ValueError for a name that is none
+    or a value of a wrong type.
 
-    An int is taken for a float, and so is a string that spells one (YAML 1.1 reads 6e-4 as a string).
+    An int is taken for a float, and so is a string that spells one (YAML 1.1 reads 6e-4 as a
+    string).
     """
     default, types, sections = Config(), cli.types_of(Config), {}
     where = f"{origin}: " if origin else ""
@@ -212,7 +221,8 @@ def unflatten(leaves: dict[str, Any], origin: str = "") -> Config:
     for f in dataclasses.fields(default):
         section = getattr(default, f.name)
         names = {g.name for g in dataclasses.fields(section)}
-        sections[f.name] = dataclasses.replace(section, **{k: v for k, v in leaves.items() if k in names})
+        sections[f.name] = dataclasses.replace(section,
+                                               **{k: v for k, v in leaves.items() if k in names})
     return Config(**sections)
 
 
@@ -246,13 +256,16 @@ def load_file(path: str) -> Config:
     """The `config` of a config file: a path, or the name of one in configs/."""
     from train.foreign import is_nanogpt, read_nanogpt
 
-    found = next((p for p in (Path(path), ROOT / path, ROOT / "configs" / f"{path}.py") if p.is_file()), None)
+    found = next((p for p in (Path(path), ROOT / path, ROOT / "configs" / f"{path}.py")
+                  if p.is_file()), None)
     if found is None:
-        known = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"))
+        known = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.py")
+                                 if p.stem != "__init__"))
         raise ValueError(f"no config file {path!r}; configs/ has {known}")
     spec = importlib.util.spec_from_file_location(f"_config_{found.stem}", found)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{found}: a config file is a Python module, NAME.py, with `config = Config(...)`")
+        raise ValueError(f"{found}: a config file is a Python module, NAME.py, with `config = "
+                         "Config(...)`")
     source = read_text(found)
     if is_nanogpt(source, found):
         return read_nanogpt(source, found)
@@ -271,7 +284,8 @@ def load_file(path: str) -> Config:
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """[CONFIG] [--key=value ...] -> Config. Raises ValueError, in one line, for what is wrong with it."""
+    """[CONFIG] [--key=value ...] -> Config. Raises ValueError, in one line, for what is wrong with
+    it."""
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -293,8 +307,10 @@ def _compose(argv: list[str]) -> Config:
 
     named = dict(a[2:].partition("=")[::2] for a in argv if a.startswith("--"))
     if odd := named.keys() - {"config-path", "config_path", "config-name", "config_name"}:
-        raise ValueError(f"--{sorted(odd)[0]} beside --config-name; override as in hydra, group.key=value")
-    path, name = (named.get(f"config-{what}") or named.get(f"config_{what}") or "." for what in ("path", "name"))
+        raise ValueError(f"--{sorted(odd)[0]} beside --config-name; override as in hydra, "
+                         "group.key=value")
+    path, name = (named.get(f"config-{what}") or named.get(f"config_{what}") or "."
+                  for what in ("path", "name"))
     return compose_yaml(path, name, [a for a in argv if not a.startswith("--")])
 
 

@@ -1,4 +1,5 @@
-"""What this machine can do: `python train/doctor.py`; with --dist=True, under torchrun, how fast the ranks exchange gradients.
+"""What this machine can do: `python train/doctor.py`; with --dist=True, under torchrun, how fast
+the ranks exchange gradients.
 
     torchrun --standalone --nproc_per_node=8 train/doctor.py --dist=True
 """
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 
 from data import cli
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "flash-attn", "wandb", "tensorboard", "transformers", "tiktoken")
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "flash-attn", "wandb", "tensorboard",
+            "transformers", "tiktoken")
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ def examine() -> dict[str, str]:
     from kernels import resolve
 
     device = hardware.resolve_device("auto")
-    found = {"python": f"{platform.python_version()} ({sys.executable})", "system": platform.platform()}
+    found = {"python": f"{platform.python_version()} ({sys.executable})",
+             "system": platform.platform()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))),
+                    None)
     found["C++ compiler"] = compiler or "none: --compile=True cannot work on a CPU, and Triton cannot build its launcher"
     found["GPUs"] = ", ".join(_gpu(i) for i in range(torch.cuda.device_count())) or "none"
     found["device"] = f"{device}: {hardware.device_name(device)}"
@@ -57,7 +61,8 @@ def _gpu(index: int) -> str:
 
 
 def all_reduce() -> list[tuple[int, float, float]]:
-    """(bytes, ms, GB/s) of an all-reduce over all ranks, the median of ten. GB/s is bus bandwidth as NCCL's tests count
+    """(bytes, ms, GB/s) of an all-reduce over all ranks, the median of ten. GB/s is bus bandwidth
+    as NCCL's tests count
     it: bytes / time * 2 (n - 1) / n, what each link carries. Raises ValueError outside torchrun."""
     import torch
     import torch.distributed as dist
@@ -68,7 +73,8 @@ def all_reduce() -> list[tuple[int, float, float]]:
 
     w = parallel.world()
     if w.size == 1:
-        raise ValueError("--dist=True needs ranks: `torchrun --standalone --nproc_per_node=N train/doctor.py --dist=True`")
+        raise ValueError("--dist=True needs ranks: `torchrun --standalone --nproc_per_node=N "
+                         "train/doctor.py --dist=True`")
     device = hardware.resolve_device("auto", w.local_rank)
     parallel.start(w, device, ParallelConfig())
     rows = []
@@ -80,7 +86,8 @@ def all_reduce() -> list[tuple[int, float, float]]:
             values[:1].tolist()  # waits for the device
             seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds[2:])
-        rows.append((values.nbytes, 1e3 * median, values.nbytes / median * 2 * (w.size - 1) / w.size / 1e9))
+        rows.append((values.nbytes, 1e3 * median,
+                     values.nbytes / median * 2 * (w.size - 1) / w.size / 1e9))
     parallel.stop()
     return rows if w.rank == 0 else []
 

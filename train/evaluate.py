@@ -1,11 +1,14 @@
-"""How good a model is: `python train/evaluate.py --out_dir=out --dataset=openwebtext`, alone or under torchrun.
+"""How good a model is: `python train/evaluate.py --out_dir=out --dataset=openwebtext`, alone or
+under torchrun.
 
-Goes through a whole split once: loss, perplexity, bits per byte. With local files also HellaSwag and LAMBADA:
+Goes through a whole split once: loss, perplexity, bits per byte. With local files also HellaSwag
+and LAMBADA:
 
-hellaswag, completion style (llm.c, build-nanogpt): ctx + " " + ending; acc takes the ending of least total loss, acc_norm
-the one of least loss per token. lambada, last word: the text up to its last space, then " " + word; acc counts words that
-greedy decoding writes whole, ppl is of those words. An empty context is the end-of-text token, as
-in lm-eval; but these are not lm-eval's figures: for those, export with --to=hf.
+hellaswag, completion style (llm.c, build-nanogpt): ctx + " " + ending; acc takes the ending of
+least total loss, acc_norm the one of least loss per token. lambada, last word: the text up to its
+last space, then " " + word; acc counts words that greedy decoding writes whole, ppl is of those
+words. An empty context is the end-of-text token, as in lm-eval; but these are not lm-eval's
+figures: for those, export with --to=hf.
 """
 
 import json
@@ -44,7 +47,8 @@ class Evaluate:
 
 
 def evaluate(c: Evaluate) -> dict[str, float]:
-    """Print and return the figures, summed over all ranks. Raises ValueError or OSError for what the user can mend."""
+    """Print and return the figures, summed over all ranks. Raises ValueError or OSError for what
+    the user can mend."""
     from data.tokenizer import load_tokenizer
     from gpt import hardware
     from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
@@ -53,7 +57,8 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     from train.config import ParallelConfig
 
     if not (c.dataset or c.data_dir or c.hellaswag or c.lambada):
-        raise ValueError("nothing to evaluate on; give --dataset=, --data_dir=, --hellaswag=FILE or --lambada=FILE")
+        raise ValueError("nothing to evaluate on; give --dataset=, --data_dir=, --hellaswag=FILE "
+                         "or --lambada=FILE")
     world = parallel.world()
     device = hardware.resolve_device(c.device, world.local_rank)
     if c.init_from == "resume":
@@ -63,7 +68,8 @@ def evaluate(c: Evaluate) -> dict[str, float]:
         trained = read_source(c.init_from)
         model, tokenizer = model_of(trained).to(device), tokenizer_of(trained)
     if model.config.direction == "backward" and (c.hellaswag or c.lambada):
-        raise ValueError("--hellaswag and --lambada ask what follows a context; this model has --direction=backward")
+        raise ValueError("--hellaswag and --lambada ask what follows a context; this model has "
+                         "--direction=backward")
     parallel.start(world, device, ParallelConfig())
     figures: dict[str, float] = {}
     with hardware.autocast(device, hardware.resolve_dtype(c.dtype, device)):
@@ -109,11 +115,13 @@ def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
         for part in [whole, *([span] for span in group if span not in whole)]:
             if not part:
                 continue
-            windows = tokens.read(np.array([start for start, _ in part]), part[0][1] - part[0][0] + 1).astype(np.int64)
+            windows = tokens.read(np.array([start for start, _ in part]),
+                                  part[0][1] - part[0][0] + 1).astype(np.int64)
             ids = torch.from_numpy(windows).to(device)
             with torch.no_grad():
                 total[0] += model(ids[:, :-1], ids[:, 1:], reduction="sum")
-            total[1:] += torch.tensor([ids[:, 1:].numel(), bytes_of[ids[:, 1:]].sum()], device=device)
+            total[1:] += torch.tensor([ids[:, 1:].numel(), bytes_of[ids[:, 1:]].sum()],
+                                      device=device)
     loss, count, n_bytes = sum_over_ranks(total).tolist()
     return {"loss": loss / count, "perplexity": perplexity(loss / count),
             "bits per byte": loss / math.log(2) / max(n_bytes, 1), "tokens": count}
@@ -195,7 +203,8 @@ def hellaswag(examples: list[Example], model, tokenizer, world) -> dict[str, flo
             best = min(range(len(scored)), key=lambda e: score(scored[e][0]).item())
             counts[i] += best == right
     acc, acc_norm = (sum_over_ranks(counts) / len(examples)).tolist()
-    return {"hellaswag acc": acc, "hellaswag acc_norm": acc_norm, "hellaswag examples": len(examples)}
+    return {"hellaswag acc": acc, "hellaswag acc_norm": acc_norm,
+            "hellaswag examples": len(examples)}
 
 
 def lambada(examples: list[Example], model, tokenizer, world) -> dict[str, float]:

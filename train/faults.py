@@ -1,4 +1,5 @@
-"""What goes wrong with machines, and what a run then does: signals, a second run on the same folder, ranks that hang."""
+"""What goes wrong with machines, and what a run then does: signals, a second run on the same
+folder, ranks that hang."""
 
 import contextlib
 import faulthandler
@@ -31,7 +32,8 @@ HUNG = 86  # the exit code of a rank that ends because another one, or it, hangs
 
 @dataclass
 class Asked:
-    """Whether this process was asked to stop, and by which signal. Ranks tell each other with the loss of each step."""
+    """Whether this process was asked to stop, and by which signal. Ranks tell each other with the
+    loss of each step."""
 
     by: str = ""
     at: float = 0.0  # time.monotonic()
@@ -41,7 +43,8 @@ class Asked:
 def listen(asked: Asked) -> Iterator[None]:
     """Let SIGNALS ask instead of kill; Ctrl-C, pressed once more, is a KeyboardInterrupt.
 
-    What is ignored already, as nohup does with SIGHUP, stays so. Only the main thread hears signals.
+    What is ignored already, as nohup does with SIGHUP, stays so. Only the main thread hears
+    signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -106,7 +109,8 @@ def _lock(out_dir: Path, held: contextlib.ExitStack) -> None:
     except BlockingIOError as error:
         file.seek(0)
         raise ValueError(
-            f"another run is at work in {out_dir} ({file.read().strip()}); wait for it, or give this one another --out_dir"
+            f"another run is at work in {out_dir} ({file.read().strip()}); wait for it, or give "
+            "this one another --out_dir"
         ) from error
     if not os.path.samestat(os.fstat(file.fileno()), os.stat(out_dir / LOCK)):
         raise ValueError(f"another run in {out_dir} ended just now; give the same command again")
@@ -134,15 +138,18 @@ class Progress:
 
 
 @contextlib.contextmanager
-def watchdog(progress: Progress, store: dist.Store | None, w: World, timeout_s: float) -> Iterator[None]:
-    """Beside the run, a thread that tells the other ranks how far this one is. Where nothing moves for timeout_s seconds
-    (three times that until the first step is done, which compiles) it names the rank that is behind and ends the process.
+def watchdog(progress: Progress, store: dist.Store | None, w: World,
+             timeout_s: float) -> Iterator[None]:
+    """Beside the run, a thread that tells the other ranks how far this one is. Where nothing moves
+    for timeout_s seconds (three times that until the first step is done, which compiles) it names
+    the rank that is behind and ends the process.
     """
     if store is None or w.size == 1:
         yield
         return
     done = threading.Event()
-    thread = threading.Thread(target=_watch, args=(progress, store, w, timeout_s, done), daemon=True)
+    thread = threading.Thread(target=_watch, args=(progress, store, w, timeout_s, done),
+                              daemon=True)
     thread.start()
     try:
         yield
@@ -151,27 +158,33 @@ def watchdog(progress: Progress, store: dist.Store | None, w: World, timeout_s: 
         thread.join(timeout=10)
 
 
-def _watch(progress: Progress, store: dist.Store, w: World, timeout_s: float, done: threading.Event) -> None:
+def _watch(progress: Progress, store: dist.Store, w: World, timeout_s: float,
+           done: threading.Event) -> None:
     pause_s = min(timeout_s / 4, 10.0)
     seen, since = -1, time.monotonic()
     while not done.wait(pause_s):
         try:
-            store.set(f"progress/{w.rank}", json.dumps([progress.count, progress.doing, time.time()]))
-        except RuntimeError:  # the store went with the process that held it; what follows still ends this one
+            store.set(f"progress/{w.rank}",
+                      json.dumps([progress.count, progress.doing, time.time()]))
+        # the store went with the process that held it; what follows still ends this one
+        except RuntimeError:
             pass
         if progress.count != seen:
             seen, since = progress.count, time.monotonic()
         elif time.monotonic() - since > timeout_s * (1 if progress.count > 10 else 3):
             behind = _behind(store, w, 4 * pause_s)
-            print(f"error: rank {w.rank} waited {timeout_s:.0f} s in {progress.doing}: {behind}", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback()  # where this rank stands, which is the answer if it is the one
+            print(f"error: rank {w.rank} waited {timeout_s:.0f} s in {progress.doing}: {behind}",
+                  file=sys.stderr, flush=True)
+            # where this rank stands, which is the answer if it is the one
+            faulthandler.dump_traceback()
             os._exit(HUNG)
 
 
 def _behind(store: dist.Store, w: World, stale_s: float) -> str:
     """Which ranks are furthest behind, or no longer say anything."""
     try:
-        there = {rank: json.loads(store.get(f"progress/{rank}")) for rank in range(w.size) if store.check([f"progress/{rank}"])}
+        there = {rank: json.loads(store.get(f"progress/{rank}"))
+                 for rank in range(w.size) if store.check([f"progress/{rank}"])}
     except RuntimeError as error:
         return f"the ranks' store does not answer ({str(error).splitlines()[0]})"
     now, least = time.time(), min((count for count, _, _ in there.values()), default=0)
@@ -180,4 +193,5 @@ def _behind(store: dist.Store, w: World, stale_s: float) -> str:
     what = "stopped or dead" if silent else "behind the others"
     if len(late) == w.size:
         return "all ranks are equally far"
-    return "; ".join(f"rank {rank} hangs, {what}, in {there[rank][1] if rank in there else 'start'}" for rank in sorted(late))
+    return "; ".join(f"rank {rank} hangs, {what}, in "
+                     f"{there[rank][1] if rank in there else 'start'}" for rank in sorted(late))

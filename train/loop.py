@@ -17,7 +17,8 @@ from train.start import Run, build, describe
 
 
 def train(config: Config) -> None:
-    """The run that `config` describes: start or resume, then evaluate, save and step until max_iters or a signal.
+    """The run that `config` describes: start or resume, then evaluate, save and step until
+    max_iters or a signal.
 
     Raises KeyboardInterrupt after Ctrl-C, once all is saved.
     """
@@ -30,7 +31,8 @@ def train(config: Config) -> None:
                 report.evaluation(run.step, 0.0, evaluate(run))
                 return parallel.stop()
             with (faults.listen(run.asked),
-                  faults.watchdog(run.progress, run.store, run.world, run.config.parallel.hang_timeout)):
+                  faults.watchdog(run.progress, run.store, run.world,
+                                  run.config.parallel.hang_timeout)):
                 train_until_done(run, report, writer(run))
     except (ValueError, OSError, FloatingPointError):  # these are raised on all ranks together
         parallel.stop()
@@ -46,7 +48,8 @@ def train(config: Config) -> None:
 
 
 def writer(run: Run) -> checkpoint.Writer:
-    """What writes the run's checkpoints. One that fails ends the run, on all ranks after the same step."""
+    """What writes the run's checkpoints. One that fails ends the run, on all ranks after the same
+    step."""
     c = run.config.run
 
     def failed() -> None:
@@ -96,9 +99,9 @@ def step_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) ->
 
 
 def train_step(run: Run, lr: float) -> Tensor:
-    """One optimizer step. What Report reads of it, (4,) fp32, the same on all ranks and still on the device: the mean loss
-    over all ranks' tokens, the gradient's norm, 1 if either is not finite (then nothing was changed), and how many ranks
-    were asked to stop."""
+    """One optimizer step. What Report reads of it, (4,) fp32, the same on all ranks and still on
+    the device: the mean loss over all ranks' tokens, the gradient's norm, 1 if either is not finite
+    (then nothing was changed), and how many ranks were asked to stop."""
     run.progress.begins(f"step {run.step}")
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -115,10 +118,12 @@ def train_step(run: Run, lr: float) -> Tensor:
 
 
 def accumulate(run: Run) -> Tensor:
-    """Forward and backward of one optimizer step; this rank's share of the mean loss, still on the device.
+    """Forward and backward of one optimizer step; this rank's share of the mean loss, still on the
+    device.
 
-    Each micro-batch gives a sum over tokens, divided by the tokens of the whole step on all ranks, so that every token
-    weighs the same. The ranks' gradients are averaged later, hence the world size in the factor.
+    Each micro-batch gives a sum over tokens, divided by the tokens of the whole step on all ranks,
+    so that every token weighs the same. The ranks' gradients are averaged later, hence the world
+    size in the factor.
     """
     steps = parallel.accumulation_per_rank(run.config.optim.gradient_accumulation_steps, run.world)
     share = 1.0 / run.config.tokens_per_iter
@@ -139,14 +144,16 @@ def accumulate(run: Run) -> Tensor:
 def evaluate(run: Run) -> dict[str, float]:
     """Mean loss per token of each split over eval_iters fixed batches, shared out among the ranks.
 
-    The windows are the same every time and for every number of ranks; no random number of the training is drawn.
+    The windows are the same every time and for every number of ranks; no random number of the
+    training is drawn.
     """
     c, w, losses = run.config, run.world, {}
     run.model.eval()
     for split, tokens in run.tokens.items():
         total = torch.zeros(2, device=run.device, dtype=torch.float64)
         for inputs, targets in eval_batches(
-            tokens, block_size=c.model.block_size, batch_size=c.data.batch_size, count=c.run.eval_iters, seed=c.run.seed,
+            tokens, block_size=c.model.block_size, batch_size=c.data.batch_size,
+            count=c.run.eval_iters, seed=c.run.seed,
             device=run.device, rank=w.rank, world_size=w.size,
         ):
             run.progress.begins(f"evaluation after step {run.step}")
@@ -161,12 +168,14 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoint.Writer) -> None:
-    """Begin to write a checkpoint if one is due after this evaluation (without one: it is); older ones may go then.
+    """Begin to write a checkpoint if one is due after this evaluation (without one: it is); older
+    ones may go then.
 
     Raises OSError, on all ranks, if the one before could not be written.
     """
     c = run.config.run
-    due = run.step > 0 and (c.always_save_checkpoint or val_loss is None or val_loss < run.best_val_loss)
+    due = run.step > 0 and (c.always_save_checkpoint or val_loss is None
+                            or val_loss < run.best_val_loss)
     run.best_val_loss = min(run.best_val_loss, float("inf") if val_loss is None else val_loss)
     if not due:
         return
@@ -179,8 +188,10 @@ def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoi
     report.say(f"saving checkpoint to {c.out_dir}")
     state = {
         "val_loss": val_loss, "best_val_loss": run.best_val_loss, "position": run.batches.position,
-        "config": dict(flatten(run.config)), "kernels": run.choice._asdict(), "world_size": run.world.size,
+        "config": dict(flatten(run.config)), "kernels": run.choice._asdict(),
+        "world_size": run.world.size,
         "scaler": run.scaler.state_dict(), "torch": torch.__version__, "compiled": run.compiled,
     }
     tensors, sharded = checkpoint.copied(run.model, run.optimizer, run.world)
-    checkpoints.begin(checkpoint.Snapshot(run.step, tensors, sharded, run.config.model, state, run.tokenizer))
+    checkpoints.begin(checkpoint.Snapshot(run.step, tensors, sharded, run.config.model, state,
+                                          run.tokenizer))

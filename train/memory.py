@@ -12,15 +12,18 @@ from train import parallel
 from train.config import Config
 from train.parallel import World
 
-USABLE = 0.92  # of what is free: the allocator's pieces, NCCL's buffers and cuBLAS's workspaces take the rest
+# of what is free: the allocator's pieces, NCCL's buffers and cuBLAS's workspaces take the rest
+USABLE = 0.92
 
 
 def check(config: Config, w: World, device: torch.device) -> None:
-    """Raise ValueError, before anything is built, where the batches of a step cannot be shared out or fitted."""
+    """Raise ValueError, before anything is built, where the batches of a step cannot be shared out
+    or fitted."""
     if not config.data.fit_batch:
         parallel.accumulation_per_rank(config.optim.gradient_accumulation_steps, w)
     elif device.type != "cuda":
-        raise ValueError(f"--batch_size=auto measures a GPU's memory, and the device is {device.type}; give a number")
+        raise ValueError("--batch_size=auto measures a GPU's memory, and the device is "
+                         f"{device.type}; give a number")
     else:
         micro_batches(config, w)
 
@@ -33,8 +36,9 @@ def micro_batches(config: Config, w: World) -> list[int]:
     total = config.optim.gradient_accumulation_steps * config.data.batch_size
     per_rank, left = divmod(total, w.size)
     if left or not per_rank:
-        raise ValueError(f"{total} sequences a step (batch_size {config.data.batch_size} times gradient_accumulation_steps "
-                         f"{config.optim.gradient_accumulation_steps}) do not divide among {w.size} ranks")
+        raise ValueError(f"{total} sequences a step (batch_size {config.data.batch_size} times "
+                         f"gradient_accumulation_steps {config.optim.gradient_accumulation_steps}) "
+                         f"do not divide among {w.size} ranks")
     return [n for n in range(1, per_rank + 1) if per_rank % n == 0]
 
 
@@ -46,8 +50,10 @@ def with_micro_batch(config: Config, batch_size: int) -> Config:
                    optim=replace(config.optim, gradient_accumulation_steps=total // batch_size))
 
 
-def fit(config: Config, wrapped: nn.Module, w: World, device: torch.device, dtype: torch.dtype) -> Config:
-    """The config with the largest micro-batch that fits on every rank. Measured without torch.compile, which needs less.
+def fit(config: Config, wrapped: nn.Module, w: World, device: torch.device,
+        dtype: torch.dtype) -> Config:
+    """The config with the largest micro-batch that fits on every rank. Measured without
+    torch.compile, which needs less.
 
     Draws random numbers where there is dropout; leaves no gradient behind.
     """
@@ -60,7 +66,8 @@ def fit(config: Config, wrapped: nn.Module, w: World, device: torch.device, dtyp
         return max(parallel.together(lambda: hardware.peak_memory_bytes(device) or 0, w))
 
     peak(1)  # allocates the gradients, which all later micro-batches find there
-    here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in wrapped.parameters() if p.requires_grad)
+    here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes
+               for p in wrapped.parameters() if p.requires_grad)
     moments = 1 if config.optim.optimizer == "sgd" else 2
     free = min(parallel.together(lambda: hardware.free_memory_bytes(device), w))
     chosen = largest(micro_batches(config, w), peak, moments * here, free)
@@ -68,30 +75,36 @@ def fit(config: Config, wrapped: nn.Module, w: World, device: torch.device, dtyp
     return with_micro_batch(config, chosen)
 
 
-def largest(sizes: list[int], peak_bytes: Callable[[int], int], later_bytes: int, free_bytes: int) -> int:
-    """The largest of `sizes` whose step fits: what a step takes is a constant and so much a sequence, measured at 1 and 2.
+def largest(sizes: list[int], peak_bytes: Callable[[int], int], later_bytes: int,
+            free_bytes: int) -> int:
+    """The largest of `sizes` whose step fits: what a step takes is a constant and so much a
+    sequence, measured at 1 and 2.
 
-    peak_bytes: what forward and backward of so many sequences take at their peak; later_bytes: what comes on top of that
-    (the optimizer's moments). Raises ValueError where not even the smallest fits.
+    peak_bytes: what forward and backward of so many sequences take at their peak; later_bytes: what
+    comes on top of that (the optimizer's moments). Raises ValueError where not even the smallest
+    fits.
     """
     one, two = peak_bytes(1), peak_bytes(2)
     each = max(two - one, 1)
     room = int(USABLE * free_bytes) - later_bytes - (one - each)
     fitting = [n for n in sizes if n * each <= room]
     if not fitting:
-        raise ValueError(f"not even a micro-batch of {sizes[0]} fits: it takes {(one + later_bytes) / 1e9:.1f} GB of "
-                         f"{free_bytes / 1e9:.1f}; try --activation_checkpointing=True, --parallel=fsdp on several GPUs, or a "
+        raise ValueError(f"not even a micro-batch of {sizes[0]} fits: it takes "
+                         f"{(one + later_bytes) / 1e9:.1f} GB of {free_bytes / 1e9:.1f}; try "
+                         "--activation_checkpointing=True, --parallel=fsdp on several GPUs, or a "
                          "smaller --block_size")
     return fitting[-1]
 
 
 def advice(config: Config, w: World, error: torch.OutOfMemoryError) -> str:
-    """What to change when memory was not enough: flags that take less, with the same tokens per step where they can."""
+    """What to change when memory was not enough: flags that take less, with the same tokens per
+    step where they can."""
     smaller = [n for n in micro_batches(config, w) if n < config.data.batch_size]
     ways = []
     if smaller:
         steps = with_micro_batch(config, smaller[-1]).optim.gradient_accumulation_steps
-        ways = [f"--batch_size={smaller[-1]} --gradient_accumulation_steps={steps} (the same tokens per step)",
+        ways = [f"--batch_size={smaller[-1]} --gradient_accumulation_steps={steps} (the same "
+                "tokens per step)",
                 "--batch_size=auto (the largest that fits)"]
     if not config.parallel.activation_checkpointing:
         ways.append("--activation_checkpointing=True")

@@ -12,7 +12,8 @@ MOMENTS = {torch.optim.SGD: {"momentum_buffer"},
 
 
 def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer, in its fused form: matrices and embeddings decay (adamw, sgd), norms and biases do not."""
+    """The optimizer, in its fused form: matrices and embeddings decay (adamw, sgd), norms and
+    biases do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": c.weight_decay},
@@ -21,7 +22,8 @@ def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
     groups = [g for g in groups if g["params"]]
     if c.optimizer == "sgd":
         sgd = torch.optim.SGD(groups, lr=c.learning_rate, momentum=c.momentum, fused=True)
-        for p in trained if c.momentum else ():  # else the first step allocates it, unfilled, even when it is skipped
+        # else the first step allocates it, unfilled, even when it is skipped
+        for p in trained if c.momentum else ():
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
     if c.optimizer == "adam":
@@ -31,7 +33,8 @@ def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
-    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr; steps count from 0."""
+    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr; steps count from
+    0."""
     if not c.decay_lr:
         return c.learning_rate
     if step < c.warmup_iters:
@@ -41,7 +44,8 @@ def learning_rate(step: int, c: OptimConfig) -> float:
 
 
 def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """One step, or none where `skip` () is true: decided on the device; weights and moments stay as they are.
+    """One step, or none where `skip` () is true: decided on the device; weights and moments stay as
+    they are.
 
     The fused optimizers take this as `found_inf`, which is how GradScaler skips.
     """

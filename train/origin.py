@@ -1,4 +1,5 @@
-"""Where a run begins: from nothing, its own checkpoint, weights that others trained, or two models joined."""
+"""Where a run begins: from nothing, its own checkpoint, weights that others trained, or two models
+joined."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +14,14 @@ from data.loader import eval_batches
 from data.tokenizer import load_tokenizer
 from data.tokens import Reversed, Tokens, check_vocabulary, open_split
 from gpt import GPT, SIZES, GPTConfig, hardware, nanogpt
-from gpt.pretrained import Trained, has_rows_for, nanogpt_meta, read_config, read_source, same_vocabulary
+from gpt.pretrained import (
+    Trained,
+    has_rows_for,
+    nanogpt_meta,
+    read_config,
+    read_source,
+    same_vocabulary,
+)
 from gpt.run_folder import DONE, newest_sound, read_state, reading, whole_checkpoints
 from gpt.stitch import merge, stitch
 from gpt.tensors import POSITIONS, about
@@ -21,13 +29,15 @@ from train import checkpoint, optim, parallel
 from train.config import Config, flatten
 from train.parallel import World
 
-ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation", "tie_weights",
+ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
+                "tie_weights",
                 "direction", "seam")
 GPT2_PADDED_VOCAB = 50304  # its 50,257 ids, up to a multiple of 64, as in nanoGPT
 
 # step, best validation loss, data position, whether the step was evaluated, what to say
 Begun = tuple[int, float, int, bool, str]
-Resume = Callable[[Config, GPT, torch.optim.Optimizer, torch.amp.GradScaler, World], Begun]  # all filled in place
+# all filled in place
+Resume = Callable[[Config, GPT, torch.optim.Optimizer, torch.amp.GradScaler, World], Begun]
 
 
 @dataclass
@@ -43,11 +53,13 @@ class Origin:
 
 
 def find_origin(config: Config, w: World) -> Origin:
-    """What --init_from means here, and after a restart by torchrun. Rank 0 looks, so that all begin at the same place.
+    """What --init_from means here, and after a restart by torchrun. Rank 0 looks, so that all begin
+    at the same place.
 
     Raises ValueError, on all ranks, for what is not there, or for a start that would lose a run.
     """
-    kind, source, said = parallel.first_rank_decides(lambda: choose(config, restarted=w.restarts > 0), w)
+    kind, source, said = parallel.first_rank_decides(lambda: choose(config,
+                                                                    restarted=w.restarts > 0), w)
     if kind == "resume":
         return continued(Path(source), said, config.model, w)
     if kind == "join":
@@ -72,13 +84,14 @@ def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
         return "resume", source, said
     if there and not run.eval_only:
         raise ValueError(
-            f"{out_dir} already holds a run ({there[-1].name}); continue it with --init_from=resume, "
-            "or start another with --out_dir=DIR (or remove that one)"
+            f"{out_dir} already holds a run ({there[-1].name}); continue it with "
+            "--init_from=resume, or start another with --out_dir=DIR (or remove that one)"
         )
     if run.init_from in ("merge", "stitch"):
         return "join", "", ""
     if config.model.seam >= 0:
-        raise ValueError(f"--seam={config.model.seam}: it is made by --init_from=stitch --stitch_layer_index=LAYER")
+        raise ValueError(f"--seam={config.model.seam}: it is made by --init_from=stitch "
+                         "--stitch_layer_index=LAYER")
     if run.init_from in ("scratch", "auto"):
         return "scratch", "", ""
     if run.init_from not in SIZES and not Path(run.init_from).is_dir():
@@ -119,8 +132,8 @@ def joined(config: Config) -> Origin:
     """Two models as one, resume_dir's lower blocks under merge_dir's upper ones; a new run."""
     run, c = config.run, config.join
     if not c.merge_dir:
-        raise ValueError(f"--init_from={run.init_from} joins two models; give the upper one, --merge_dir=DIR, "
-                         "beside --resume_dir")
+        raise ValueError(f"--init_from={run.init_from} joins two models; give the upper one, "
+                         "--merge_dir=DIR, beside --resume_dir")
     sources = (run.resume_dir or run.out_dir, c.merge_dir)
     a, b = (pretrained(source, config.model) for source in sources)
     cut, head = c.stitch_layer_index, (a if c.use_original_head else b).name
@@ -132,16 +145,19 @@ def joined(config: Config) -> Origin:
 
 
 def alignment(config: Config, model: GPTConfig) -> Tensor:
-    """The training sequences a stitch is fitted on, at most (batch_size_alignment, block_size), on the run's device."""
+    """The training sequences a stitch is fitted on, at most (batch_size_alignment, block_size), on
+    the run's device."""
     tokens = directed(open_split(config.data_dir, "train"), model)
     check_vocabulary(tokens, model.vocab_size)
     device = hardware.resolve_device(config.run.device, parallel.world().local_rank)
-    return next(eval_batches(tokens, block_size=model.block_size, batch_size=config.join.batch_size_alignment, count=1,
+    return next(eval_batches(tokens, block_size=model.block_size,
+                             batch_size=config.join.batch_size_alignment, count=1,
                              seed=config.run.seed, device=device))[0]
 
 
 def directed(tokens: Tokens, model: GPTConfig) -> Tokens:
-    """The tokens in the order the model reads them: a backward run is a run on reversed data, and nothing else."""
+    """The tokens in the order the model reads them: a backward run is a run on reversed data, and
+    nothing else."""
     return Reversed(tokens.paths) if model.direction == "backward" else tokens
 
 
@@ -171,11 +187,13 @@ def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Con
         return replace(config, model=replace(config.model, vocab_size=vocab))
     default = Config().model
     wrong = [
-        f"{k} is {getattr(origin.model, k)} there and {getattr(config.model, k)} here" for k in ARCHITECTURE
+        f"{k} is {getattr(origin.model, k)} there and {getattr(config.model, k)} here"
+        for k in ARCHITECTURE
         if getattr(config.model, k) not in (getattr(origin.model, k), getattr(default, k))
     ]
     if wrong:
-        raise ValueError(f"{origin.name} is a checkpoint of another architecture: {', '.join(wrong)}")
+        raise ValueError(f"{origin.name} is a checkpoint of another architecture: "
+                         f"{', '.join(wrong)}")
     if origin.trained:
         _check_data(config, origin.trained, meta)
     return replace(config, model=replace(origin.model, dropout=config.model.dropout))
@@ -195,7 +213,8 @@ def _check_data(config: Config, trained: Trained, meta: dict[str, Any] | None) -
         )
 
 
-def _resume(folder: Path, damaged: str, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
+def _resume(folder: Path, damaged: str, config: Config, model: GPT,
+            optimizer: torch.optim.Optimizer,
             scaler: torch.amp.GradScaler, w: World) -> Begun:
     state = read_state(folder)
     before, now = state["config"], dict(flatten(config))
@@ -204,12 +223,14 @@ def _resume(folder: Path, damaged: str, config: Config, model: GPT, optimizer: t
                          f"whose state {now['optimizer']} cannot take over")
     same_ranks = checkpoint.restore(folder, model, optimizer, w)
     if not same_ranks:
-        torch.manual_seed(config.run.seed + 7919 * state["step"] + w.rank)  # not the numbers that the run began with
+        # not the numbers that the run began with
+        torch.manual_seed(config.run.seed + 7919 * state["step"] + w.rank)
     if scaler.is_enabled() and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     same_data = (before.get("dataset"), before.get("data_dir")) == (now["dataset"], now["data_dir"])
     said = f"{folder}, step {state['step']}" + "".join(
-        f"; {k} was {before[k]}, is {v}" for k, v in now.items() if k in before and before[k] != v and k != "init_from"
+        f"; {k} was {before[k]}, is {v}" for k, v in now.items() if k in before and before[k] != v
+        and k != "init_from"
     )
     if not same_ranks:
         said += f"; saved by {state['world_size']} rank(s), so dropout draws new random numbers"
@@ -225,7 +246,8 @@ def _continued_nanogpt(path: Path, asked: GPTConfig) -> Origin:
                   resume=lambda *run: _resume_nanogpt(path, theirs, *run))
 
 
-def _resume_nanogpt(path: Path, theirs: nanogpt.NanoGPT, config: Config, model: GPT, optimizer: torch.optim.Optimizer,
+def _resume_nanogpt(path: Path, theirs: nanogpt.NanoGPT, config: Config, model: GPT,
+                    optimizer: torch.optim.Optimizer,
                     _scaler: torch.amp.GradScaler, _world: World) -> Begun:
     parameters, state = dict(model.named_parameters()), theirs.content.get("optimizer")
     shapes = {name: p.shape for name, p in parameters.items()}

@@ -1,4 +1,5 @@
-"""Train a GPT: `python train/run.py [CONFIG] [--key=value ...]`, alone or under torchrun. --help lists the keys."""
+"""Train a GPT: `python train/run.py [CONFIG] [--key=value ...]`, alone or under torchrun. --help
+lists the keys."""
 
 import sys
 
@@ -7,7 +8,8 @@ from train.config import parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the run is done; 2, after one line on stderr, for what the user can mend; 130 for Ctrl-C."""
+    """0 when the run is done; 2, after one line on stderr, for what the user can mend; 130 for
+    Ctrl-C."""
     return exit_code(lambda: start(argv))
 
 

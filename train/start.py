@@ -1,4 +1,5 @@
-"""What a run is made of, and where it starts: data, model and optimizer, from nothing or from a checkpoint."""
+"""What a run is made of, and where it starts: data, model and optimizer, from nothing or from a
+checkpoint."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from train.faults import Asked, Progress
 from train.origin import Origin, complete, directed, find_origin
 from train.parallel import World
 
-GPT2 = {"kind": "gpt2", "vocab_size": 50257}  # the tokenizer of data without a meta file, as in nanoGPT
+# the tokenizer of data without a meta file, as in nanoGPT
+GPT2 = {"kind": "gpt2", "vocab_size": 50257}
 
 
 @dataclass
@@ -55,7 +57,8 @@ class Run:
 
 
 def build(config: Config, held: ExitStack | None = None) -> Run:
-    """Everything a run needs, on this rank's device: data, model, optimizer; resumed where that is asked for.
+    """Everything a run needs, on this rank's device: data, model, optimizer; resumed where that is
+    asked for.
 
     A run that will write gives `held`: its folder is locked there before it is looked at.
     """
@@ -88,14 +91,17 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         config = memory.fit(config, wrapped, world, device, dtype)
     torch.manual_seed(config.run.seed + world.rank)
     run = Run(
-        config=config, world=world, device=device, dtype=dtype, choice=choice, model=model, wrapped=wrapped,
+        config=config, world=world, device=device, dtype=dtype, choice=choice, model=model,
+        wrapped=wrapped,
         optimizer=optim.build(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), tokens=tokens,
         batches=Loader(
-            tokens["train"], block_size=config.model.block_size, batch_size=config.data.batch_size, seed=config.run.seed,
+            tokens["train"], block_size=config.model.block_size, batch_size=config.data.batch_size,
+            seed=config.run.seed,
             device=device, rank=world.rank, world_size=world.size,
         ),
-        tokenizer=meta or GPT2, compiled=compiled, why_compiled=why, store=store, started=origin.name,
+        tokenizer=meta or GPT2, compiled=compiled, why_compiled=why, store=store,
+        started=origin.name,
     )
     if origin.resume is not None:
         begun = origin.resume(config, model, run.optimizer, run.scaler, world)
@@ -122,8 +128,10 @@ def describe(run: Run) -> str:
         "kernels": run.choice,
         "compile": run.why_compiled,
         "parallel": parallel.describe(run.wrapped, run.world, c.parallel),
-        "model": f"{run.model.num_params():,} parameters" + (f", {trained:,} trained" if c.model.seam >= 0 else ""),
-        "data": f"{c.data_dir}, {len(run.tokens['train']):,} tokens to train on, {len(run.tokens['val']):,} to validate",
+        "model": f"{run.model.num_params():,} parameters"
+        + (f", {trained:,} trained" if c.model.seam >= 0 else ""),
+        "data": f"{c.data_dir}, {len(run.tokens['train']):,} tokens to train on, "
+                f"{len(run.tokens['val']):,} to validate",
         "tokens per iteration will be": f"{c.tokens_per_iter:,}",
         "settings": ", ".join(f"{k}={v}" for k, (_, v) in changed(c).items()) or "all defaults",
     } | ({"resumed from": run.resumed} if run.resumed else {"starts from": run.started})

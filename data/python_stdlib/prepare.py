@@ -1,4 +1,5 @@
-"""The source of Python's standard library as a corpus of bytes: real text on every machine, without a network."""
+"""The source of Python's standard library as a corpus of bytes: real text on every machine, without
+a network."""
 
 import hashlib
 import os
@@ -13,9 +14,10 @@ from data.cli import run
 from data.manifest import already_made
 from data.small import write_dataset
 
-# Tests and demos, which repeat themselves; generated tables and topics; what is not the library's; and what differs
-# between builds of one version.
-SKIPPED = {"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+# Tests and demos, which repeat themselves; generated tables and topics; what is not the library's;
+# and what differs between builds of one version.
+SKIPPED = {"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "site-packages",
+           "dist-packages"}
 SKIPPED_BEGINNINGS = ("config-", "_sysconfigdata", "__pycache__")
 
 
@@ -23,14 +25,16 @@ def source_files(root: Path) -> list[str]:
     """The paths below `root` of the .py files that are taken, sorted, with forward slashes."""
     found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in SKIPPED and not name.startswith(SKIPPED_BEGINNINGS)]
+        folders[:] = [name for name in folders if name not in SKIPPED
+                      and not name.startswith(SKIPPED_BEGINNINGS)]
         found += [(Path(folder) / name).relative_to(root).as_posix() for name in files
                   if name.endswith(".py") and not name.startswith(SKIPPED_BEGINNINGS)]
     return sorted(found)
 
 
 def is_validation(path: str) -> bool:
-    """Whether a file belongs to the validation split: one in twenty does, by the hash of its path."""
+    """Whether a file belongs to the validation split: one in twenty does, by the hash of its
+    path."""
     return hashlib.sha256(path.encode()).digest()[0] % 20 == 0
 
 
@@ -49,14 +53,17 @@ def main(out: Path = Path(__file__).parent) -> None:
         digest.update(f"{path} {len(content)}\n".encode() + content)
         parts["val" if is_validation(path) else "train"].append(content)
     if not all(parts.values()):
-        raise ValueError(f"{root}: only {len(files)} .py files; this Python comes without its library's source, take "
-                         "one that has it, or another data set")
+        raise ValueError(f"{root}: only {len(files)} .py files; this Python comes without its "
+                         "library's source, take one that has it, or another data set")
     source = {"name": "python_stdlib", "python": platform.python_version(), "files": len(files),
               "sha256": digest.hexdigest()}
     if already_made(out, source):
         return
-    print(f"{len(files)} files of Python {source['python']}, {len(parts['val'])} of them for validation")
-    write_dataset(out, {split: np.frombuffer(b"".join(contents), np.uint8) for split, contents in parts.items()},
+    print(f"{len(files)} files of Python {source['python']}, {len(parts['val'])} of them for "
+          "validation")
+    write_dataset(out,
+                  {split: np.frombuffer(b"".join(contents), np.uint8)
+                   for split, contents in parts.items()},
                   source, "bytes", 256)
 
 

@@ -10,7 +10,8 @@ from data.small import tiny_shakespeare, write_dataset
 
 
 def main(input: Path | None = None, out: Path = Path(__file__).parent) -> None:
-    """Write train.bin (the first nine tenths of the characters), val.bin, meta.json and manifest.json.
+    """Write train.bin (the first nine tenths of the characters), val.bin, meta.json and
+    manifest.json.
 
     Args:
         input: any UTF-8 text; without it, OUT/input.txt, which is downloaded if it is not there

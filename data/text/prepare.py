@@ -17,10 +17,12 @@ def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "",
          column: NotEmpty = "text", val_fraction: Inside = 0.05, val_tokens: NonNegative = 0,
          name: FileName = "text", format: Format = "raw", shard_tokens: Positive = 100_000_000,
          workers: Workers = 0) -> None:
-    """Write train.bin and val.bin, or shards, and meta.json and manifest.json. After a kill the same command goes on.
+    """Write train.bin and val.bin, or shards, and meta.json and manifest.json. After a kill the
+    same command goes on.
 
     Args:
-        input: a file, folder or pattern of txt files (a document each; a single one is cut in two), or of jsonl, parquet
+        input: a file, folder or pattern of txt files (a document each; a single one is cut in two),
+        or of jsonl, parquet
             or arrow files (a document a row)
         out: the folder to write to
         hub: instead of files, the name of a data set on the Hub
@@ -45,7 +47,8 @@ def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "",
     else:
         source = Hub(hub, config, split=hub_split, column=column, revision=revision)
     split = Split(tokens=val_tokens) if val_tokens else Split(fraction=val_fraction, last=cut)
-    prepare(source, split, out, name=name, format=format, shard_tokens=shard_tokens, workers=workers)
+    prepare(source, split, out, name=name, format=format, shard_tokens=shard_tokens,
+            workers=workers)
 
 
 if __name__ == "__main__":

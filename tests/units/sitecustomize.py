@@ -1,6 +1,8 @@
-"""Make a Python process say of its CPU's bf16 units what BF16_UNITS says: first on PYTHONPATH under `pytest --bf16-units=...`.
+"""Make a Python process say of its CPU's bf16 units what BF16_UNITS says: first on PYTHONPATH under
+`pytest --bf16-units=...`.
 
-torch.cpu is patched when it is imported, and not before: that a config error imports no torch is tested, too.
+torch.cpu is patched when it is imported, and not before: that a config error imports no torch is
+tested, too.
 """
 
 import os
@@ -33,6 +35,7 @@ class WhenImported:
 
 if __name__ == "sitecustomize":
     sys.meta_path.insert(0, WhenImported())
-    elsewhere = PathFinder.find_spec("sitecustomize", [p for p in sys.path if os.path.abspath(p) != HERE])
+    elsewhere = PathFinder.find_spec("sitecustomize",
+                                     [p for p in sys.path if os.path.abspath(p) != HERE])
     if elsewhere:  # the one that would have run
         elsewhere.loader.exec_module(module_from_spec(elsewhere))
