@@ -2,7 +2,7 @@
 
 from setuptools import setup
 
-PACKAGES = ["kernels", "gpt", "train", "bench", "data", "configs"]
+PACKAGES = ["common", "kernels", "gpt", "train", "bench", "data", "configs"]
 
 setup(
     name="ridgegpt",

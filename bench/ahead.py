@@ -30,8 +30,8 @@ from bench import cases, sass, traffic
 from bench.cases import Case
 from bench.offline import name_of, offline
 from bench.timing import ROOT, environment, write_result
-from data import cli
-from data.bounds import NotEmpty, Processes
+from common import cli
+from common.bounds import NotEmpty, Processes
 
 MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy", "linear_cross_entropy")
 

@@ -15,7 +15,7 @@ from kernels import FAMILIES, load
 
 GPT2 = dict(zip(("124M", "350M", "774M", "1558M"), SIZES.values(), strict=True))  # by parameters
 T, V, ROWS = 1024, 50304, 16 * 1024  # context, padded vocabulary, and the tokens of one micro-batch
-FAMILY = {operator: family for family, operators in FAMILIES.items() for operator in operators}
+FAMILY = {operator: family for family, row in FAMILIES.items() for operator in row.operators}
 WINDOW, DROPOUT = 256, 0.1
 
 

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from bench.timing import ROOT, environment, write_result
-from data import cli
+from common import cli
 from gpt.config import GPTConfig
 from train.config import OptimConfig, changed, unflatten
 

@@ -6,7 +6,7 @@ and backward, in turns.
 Attention of packed qkv: PyTorch's fused operator, its unfused one (which it takes where there is
 dropout), and our blocks (kernels/cpu_attention.py), with dropout and without. Errors are against
 the definition in fp64, of the output and of the gradient, as norms. Dropout: PyTorch's, and our
-masks of few random words (kernels/dropout.py).
+masks of few random words (kernels/cpu_dropout.py).
 """
 
 import sys
@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.timing import ROOT, environment, machine, measure, write_result
-from data import cli
-from data.bounds import Positive
-from gpt import hardware
+from common import cli, hardware
+from common.bounds import Positive
 from kernels import dropout, reference
 from kernels.cpu_attention import attention_qkv
 

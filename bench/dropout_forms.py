@@ -3,7 +3,7 @@ small model that overfits.
 
     python bench/dropout_forms.py --data_dir=data/shakespeare_char
 
-On a CPU the masks of our dropout come from few random words (kernels/dropout.py) and those of the
+On a CPU the masks of our dropout come from few random words (kernels/cpu_dropout.py) and those of the
 attention are drawn block by block (kernels/cpu_attention.py). Here the same runs are made with
 PyTorch's own dropout of the probabilities, and with none in the attention, from the same seeds: on
 a slice of the text short enough that dropout matters.
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.timing import ROOT, environment, write_result
-from data import cli
-from data.bounds import BelowOne, NotEmpty, Positive
+from common import cli
+from common.bounds import BelowOne, NotEmpty, Positive
 from data.loader import Loader, eval_batches
 from data.tokens import open_split, open_tokens, write_tokens
 from gpt import GPT, GPTConfig

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bench import peers
 from bench.timing import ROOT, environment, machine, measure, write_result
-from data import cli
-from data.bounds import Positive
-from gpt import GPT, SIZES, hardware
+from common import cli, hardware
+from common.bounds import Positive
+from gpt import GPT, SIZES
 from gpt.sample import Sample, weights_dtype
 
 

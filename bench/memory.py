@@ -21,8 +21,8 @@ import torch
 from bench import peers
 from bench.mfu import GPU_CASES
 from bench.timing import ROOT, environment, write_result
-from data import cli
-from gpt import GPT, GPTConfig, hardware
+from common import cli, hardware
+from gpt import GPT, GPTConfig
 
 MOST = 1024  # sequences: no GPU of today holds more of the smallest size
 

@@ -36,9 +36,9 @@ from bench.cases import GPT2
 from bench.peers import Peer
 from bench.profile_step import profile_all
 from bench.timing import ROOT, environment, machine, measure, write_result
-from data import cli
-from data.bounds import Must, Positive
-from gpt import GPT, GPTConfig, hardware
+from common import cli, hardware
+from common.bounds import Must, Positive
+from gpt import GPT, GPTConfig
 from gpt.flops import mfu
 from kernels import FAMILIES, resolve
 

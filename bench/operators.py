@@ -26,9 +26,8 @@ from bench.cases import Case
 from bench.floors import Rates, Work
 from bench.operator_peers import OURS, implementations
 from bench.timing import ROOT, Timing, environment, measure, write_result
-from data import cli
-from data.bounds import NonNegativeFloat, Positive
-from gpt import hardware
+from common import cli, hardware
+from common.bounds import NonNegativeFloat, Positive
 
 # sequence lengths, with cases.ROWS tokens in each batch
 SWEEP = (512, 1024, 2048, 4096, 8192, 16384)

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from bench.timing import ROOT, Timing, environment, write_result
-from data.cli import exit_code
+from common.cli import exit_code
 from train import loop, optim, parallel
-from train.config import Config, parse
+from train.build import Run, build
+from train.command_line import parse
+from train.config import Config
 from train.report import Report
-from train.start import Run, build
 
 STEPS, WARMUP = 100, 10
 
@@ -56,7 +57,7 @@ def measure(config: Config) -> tuple[Timing, Timing, Run]:
         if run.device.type != "cpu":
             raise ValueError(f"--device={run.device.type}: calls return before their work is done "
                              "there; use --device=cpu")
-        report = Report(run.config, run.world, run.device, run.asked)
+        report = Report(run.config, run.world, run.device, run.stop_request)
         report.begin(run.step, run.evaluated)
         run.wrapped.forward = watch.timed(run.wrapped.forward)
         before, timed = torch.Tensor.backward, watch.timed(torch.Tensor.backward)

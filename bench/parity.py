@@ -20,12 +20,11 @@ from statistics import fmean
 import numpy as np
 
 from bench.timing import ROOT, environment, write_result
-from data import cli
-from data.bounds import NonNegative, Positive
+from common import cli, hardware
+from common.bounds import NonNegative, Positive
 from data.gpt2 import END_OF_TEXT, encode_ordinary, gpt2_encoding
 from data.python_stdlib import prepare
 from data.small import write_dataset
-from gpt import hardware
 
 # nats of validation loss: twice the 0.011 between the best and the worst of five seeds of the
 # macbook run (bench/LOG.md). Suites that share the seed should be closer.

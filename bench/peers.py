@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt import GPT, GPTConfig, hardware
+from common import hardware
+from gpt import GPT, GPTConfig
 from kernels import Kernels, load
 from train import optim
 from train.config import OptimConfig

@@ -19,7 +19,7 @@ from textwrap import fill
 from typing import Any
 
 from bench.report import RESULTS, where
-from data import cli
+from common import cli
 
 # What one element of a norm's or a loss's input takes, forward: two sums, centring, scaling,
 # shifting; an exponential, its sum, a maximum. They only place these points along the axis, where

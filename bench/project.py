@@ -28,8 +28,8 @@ from typing import Any, Literal
 from bench.cases import GPT2
 from bench.floors import Rates, parameters, step_parts
 from bench.timing import ROOT
-from data import cli
-from data.bounds import Fraction, Positive, PositiveFloat, Share, check
+from common import cli
+from common.bounds import Fraction, Positive, PositiveFloat, Share, check
 from gpt.config import GPTConfig
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.timing import ROOT
-from data import cli
+from common import cli
 
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)

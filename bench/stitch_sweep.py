@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.timing import ROOT, environment, write_result
-from data import cli
-from data.bounds import NotEmpty, Positive
+from common import cli
+from common.bounds import NotEmpty, Positive
 from data.shakespeare_char.prepare import main as prepare
 from gpt.config import Depth, Width
 from gpt.run_folder import whole_checkpoints
 from train import loop, optim
-from train.config import Config, parse
-from train.start import Run, build
+from train.build import Run, build
+from train.command_line import parse
+from train.config import Config
 
 
 @dataclass(frozen=True)

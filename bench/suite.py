@@ -20,9 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.timing import ROOT, environment, write_result
-from data import cli
-from data.bounds import PositiveFloat
-from gpt import hardware
+from common import cli, hardware
+from common.bounds import PositiveFloat
 
 LOG_LINES = 40  # of a part's output that go into the JSON
 

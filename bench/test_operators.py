@@ -13,7 +13,7 @@ from torch._functorch import config as functorch_config
 
 from bench import cases, operators
 from bench.operator_peers import implementations
-from gpt import hardware
+from common import hardware
 
 
 def pytest_generate_tests(metafunc):

@@ -28,7 +28,7 @@ from typing import Protocol
 
 import torch
 
-from gpt.hardware import cpu_has_bf16_units, cpu_units
+from common.hardware import cpu_has_bf16_units, cpu_units
 
 ROOT = Path(__file__).resolve().parents[1]
 FLUSH_BYTES = 256 * 2**20  # written between samples: twice the largest L2 (B200, 126 MB)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import cli
-from data.bounds import NotEmpty, Positive, Processes
+from common import cli
+from common.bounds import NotEmpty, Positive, Processes
 from data.encode import Split, prepare
 from data.gpt2 import END_OF_TEXT, gpt2_encoding
 from data.sources import Files

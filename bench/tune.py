@@ -28,8 +28,8 @@ import torch
 from bench import cases
 from bench.cases import Case
 from bench.timing import Timing, environment, measure, write_result
-from data import cli
-from data.bounds import Positive
+from common import cli
+from common.bounds import Positive
 from kernels import FAMILIES, launch
 
 Settings = dict | int  # what a function of launch.py returns

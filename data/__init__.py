@@ -1,1 +1,1 @@
-"""."""
+"""Token files, tokenizers, the loader; a folder for each data set."""

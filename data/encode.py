@@ -25,8 +25,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.bounds import Must
-from data.files import read_json, write_json
+from common.bounds import Must
+from common.files import read_json, write_json
 from data.gpt2 import END_OF_TEXT, encode_ordinary
 from data.manifest import NAME as MANIFEST
 from data.manifest import (

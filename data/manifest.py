@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from data.bounds import FileName, Must, NonNegative, Positive
-from data.files import read_json, regular, sha256_of, write_json
+from common.bounds import FileName, Must, NonNegative, Positive
+from common.files import read_json, regular, sha256_of, write_json
 
 NAME = "manifest.json"
 UNFINISHED = "unfinished.json"  # lies in a folder while its files are being made

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.files import sync
+from common.files import sync
 from data.manifest import UNFINISHED, Progress
 from data.tokens import DTYPE, HEADER_BYTES, header_of
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.files import read_text, whole
+from common.files import read_text, whole
 from data.manifest import UNFINISHED, Split, shard_entry, unfinished, write_manifest
 from data.tokenizer import write_meta
 from data.tokens import write_tokens

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.files import regular
+from common.files import regular
 from data.manifest import fingerprint
 
 _PIECE = 1 << 20  # characters

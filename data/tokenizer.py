@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from data.bounds import Must, Positive
-from data.files import formed, read_json, regular, whole, write_json
+from common.bounds import Must, Positive
+from common.files import formed, read_json, regular, whole, write_json
 
 
 def _are_distinct(chars: str) -> bool:

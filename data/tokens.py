@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import regular, whole
+from common.files import regular, whole
 from data.manifest import UNFINISHED, recorded_max_id
 
 DTYPE = np.dtype("<u2")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from data.bounds import BelowOne, Must, NonNegative, check
+from common.bounds import BelowOne, Must, NonNegative, check
 
 # Limits far beyond any model, so that a number of too many digits is no endless loop.
 Width = Annotated[int, Must("be from 1 to 1048576", lambda n: 1 <= n <= 1 << 20)]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data import cli
-from data.bounds import NotEmpty
+from common import cli
+from common.bounds import NotEmpty
 
 PLAIN = {"tie_weights": True, "direction": "forward", "seam": -1}  # all that GPT-2 elsewhere is
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.files import read_json, regular
+from common.files import read_json, regular
 from gpt.config import GPTConfig
 from gpt.model import GPT
 from gpt.tensors import EMBEDDING, HEAD, about, described, fitting, floats, shown

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.files import regular
+from common.files import regular
 from gpt.config import GPTConfig
 from gpt.tensors import (
     EMBEDDING,

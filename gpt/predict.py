@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import cli
-from data.bounds import NotEmpty, Positive
-from data.files import read_text
+from common import cli
+from common.bounds import NotEmpty, Positive
+from common.files import read_text
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ def predict(c: Predict) -> None:
     """Print the scores and the table. Raises ValueError or OSError for what the user can mend."""
     import torch
 
+    from common import hardware
     from data.tokenizer import load_tokenizer
-    from gpt import hardware
     from gpt.pretrained import load_model, read_tokenizer
     from gpt.run_folder import reading
     from gpt.scoring import perplexity, token_losses

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.files import read_json
+from common.files import read_json
 from data.tokenizer import Tokenizer, check_meta, load_tokenizer, read_meta
 from gpt import nanogpt, run_folder
 from gpt.config import SIZES, GPTConfig

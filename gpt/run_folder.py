@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,10 +22,10 @@ from typing import Any, BinaryIO, NotRequired, TypedDict
 
 from safetensors import SafetensorError, safe_open
 
-from data.bounds import NonNegative, Positive
-from data.files import read_json, regular
+from common.bounds import NonNegative, Positive
+from common.files import read_json, regular
 
-DONE, AGAIN, TEMPORARY = "DONE", ".again", ".unfinished-"
+DONE, AGAIN, TEMPORARY, LOCK = "DONE", ".again", ".unfinished-", ".lock"
 _NAME = re.compile(rf"step-(\d{{8,}})({re.escape(AGAIN)})?")
 _REMEDY = "take another checkpoint, or a copy of this one that is whole"
 
@@ -190,6 +191,35 @@ def read_state(folder: Path) -> State:
 
 
 # -- beside others that read or write --------------------------------------------------
+
+
+@contextmanager
+def lock(out_dir: Path) -> Iterator[None]:
+    """Hold a run's folder against other runs. Raises ValueError where one is at work in it.
+
+    The kernel's lock (flock) ends with the process, however that ends. A folder that was made for
+    the lock is removed again if nothing else was written to it.
+    """
+    is_new = not out_dir.exists()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with (out_dir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(f"another run is at work in {out_dir} ({file.read().strip()}); wait "
+                             "for it, or give this one another --out_dir") from error
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(out_dir / LOCK)):
+            raise ValueError(f"another run in {out_dir} ended just now; give the same command again")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            if is_new and os.listdir(out_dir) == [LOCK]:
+                (out_dir / LOCK).unlink()
+                out_dir.rmdir()
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data import cli
-from data.bounds import NonNegative, NonNegativeFloat, NotEmpty, Positive, Share
-from data.files import read_text
+from common import cli
+from common.bounds import NonNegative, NonNegativeFloat, NotEmpty, Positive, Share
+from common.files import read_text
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +54,8 @@ def sample(c: Sample) -> None:
     """
     import torch
 
+    from common import hardware
     from data.tokenizer import load_tokenizer
-    from gpt import hardware
     from gpt.generate import generate
     from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
     from gpt.run_folder import reading
@@ -98,7 +98,7 @@ def weights_dtype(c: Sample, model: "GPT", prompt_tokens: int) -> "torch.dtype":
     units (an EPYC's two cores): 75 for 36 in fp32, 34 for 19 for 32 tokens after 500, 6.7 for 3.0
     beyond a window of 256; on one with AVX2 alone: 45 for 28.
     """
-    from gpt import hardware
+    from common import hardware
 
     device = model.lm_head.weight.device
     if c.dtype != "auto" or device.type != "cpu":

@@ -1,35 +1,53 @@
-"""Fused operators for GPTs: one set of signatures, several implementations ("suites").
+"""Fused operators for GPTs: one set of signatures, and several backends that implement it.
 
 `load("triton")` gives the operators as a `Kernels` tuple; `resolve("auto", ...)` decides which
-suite each family of operators comes from. The definitions, and the signatures, are in
-kernels/reference.py.
+backend runs each family of operators. Definitions and signatures: kernels/reference.py.
 """
 
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from kernels.dropout import dropout as dropout
+    from kernels.cpu_dropout import dropout as dropout
 
+
+class Family(NamedTuple):
+    """Operators that are replaced together."""
+
+    operators: tuple[str, ...]
+    modules: dict[str, str]
+    """backend -> the module with its functions of those names"""
+
+
+# The registry. A new backend is one row; --help, `resolve`, `load` and the bench read it from here.
 FAMILIES = {
-    "attention": ("attention", "attention_qkv"),
-    "layernorm": ("layernorm", "add_layernorm"),
-    "cross_entropy": ("cross_entropy", "linear_cross_entropy"),
+    "attention": Family(("attention", "attention_qkv"), {
+        "reference": "kernels.reference",
+        "torch": "kernels.torch_ops",
+        "triton": "kernels.attention",
+        "flash_attn": "kernels.flash_attn",
+    }),
+    "layernorm": Family(("layernorm", "add_layernorm"), {
+        "reference": "kernels.reference",
+        "torch": "kernels.torch_ops",
+        "triton": "kernels.layernorm",
+    }),
+    "cross_entropy": Family(("cross_entropy", "linear_cross_entropy"), {
+        "reference": "kernels.reference",
+        "torch": "kernels.torch_ops",
+        "triton": "kernels.cross_entropy",
+    }),
 }
+# Those that have every family: what --kernels= takes, beside auto.
+BACKENDS = [name for name in FAMILIES["attention"].modules
+            if all(name in family.modules for family in FAMILIES.values())]
 
-# Where each suite keeps each family. A family that a suite lacks is not in its row.
-_HOMES = {
-    "reference": dict.fromkeys(FAMILIES, "kernels.reference"),
-    "torch": dict.fromkeys(FAMILIES, "kernels.torch_ops"),
-    "triton": {family: f"kernels.{family}" for family in FAMILIES},
-    "flash_attn": {"attention": "kernels.flash_attn"},
-}
-
-# What `auto` takes on a GPU, by its name. A row enters with a measurement (bench/results/) in which
-# it was fastest.
+# What `auto` takes on a GPU, by its name: family -> backend. A row enters with a measurement
+# (bench/results/) in which each was fastest.
 _MEASURED: dict[str, dict[str, str]] = {}
 
 
@@ -45,70 +63,74 @@ class Kernels(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Which suite each family of operators comes from, and why."""
+    """The backend of each family of operators, and why it was chosen."""
 
-    attention: str
-    layernorm: str
-    cross_entropy: str
+    backends: dict[str, str]
     why: str
 
-    @property
-    def suites(self) -> dict[str, str]:
-        """What `load` takes."""
-        return {family: getattr(self, family) for family in FAMILIES}
-
     def __str__(self) -> str:
-        return f"attention={self.attention}, layernorm={self.layernorm}, cross_entropy={self.cross_entropy} ({self.why})"
+        chosen = ", ".join(f"{family}={backend}" for family, backend in self.backends.items())
+        return f"{chosen} ({self.why})"
 
 
-def resolve(kernels: str = "auto", device: torch.device | str = "cpu", *, attention: str = "",
-            layernorm: str = "",
-            cross_entropy: str = "") -> Choice:
-    """Decide, once and before the first step, which suite each family of operators comes from.
+def resolve(kernels: str = "auto", device: "torch.device | str" = "cpu", **families: str) -> Choice:
+    """Choose the backend of each family of operators, once and before the first step.
 
-    `kernels` names a suite for all of them ("auto": by measurement on this device); the others
-    replace one family. Raises ValueError, with the remedy, where a suite cannot run on `device`.
+    `kernels`: one of BACKENDS for all families, or "auto", by measurement on this device.
+    `families`: backends for single families, `attention="torch"`; "" changes nothing.
+    Raises ValueError, with the remedy, where a backend cannot run on `device`.
     """
+    import torch
+
     device = torch.device(device)
     if kernels == "auto":
-        suites, why = _automatic(device)
+        backends, why = _automatic(device)
     else:
-        suites, why = dict.fromkeys(FAMILIES, kernels), f"--kernels={kernels}"
-    for family, suite in {"attention": attention, "layernorm": layernorm,
-                          "cross_entropy": cross_entropy}.items():
-        if suite:
-            suites, why = suites | {family: suite}, f"{why}, --{family}={suite}"
-    for family, suite in suites.items():
-        _check(family, suite, device)
-    return Choice(**suites, why=why)
+        backends, why = dict.fromkeys(FAMILIES, kernels), f"--kernels={kernels}"
+    for family, backend in families.items():
+        if backend:
+            backends, why = backends | {family: backend}, f"{why}, --{family}={backend}"
+    for family, backend in backends.items():
+        _check_name(family, backend)
+        _check_device(family, backend, device)
+    return Choice(backends, why)
 
 
-def _automatic(device: torch.device) -> tuple[dict[str, str], str]:
+def _automatic(device: "torch.device") -> tuple[dict[str, str], str]:
+    import torch
+
     fused = dict.fromkeys(FAMILIES, "torch")
     if device.type != "cuda":
         return fused, f"auto: PyTorch's operators on {device.type}"
     name = torch.cuda.get_device_name(device)
     if name in _MEASURED:
         return _MEASURED[name], f"auto: measured on {name}"
-    return fused, f"auto: no measurement for {name}; `python bench/tune.py` would decide by measuring"
+    return fused, (f"auto: no measurement for {name}; `python bench/tune.py` would decide by "
+                   "measuring")
 
 
-def _check(family: str, suite: str, device: torch.device) -> None:
-    if suite not in _HOMES or family not in _HOMES[suite]:
-        known = ", ".join(name for name, homes in _HOMES.items() if family in homes)
-        raise ValueError(f"--{family}={suite}: no such implementation; choose from {known}")
-    if suite == "flash_attn" and device.type != "cuda":
-        raise ValueError(f"--{family}=flash_attn needs a CUDA device, this run is on "
-                         f"{device.type}; use --{family}=torch")
-    if suite == "flash_attn" and find_spec("flash_attn") is None:
-        raise ValueError(f"--{family}=flash_attn: flash-attn is not installed; `pip install "
-                         f"flash-attn`, or use --{family}=torch")
-    if suite == "triton" and device.type != "cuda" and not _interpreting():
-        raise ValueError(
-            f"--{family}=triton needs a CUDA device, this run is on {device.type}; use "
-            "--kernels=torch, or set TRITON_INTERPRET=1 to run the kernels in Triton's slow "
-            "interpreter"
-        )
+def _check_name(family: str, backend: str) -> None:
+    """Raise ValueError unless the family has such a backend."""
+    if family not in FAMILIES:
+        raise ValueError(f"no family of operators {family!r}; choose from {', '.join(FAMILIES)}")
+    if backend not in FAMILIES[family].modules:
+        known = ", ".join(FAMILIES[family].modules)
+        raise ValueError(f"--{family}={backend}: no such implementation; choose from {known}")
+
+
+def _check_device(family: str, backend: str, device: "torch.device") -> None:
+    """Raise ValueError where the backend cannot run on `device`."""
+    flag = f"--{family}={backend}"
+    if backend == "flash_attn" and device.type != "cuda":
+        raise ValueError(f"{flag} needs a CUDA device, this run is on {device.type}; use "
+                         f"--{family}=torch")
+    if backend == "flash_attn" and find_spec("flash_attn") is None:
+        raise ValueError(f"{flag}: flash-attn is not installed; `pip install flash-attn`, or use "
+                         f"--{family}=torch")
+    if backend == "triton" and device.type != "cuda" and not _interpreting():
+        raise ValueError(f"{flag} needs a CUDA device, this run is on {device.type}; use "
+                         "--kernels=torch, or set TRITON_INTERPRET=1 to run the kernels in "
+                         "Triton's slow interpreter")
 
 
 def _interpreting() -> bool:
@@ -119,20 +141,25 @@ def _interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def load(kernels: str = "torch", *, attention: str = "", layernorm: str = "",
-         cross_entropy: str = "") -> Kernels:
-    """The operators of a suite ("reference", "torch", "triton"), with single families taken from
-    another one.
+def load(kernels: str = "torch", **families: str) -> Kernels:
+    """The operators of a backend, with those of single families taken from another one.
 
-    Imports the files it needs, and so triton only for the triton suite. Raises ValueError for an
-    unknown name.
+    Imports the modules it needs, and so triton only for the triton backend. Raises ValueError for
+    an unknown name; whether a backend runs on a device is for `resolve` to say.
     """
+    chosen = dict.fromkeys(FAMILIES, kernels) | {f: backend for f, backend in families.items()
+                                                 if backend}
     operators: dict[str, Callable] = {}
-    chosen = {"attention": attention, "layernorm": layernorm, "cross_entropy": cross_entropy}
-    for family, names in FAMILIES.items():
-        suite = chosen[family] or kernels
-        # the name alone; whether it runs here is `resolve`'s question
-        _check(family, suite, torch.device("cuda"))
-        module = import_module(_HOMES[suite][family])
-        operators |= {name: getattr(module, name) for name in names}
+    for family, backend in chosen.items():
+        _check_name(family, backend)
+        module = import_module(FAMILIES[family].modules[backend])
+        operators |= {name: getattr(module, name) for name in FAMILIES[family].operators}
     return Kernels(**operators)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "dropout":  # imported when asked for, so that configs do not wait for torch
+        from kernels.cpu_dropout import dropout
+
+        return dropout
+    raise AttributeError(f"module 'kernels' has no attribute {name!r}")

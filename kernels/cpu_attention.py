@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.dropout import keep_mask
+from kernels.cpu_dropout import keep_mask
 from kernels.reference import visible
 
 ROWS = 128  # queries in a block

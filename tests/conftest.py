@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt import hardware
+from common import hardware
 from tests.units import sitecustomize as units
 
 ROOT = Path(__file__).parents[1]
 AUTOMATIC = hardware._automatic_on_a_cpu
 # each of these makes one thing for a minute and then looks at it
 SHARING = ("test_ahead.py", "test_parallel.py")
-LONG = (*SHARING, "test_faults.py", "test_suites.py")
+LONG = (*SHARING, "test_faults.py", "test_backends.py")
 
 
 def pytest_addoption(parser):

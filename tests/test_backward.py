@@ -11,8 +11,8 @@ from data.tokens import Reversed, check_vocabulary, open_split, write_tokens
 from gpt import GPT, GPTConfig, sample
 from gpt.generate import generate
 from gpt.run_folder import find_checkpoint
-from train import loop, run, start
-from train.config import parse
+from train import build, loop, run
+from train.command_line import parse
 
 CONFIG = GPTConfig(block_size=8, vocab_size=19, n_layer=2, n_head=2, n_embd=16)
 
@@ -64,7 +64,7 @@ def test_resume_is_bit_equal_backward_and_keeps_its_direction(both, capsys):
     a, b = (load_file(find_checkpoint(directory(flags)) / "model.safetensors") for flags in both)
     assert all(torch.equal(a[k], b[k]) for k in a)
     unsaid = [f for f in backward if "--direction" not in f]
-    assert start.build(parse([*unsaid, "--init_from=resume"])).config.model.direction == "backward"
+    assert build.build(parse([*unsaid, "--init_from=resume"])).config.model.direction == "backward"
     capsys.readouterr()
     assert run.main([*forward, "--init_from=resume", "--direction=backward"]) == 2
     assert "direction is forward there and backward here" in capsys.readouterr().err
@@ -72,7 +72,7 @@ def test_resume_is_bit_equal_backward_and_keeps_its_direction(both, capsys):
 
 def test_it_predicts_the_token_before_from_those_after(tiny_flags, tiny_data):
     """Targets stand one place to the left of their inputs in the file."""
-    built = start.build(parse([*tiny_flags, "--direction=backward"]))
+    built = build.build(parse([*tiny_flags, "--direction=backward"]))
     text = np.fromfile(tiny_data / "train.bin", np.uint16).tobytes()
     for inputs, targets in zip(*next(built.batches), strict=True):
         window = torch.cat([inputs, targets[-1:]]).flip(0).numpy().astype(np.uint16)
@@ -87,7 +87,7 @@ def test_both_ways_are_learnt_about_as_well(tiny_flags, tmp_path):
     for direction in ("forward", "backward"):
         flags = [*tiny_flags, f"--direction={direction}", "--max_iters=60", "--lr_decay_iters=60",
                  "--dropout=0"]
-        built = start.build(parse([*flags, f"--out_dir={tmp_path / direction}"]))
+        built = build.build(parse([*flags, f"--out_dir={tmp_path / direction}"]))
         for _ in range(60):
             loop.train_step(built, lr=1e-2)
         final.append(loop.evaluate(built)["val"])
@@ -118,7 +118,7 @@ def test_logits_are_the_forward_models_on_reversed_windows(both, tmp_path):
     logits = []
     for flags in both:
         assert run.main(flags) == 0
-        batch, _ = next(start.build(parse([*flags, "--init_from=resume"])).batches)
+        batch, _ = next(build.build(parse([*flags, "--init_from=resume"])).batches)
         logits.append(GPT.from_checkpoint(directory(flags)).predict(batch))
     assert torch.equal(*logits)
 

@@ -7,9 +7,9 @@ from typing import TypedDict
 
 import pytest
 
-from data import bounds
-from data.bounds import check, check_declared, hints_of
-from data.cli import types_of
+from common import bounds
+from common.bounds import check, check_declared, hints_of
+from common.cli import types_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,9 +13,9 @@ import torch
 
 from gpt import GPT
 from gpt.pretrained import read_part
-from gpt.run_folder import TEMPORARY, find_checkpoint, read_state, verify, whole_checkpoints
+from gpt.run_folder import LOCK, TEMPORARY, find_checkpoint, read_state, verify, whole_checkpoints
 from tests import ranks
-from train import checkpoint, faults, loop, run
+from train import checkpoint, loop, run
 
 
 @pytest.fixture
@@ -176,10 +176,10 @@ def test_another_architecture_is_refused_with_both_values(trained, capsys):
 
 def test_a_new_run_does_not_write_over_an_old_one(trained, capsys):
     flags, folder = trained
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != faults.LOCK}
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != LOCK}
     assert run.main(flags) == 2
     assert "already holds a run (step-00000012)" in capsys.readouterr().err
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != faults.LOCK} == before
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != LOCK} == before
 
 
 def test_nothing_to_resume_is_said(tiny_flags, tmp_path, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import cli
+from common import cli
 from gpt import sample
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def test_ctrl_c_is_130_and_one_line(capsys):
 
 OPENS = """
 import os, sys
-from data import cli
+from common import cli
 def work():
     with open("made", "w") as file:
         os.write(2, b"from C")  # as a C library prints
@@ -126,7 +126,7 @@ def test_no_file_takes_the_number_of_a_closed_stream(closed, tmp_path):
 
 PRINTS = """
 import sys
-from data import cli
+from common import cli
 sys.exit(cli.exit_code(lambda: [print("line", i) for i in range(int(sys.argv[1]))]))
 """
 

@@ -12,8 +12,9 @@ import pytest
 from tyro.conf import PositionalRequiredArgs
 
 from bench import compare_run, project
-from data import cli, small
-from data.cli import types_of
+from common import cli
+from common.cli import types_of
+from data import small
 from gpt import export, predict, sample
 from tests.conftest import TINY, write_tiny_data
 from tests.drills import assert_ends_well, contents

@@ -36,7 +36,7 @@ def clocked(monkeypatch, *measured):
 def test_it_compiles_where_the_run_gains_more_than_compiling_takes(iters, compiled, wanted,
                                                                    monkeypatch):
     clocked(monkeypatch, (0.02, 0.02), compiled)
-    yes, why = compiling.decide(config(iters), load("torch"), CPU, torch.float32)
+    yes, why = compiling.should_compile(config(iters), load("torch"), CPU, torch.float32)
     assert yes == wanted
     assert why.startswith("yes (" if wanted
                           else "no (") and f"a block takes 20 ms, compiled {1e3 * compiled[0]:.3g} ms" in why
@@ -44,7 +44,7 @@ def test_it_compiles_where_the_run_gains_more_than_compiling_takes(iters, compil
 
 def test_a_short_run_is_not_kept_waiting(monkeypatch):
     clocked(monkeypatch, (0.02, 0.02))
-    yes, why = compiling.decide(config(100), load("torch"), CPU, torch.float32)
+    yes, why = compiling.should_compile(config(100), load("torch"), CPU, torch.float32)
     assert not yes and why == "no (auto: a block takes 20 ms, so the run is too short to try)"
 
 
@@ -82,5 +82,5 @@ def test_a_resumed_run_does_as_before(tiny_flags, monkeypatch, capsys):
 
 def test_a_gpu_is_compiled_for_without_a_measurement(monkeypatch):
     clocked(monkeypatch)
-    assert compiling.decide(config(1), load("torch"), torch.device("cuda"), torch.bfloat16)[0]
-    assert not compiling.decide(config(1), load("torch"), torch.device("mps"), torch.float32)[0]
+    assert compiling.should_compile(config(1), load("torch"), torch.device("cuda"), torch.bfloat16)[0]
+    assert not compiling.should_compile(config(1), load("torch"), torch.device("mps"), torch.float32)[0]

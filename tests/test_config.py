@@ -5,7 +5,8 @@ import pytest
 
 from configs import quickstart, shakespeare_char, train_gpt2
 from train import run
-from train.config import Config, changed, flatten, load_file, parse, unflatten
+from train.command_line import load_file, parse
+from train.config import Config, changed, flatten, unflatten
 
 # nanoGPT's train.py. What we resolve ourselves (device, dtype, compile, backend) is "auto" here.
 NANOGPT = {

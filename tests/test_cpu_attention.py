@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import cpu_attention, reference, torch_ops
 from kernels.cpu_attention import attention_qkv
-from kernels.dropout import keep_mask
+from kernels.cpu_dropout import keep_mask
 from tests.numerics import assert_as_accurate, grads
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kernels import dropout
-from kernels.dropout import _dropout, keep_mask
+from kernels.cpu_dropout import _dropout, keep_mask
 
 
 @pytest.mark.parametrize("p", [0.0, 2**-16, 0.1, 0.2, 0.5, 0.9, 1 - 2**-16])

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt import run_folder
 from gpt.pretrained import read_part
 from gpt.run_folder import find_checkpoint, verify, whole_checkpoints
 from tests import ranks
-from train import doctor, faults, loop, run, start
-from train.config import parse
+from train import build, doctor, loop, run, watchdog
+from train.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,7 +80,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_nothing_is_lost(flags, tmp_
 
 def test_a_second_run_on_the_same_folder_is_refused(tiny_flags, tmp_path, capsys):
     folder = tmp_path / "out"
-    with faults.only_run(folder, start.World()):
+    with run_folder.lock(folder):
         assert run.main(tiny_flags) == 2
     said = capsys.readouterr().err
     assert f"another run is at work in {folder} (process {os.getpid()} on " in said and said.count(
@@ -105,7 +106,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(tiny_f
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_a_step_without_a_finite_gradient_changes_nothing(optimizer, tiny_flags):
     """The very first step, too, whose moments do not exist before it."""
-    built = start.build(parse([*tiny_flags, f"--optimizer={optimizer}"]))
+    built = build.build(parse([*tiny_flags, f"--optimizer={optimizer}"]))
     before = [p.detach().clone() for p in built.model.parameters()]
     hook = built.model.transformer.ln_f.weight.register_hook(lambda gradient: gradient
                                                              * float("nan"))
@@ -193,7 +194,7 @@ def asleep(flags, rank, at):
 def test_a_rank_that_hangs_is_named_in_bounded_time(tiny_flags, tmp_path):
     began = time.monotonic()
     flags = [*tiny_flags, "--hang_timeout=2"]
-    assert ranks.run(asleep, (flags, 1, 6), 2, tmp_path / "logs") == [faults.HUNG, faults.HUNG]
+    assert ranks.run(asleep, (flags, 1, 6), 2, tmp_path / "logs") == [watchdog.HUNG, watchdog.HUNG]
     assert time.monotonic() - began < 60
     said = (tmp_path / "logs" / "0.log").read_text()
     assert "rank 0 waited 2 s" in said and "rank 1 hangs, behind the others, in step 6" in said

@@ -1,4 +1,4 @@
-"""What runs where (gpt/hardware.py), and that the tests' own --bf16-units reaches every process."""
+"""What runs where (common/hardware.py), and that the tests' own --bf16-units reaches every process."""
 
 import os
 import platform
@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from bench.timing import environment, machine
-from gpt.hardware import cpu_units, device_name, keep_freed_memory, resolve_dtype
+from common.hardware import cpu_units, device_name, keep_freed_memory, resolve_dtype
 from tests import ranks
 from tests.units import sitecustomize as units
 
 CPU = torch.device("cpu")
-SAY = "import torch; from gpt.hardware import resolve_dtype; print(resolve_dtype('auto', torch.device('cpu')))"
+SAY = "import torch; from common.hardware import resolve_dtype; print(resolve_dtype('auto', torch.device('cpu')))"
 
 
 @pytest.mark.parametrize("unit", units.FEATURES)

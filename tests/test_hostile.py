@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import cli, encode, manifest
+from common import cli
+from data import encode, manifest
 from data.encode import Split
 from data.shakespeare_char import prepare as characters
 from data.sources import Files
@@ -22,7 +23,7 @@ from tests.drills import assert_ends_well, contents, mutated_bytes, mutated_json
 from tests.test_encode import contents as files_of
 from tests.test_encode import documents, go, write_lines
 from train import evaluate, run
-from train.config import parse
+from train.command_line import parse
 from train.parallel import World
 
 # -- each bug that an attack found ---------------------------------------------------------

@@ -4,9 +4,9 @@ before it is promised."""
 import pytest
 import torch
 
-from gpt import hardware
-from train import compiling, loop, memory, run, start
-from train.config import parse
+from common import hardware
+from train import build, compiling, loop, memory, run
+from train.command_line import parse
 from train.parallel import World
 
 
@@ -18,7 +18,7 @@ def test_batch_size_auto_keeps_the_tokens_of_a_step(monkeypatch, tiny_flags):
     assert config.data.fit_batch and config.data.batch_size == 12
     config = parse([*tiny_flags, "--fit_batch=True"])
     seen = []
-    model = start.build(parse(tiny_flags)).model
+    model = build.build(parse(tiny_flags)).model
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda x, y: (seen.append(len(x)), forward(x, y))[1])
     monkeypatch.setattr(hardware, "peak_memory_bytes", lambda _: 100 + 60 * seen[-1])

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from bench import mfu, peers
 from bench.mfu import Options
 from bench.timing import Timing
-from gpt import GPT, GPTConfig, hardware
+from common import hardware
+from gpt import GPT, GPTConfig
 from kernels import load
 from tests.numerics import DEVICE
 

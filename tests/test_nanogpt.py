@@ -8,8 +8,8 @@ import torch
 
 from gpt import GPT, GPTConfig, nanogpt
 from gpt.tensors import shapes_of
-from train import loop, run, start
-from train.config import parse
+from train import build, loop, run
+from train.command_line import parse
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=29)
 SEAM = ("transformer.stitching.stitching.weight", "transformer.stitching.stitching.bias")
@@ -142,7 +142,7 @@ def test_the_steps_after_a_resume_are_the_optimizers_own(layout, kind, seam, tin
     model.config = nanogpt._parsed(content).config  # its GELU
     for block in model.transformer.h:
         block.mlp.config = model.config
-    built, batches = start.build(parse(flags)), start.build(parse(flags)).batches
+    built, batches = build.build(parse(flags)), build.build(parse(flags)).batches
     assert (built.step, built.best_val_loss) == (2, 3.0)
     for _ in range(3):
         loop.train_step(built, lr=1e-2)
@@ -165,12 +165,12 @@ def test_swapped_moments_are_refused_and_not_run(tiny_flags, tmp_path, capsys):
     assert f"--init_from={tmp_path / 'nano'} starts from its weights alone" in said
     assert not (tmp_path / "out").exists()
     flags = resumed(content, tiny_flags, tmp_path)
-    assert start.build(parse([*flags, f"--init_from={tmp_path / 'nano'}"])).step == 0
+    assert build.build(parse([*flags, f"--init_from={tmp_path / 'nano'}"])).step == 0
 
 
 def test_the_older_layout_says_that_embeddings_now_decay(tiny_flags, tmp_path):
     content, *_ = made("module")
-    said = start.build(parse(resumed(content, tiny_flags, tmp_path, "--weight_decay=0.2"))).resumed
+    said = build.build(parse(resumed(content, tiny_flags, tmp_path, "--weight_decay=0.2"))).resumed
     assert (
         "weight_decay was 0.1, is 0.2; the embeddings, which did not decay there, do here" in said
     )

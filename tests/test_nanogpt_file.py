@@ -9,8 +9,8 @@ import torch
 
 from gpt import nanogpt
 from tests.test_nanogpt import made, refusal, resumed
-from train import loop, start
-from train.config import parse
+from train import build, loop
+from train.command_line import parse
 
 
 def test_the_gelu_is_tanh_where_the_file_tells():
@@ -37,7 +37,7 @@ def test_where_it_does_not_tell_it_is_asked_for(tiny_flags, tmp_path):
     flags = resumed(made()[0], tiny_flags, tmp_path)
     for beginning in ("resume", str(tmp_path / "nano")):
         for activation in ("gelu", "gelu_tanh"):
-            built = start.build(
+            built = build.build(
                 parse([*flags, f"--init_from={beginning}", f"--activation={activation}"])
             )
             assert built.model.config.activation == activation
@@ -71,7 +71,7 @@ def test_floats_of_other_kinds_are_converted(dtype, tiny_flags, tmp_path):
     content["model"] = {name: tensor.to(dtype) for name, tensor in content["model"].items()}
     for values in content["optimizer"]["state"].values():
         values |= {key: values[key].to(dtype) for key in ("exp_avg", "exp_avg_sq")}
-    built = start.build(parse(resumed(content, tiny_flags, tmp_path)))
+    built = build.build(parse(resumed(content, tiny_flags, tmp_path)))
     assert {p.dtype for p in built.model.parameters()} == {torch.float32}
     assert {t.dtype for state in built.optimizer.state.values() for t in state.values()} == {
         torch.float32

@@ -14,9 +14,9 @@ from gpt.pretrained import load_model, read_part, saved_shapes
 from gpt.run_folder import verify, whole_checkpoints
 from tests import ranks
 from tests.conftest import TINY, write_tiny_data
-from train import loop, parallel, run
-from train import start as start_run
-from train.config import ParallelConfig, parse
+from train import build, loop, parallel, run
+from train.command_line import parse
+from train.config import ParallelConfig
 from train.parallel import World
 
 STEPS = 20
@@ -122,9 +122,9 @@ def leave_first_step(runs, folder):
     whole, and an evaluation."""
     for name, flags, port in runs:
         os.environ["MASTER_PORT"] = str(port)
-        built = start_run.build(parse(flags))
+        built = build.build(parse(flags))
         loss = parallel.sum_over_ranks(loop.accumulate(built))
-        gradients = {name: parallel.whole(p.grad) for name, p in built.model.named_parameters()}
+        gradients = {name: parallel.full_tensor(p.grad) for name, p in built.model.named_parameters()}
         evaluation = loop.evaluate(built)["val"]
         if built.world.rank == 0:
             torch.save((loss.item(), evaluation, gradients), folder / f"{name}.pt")
@@ -359,7 +359,7 @@ def test_evaluation_and_generation_do_not_compile_the_step_again(how, tiny_flags
     """One process compiles the model, the ways to spread it its blocks; FSDP2 over one rank stands
     for more."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    built = start_run.build(parse([*without(tiny_flags, "compile"), "--compile=True",
+    built = build.build(parse([*without(tiny_flags, "compile"), "--compile=True",
                                    f"--parallel={how}"]))
     try:
         for _ in range(2):

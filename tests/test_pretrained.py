@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from gpt import GPT, GPTConfig, export, nanogpt, predict, sample
 from gpt.run_folder import find_checkpoint
 from gpt.scoring import token_losses
-from train import evaluate, loop, run, start
-from train.config import parse
+from train import build, evaluate, loop, run
+from train.command_line import parse
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -89,7 +89,7 @@ def test_finetuning_starts_from_the_weights_and_learns(hf_tiny, gpt2_data, tmp_p
     flags = [*SMALL_STEPS, f"--init_from={hf_tiny[0]}", f"--data_dir={gpt2_data}",
              f"--out_dir={tmp_path / 'out'}",
              "--block_size=32", "--max_iters=12", "--eval_interval=6", "--dropout=0.1"]
-    built = start.build(parse(flags))
+    built = build.build(parse(flags))
     assert built.model.config.block_size == 32 and built.model.config.dropout == 0.1
     idx = torch.randint(50257, (1, 32))
     torch.testing.assert_close(built.model.eval().predict(idx), hf_tiny[1](idx).logits,
@@ -134,7 +134,7 @@ def test_export_reloads_in_transformers_with_equal_logits(hf_tiny, gpt2_data, tm
 def nanogpt_checkpoint(folder, tiny_flags, *, prefix=""):
     """A ckpt.pt by nanoGPT's documented keys, made without our writer: two steps of plain AdamW on
     a small model."""
-    built = start.build(parse([*tiny_flags, "--dropout=0.0"]))
+    built = build.build(parse([*tiny_flags, "--dropout=0.0"]))
     model = built.model
     decay, rest = ([p for p in model.parameters() if (p.dim() >= 2) == wanted]
                    for wanted in (True, False))
@@ -164,9 +164,9 @@ def test_nanogpt_checkpoint_goes_on_with_the_same_losses(tiny_flags, tmp_path, p
     flags = [*tiny_flags, "--init_from=resume", f"--resume_dir={tmp_path / 'nano'}",
              "--dropout=0.0",
              "--gradient_accumulation_steps=1", "--grad_clip=0", "--decay_lr=False"]
-    built = start.build(parse(flags))
+    built = build.build(parse(flags))
     assert (built.step, built.best_val_loss) == (2, 3.0)
-    batches = start.build(parse(flags)).batches
+    batches = build.build(parse(flags)).batches
     for _ in range(3):
         theirs = model(*next(batches))
         theirs.backward()
@@ -185,9 +185,9 @@ def test_nanogpt_checkpoint_is_written_with_its_keys(tiny_flags, tmp_path):
                               "best_val_loss", "config"}
     assert {"transformer.wte.weight", "lm_head.weight",
             "transformer.h.1.mlp.c_proj.weight"} <= written["model"].keys()
-    ours = start.build(parse([*tiny_flags, "--init_from=resume", "--max_iters=20",
+    ours = build.build(parse([*tiny_flags, "--init_from=resume", "--max_iters=20",
                               "--dropout=0.0"]))
-    theirs = start.build(parse([*tiny_flags, "--init_from=resume",
+    theirs = build.build(parse([*tiny_flags, "--init_from=resume",
                                 f"--resume_dir={tmp_path / 'out' / 'nanogpt'}", "--dropout=0.0"]))
     assert ours.step == theirs.step == 12
     losses = [loop.train_step(r, lr=1e-2)[0] for r in (ours, theirs)]
@@ -324,7 +324,7 @@ def test_bad_evaluation_input_is_one_line(flags, message, hf_tiny, gpt2_data, tm
 def test_our_checkpoint_is_a_beginning_too(tiny_flags, tmp_path):
     """--init_from=DIR takes the weights and nothing else: step 0, fresh optimizer."""
     assert run.main(tiny_flags) == 0
-    built = start.build(parse([*tiny_flags, f"--init_from={tmp_path / 'out'}",
+    built = build.build(parse([*tiny_flags, f"--init_from={tmp_path / 'out'}",
                                f"--out_dir={tmp_path / 'other'}"]))
     assert built.step == 0 and not built.optimizer.state
     trained = GPT.from_checkpoint(find_checkpoint(tmp_path / "out"))

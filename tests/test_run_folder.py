@@ -15,15 +15,17 @@ from gpt import export, run_folder, sample
 from gpt.pretrained import read_part, save_tensors
 from gpt.run_folder import (
     AGAIN,
+    LOCK,
     find_checkpoint,
+    lock,
     newest_sound,
     read_state,
     reading,
     whole_checkpoints,
 )
 from tests import ranks
-from train import checkpoint, faults, loop, run, start
-from train.config import parse
+from train import build, checkpoint, loop, run
+from train.command_line import parse
 from train.report import read_metrics
 
 
@@ -80,13 +82,13 @@ def test_a_run_is_not_mixed_with_another(flags, folder, tmp_path, capsys):
     checkpoints of both."""
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != faults.LOCK}
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != LOCK}
     assert run.main([*flags, "--init_from=resume", f"--resume_dir={other}", "--max_iters=14"]) == 2
     said = capsys.readouterr().err
     assert said.count(
         "\n") == 1 and "already holds a run (step-00000012)" in said and "another --out_dir" in said
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()
-            and p.name != faults.LOCK} == before
+            and p.name != LOCK} == before
 
 
 # -- divergence -----------------------------------------------------------------------
@@ -118,7 +120,7 @@ def test_a_signal_after_a_weight_became_nan_saves_nothing(flags, folder, monkeyp
     train_step = loop.train_step
 
     def diverge(run, lr):
-        run.asked.by = "a test"
+        run.stop_request.reason = "a test"
         run.model.transformer.ln_f.weight.data[3] = float("nan")
         return train_step(run, lr)
 
@@ -225,7 +227,7 @@ def stopping(flags, at):
 
     def ask(run, lr):
         if run.step == at - 1:
-            run.asked.by = "a test"
+            run.stop_request.reason = "a test"
         return train_step(run, lr)
 
     loop.train_step = ask
@@ -312,8 +314,8 @@ def test_text_is_sampled_beside_a_run_that_prunes_at_every_step(flags, tmp_path,
 
 def test_the_folder_is_held_before_it_is_looked_at(flags, folder, monkeypatch, capsys):
     """A second run read what the first was about to prune, and ended with "No such file"."""
-    monkeypatch.setattr(start, "find_origin", lambda *_: pytest.fail("the folder was looked at"))
-    with faults.only_run(folder, start.World()):
+    monkeypatch.setattr(build, "resolve_init_from", lambda *_: pytest.fail("the folder was looked at"))
+    with lock(folder):
         assert run.main([*flags, "--init_from=resume"]) == 2
     assert "another run is at work in" in capsys.readouterr().err
 
@@ -374,7 +376,7 @@ def test_names_and_shapes_are_compared_before_anything_is_placed(part, change, s
     tensors = read_part(newest, part)
     change(tensors)
     save_tensors(tensors, newest / f"{part}.safetensors")
-    built = start.build(parse([*flags, "--out_dir=unused"]))
+    built = build.build(parse([*flags, "--out_dir=unused"]))
     before = {name: p.clone() for name, p in built.model.named_parameters()}
     with pytest.raises(ValueError) as caught:
         checkpoint.restore(newest, built.model, built.optimizer, built.world)

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpt import hardware, sample
+from common import hardware
+from gpt import sample
 from train import run
 
 

@@ -14,8 +14,8 @@ from gpt.pretrained import fill, read_config
 from gpt.run_folder import find_checkpoint, whole_checkpoints
 from gpt.stitch import Trained, least_squares, merge, stitch, stream
 from tests import ranks
-from train import loop, run, start
-from train.config import parse
+from train import build, loop, run
+from train.command_line import parse
 
 CONFIG = GPTConfig(block_size=12, vocab_size=19, n_layer=3, n_head=2, n_embd=8, bias=True)
 N = CONFIG.n_layer
@@ -255,7 +255,7 @@ def test_a_merged_model_trains_whole_from_step_0_and_resumes(pair, tmp_path, cap
     assert run.main([*flags, "--init_from=merge", "--max_iters=8"]) == 0
     said = capsys.readouterr().out
     assert "step 0: train loss" in said and "below block 1" in said
-    built = start.build(parse([*flags, "--init_from=merge", f"--out_dir={tmp_path / 'fresh'}"]))
+    built = build.build(parse([*flags, "--init_from=merge", f"--out_dir={tmp_path / 'fresh'}"]))
     assert built.step == built.batches.position == 0 and not built.optimizer.state
     after = tensors(tmp_path / "joined")
     assert all(not torch.equal(p, after[name]) for name, p in built.model.named_parameters())
@@ -282,7 +282,7 @@ def test_the_seam_alone_is_trained_and_resumes_bit_equal(optimizer, pair, tmp_pa
         once, again = tensors(tmp_path / "joined", kind), tensors(tmp_path / "parts", kind)
         assert once.keys() == again.keys() and all(torch.equal(once[name], again[name])
                                                    for name in once), kind
-    before = start.build(parse([*flags, "--init_from=stitch", f"--out_dir={tmp_path / 'fresh'}"]))
+    before = build.build(parse([*flags, "--init_from=stitch", f"--out_dir={tmp_path / 'fresh'}"]))
     after = tensors(tmp_path / "joined")
     moved = {name for name, p in before.model.named_parameters() if not torch.equal(p, after[name])}
     assert moved == {"seam.weight", "seam.bias"}
@@ -295,7 +295,7 @@ def test_training_the_seam_lowers_the_loss(pair):
     flags = [*pair, "--init_from=stitch", "--use_original_head=False", "--dropout=0",
              "--decay_lr=False"]
     for i in range(3):
-        built = start.build(parse([*flags, f"--stitch_layer_index={i}"]))
+        built = build.build(parse([*flags, f"--stitch_layer_index={i}"]))
         before = loop.evaluate(built)["train"]
         for _ in range(20):
             loop.train_step(built, lr=3e-3)
@@ -304,7 +304,7 @@ def test_training_the_seam_lowers_the_loss(pair):
 
 def test_the_fit_takes_as_many_sequences_as_it_is_told(pair, tmp_path, capsys):
     flags = [*pair, "--init_from=stitch", "--use_original_head=False", "--stitch_layer_index=1"]
-    seams = [start.build(parse([*flags, f"--batch_size_alignment={n}"])).model.seam.weight
+    seams = [build.build(parse([*flags, f"--batch_size_alignment={n}"])).model.seam.weight
              for n in (4, 8, 8)]
     assert torch.equal(seams[1], seams[2]) and not torch.equal(seams[0], seams[1])
     assert run.main([*flags, "--batch_size_alignment=1"]) == 2
@@ -351,7 +351,7 @@ def test_an_untied_model_trains_from_scratch(tiny_flags, tmp_path):
     assert run.main([*tiny_flags, "--tie_weights=False", "--max_iters=4"]) == 0
     weights = tensors(tmp_path / "out")
     assert not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"])
-    built = start.build(parse([*tiny_flags, "--init_from=resume"]))
+    built = build.build(parse([*tiny_flags, "--init_from=resume"]))
     assert torch.equal(built.model.lm_head.weight, weights["lm_head.weight"])
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bench import memory, parity, suite
 from bench.suite import Part
-from train.config import parse
+from train.command_line import parse
 
 WRITES = ("-c", "import json, sys; json.dump({'cases': {'a': 1}}, open(sys.argv[1], 'w')); "
                 "print('done')", "{out}")

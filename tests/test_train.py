@@ -15,11 +15,11 @@ from data.loader import eval_batches, windows_per_epoch
 from data.manifest import shard_entry, write_manifest
 from gpt.run_folder import whole_checkpoints
 from tests import ranks
-from train import loop, run, start
-from train.config import parse
-from train.faults import Asked
+from train import build, loop, run
+from train.command_line import parse
 from train.parallel import World
 from train.report import Report
+from train.signals import StopRequest
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +72,7 @@ def test_a_steps_time_on_a_cpu_is_its_own(tiny_flags, monkeypatch):
     that of nothing."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    report = Report(parse(tiny_flags), World(), torch.device("cpu"), Asked())
+    report = Report(parse(tiny_flags), World(), torch.device("cpu"), StopRequest())
     report.begin(0, False)
     for step, ms in enumerate((10, 20, 30)):
         now[0] += ms / 1000
@@ -130,7 +130,7 @@ def test_accumulation_is_a_larger_batch(tiny_flags):
     for batch, steps in ((2, 4), (8, 1)):
         config = parse([*tiny_flags, f"--batch_size={batch}",
                         f"--gradient_accumulation_steps={steps}", "--dropout=0.0"])
-        built = start.build(config)
+        built = build.build(config)
         gradients.append((loop.accumulate(built), [p.grad for p in built.model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
 
@@ -138,7 +138,7 @@ def test_accumulation_is_a_larger_batch(tiny_flags):
 def test_the_gradient_is_clipped(tiny_flags):
     norms = []
     for limit in (0.0, 0.01):
-        built = start.build(parse([*tiny_flags, f"--grad_clip={limit}", "--optimizer=sgd",
+        built = build.build(parse([*tiny_flags, f"--grad_clip={limit}", "--optimizer=sgd",
                                    "--momentum=0", "--weight_decay=0"]))
         before = [p.detach().clone() for p in built.model.parameters()]
         loop.train_step(built, lr=1.0)
@@ -149,7 +149,7 @@ def test_the_gradient_is_clipped(tiny_flags):
 
 
 def test_evaluation_is_repeatable_and_disturbs_nothing(tiny_flags):
-    built = start.build(parse(tiny_flags))
+    built = build.build(parse(tiny_flags))
     state, position = torch.get_rng_state(), built.batches.position
     first = loop.evaluate(built)
     assert first == loop.evaluate(built)
@@ -162,7 +162,7 @@ def test_evaluation_is_brute_force_over_all_windows(tiny_flags):
     """With enough batches every window of the split counts once: sum of losses over sum of
     tokens."""
     config = parse([*tiny_flags, "--eval_iters=1000", "--batch_size=1"])
-    built = start.build(config)
+    built = build.build(config)
     tokens = built.tokens["val"]
     n = windows_per_epoch(len(tokens), 16)
     losses = [built.model.eval()(x, y).item() for x, y in

@@ -12,9 +12,9 @@ from data.tokenizer import write_meta
 from gpt import GPT, GPTConfig, export, nanogpt, predict, sample
 from gpt.pretrained import read_config, read_source, tokenizer_of
 from gpt.run_folder import find_checkpoint
-from train import evaluate, run, start
-from train.config import load_file, parse
-from train.origin import Origin, complete
+from train import build, evaluate, run
+from train.command_line import load_file, parse
+from train.init_from import InitFrom, complete
 
 FEW = [
     "--n_layer=1",
@@ -52,9 +52,9 @@ def gpt2_data(tmp_path):
 def test_gpt2s_vocabulary_is_padded(meta, rows):
     """The meta.json of our own prepare.py took the padding away: 50,257 rows, no multiple of 64."""
     config = load_file("train_gpt2")
-    assert complete(config, Origin("scratch"), meta).model.vocab_size == rows
+    assert complete(config, InitFrom("scratch"), meta).model.vocab_size == rows
     asked = replace(config, model=replace(config.model, vocab_size=50257))
-    assert complete(asked, Origin("scratch"), meta).model.vocab_size == 50257
+    assert complete(asked, InitFrom("scratch"), meta).model.vocab_size == 50257
 
 
 def test_padding_is_never_text(gpt2_data, tiny_flags, tmp_path, capsys):
@@ -94,7 +94,7 @@ def test_padding_is_never_text(gpt2_data, tiny_flags, tmp_path, capsys):
 def test_a_run_that_began_without_padding_goes_on_without(gpt2_data, tiny_flags, tmp_path):
     flags = [*tiny_flags, f"--data_dir={gpt2_data}", *FEW]
     assert run.main([*flags, "--vocab_size=50257"]) == 0
-    assert start.build(parse([*flags, "--init_from=resume"])).model.config.vocab_size == 50257
+    assert build.build(parse([*flags, "--init_from=resume"])).model.config.vocab_size == 50257
 
 
 def test_a_model_of_characters_is_handed_on_with_them(tiny_flags, tiny_data, tmp_path, capsys):
@@ -212,4 +212,4 @@ def test_nor_ids_of_another_number(other, tiny_flags, tiny_data, tmp_path, capsy
 def test_the_same_characters_are_trained_on(tiny_flags, tiny_data, tmp_path):
     of_characters(tmp_path / "nano", "nowhere")
     write_meta(tmp_path / "nano", "char", 29, "abcdefghijklmnopqrstuvwxyz\n =")
-    assert start.build(parse([*tiny_flags, f"--init_from={tmp_path / 'nano'}"])).step == 0
+    assert build.build(parse([*tiny_flags, f"--init_from={tmp_path / 'nano'}"])).step == 0

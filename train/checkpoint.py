@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from data.files import sync
+from common.files import sync
 from gpt import GPT, GPTConfig
 from gpt.pretrained import config_json, read_into, save_tensors, saved_shapes
 from gpt.run_folder import (
@@ -68,7 +68,7 @@ def finite(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
     return not parallel.sum_over_ranks(torch.as_tensor(bad, device=device).float()).item()
 
 
-def copied(model: GPT, optimizer: torch.optim.Optimizer,
+def copy_to_host(model: GPT, optimizer: torch.optim.Optimizer,
            w: World) -> tuple[dict[str, dict[str, Tensor]], bool]:
     """A Snapshot's tensors, and whether they are shards; if not, ranks other than 0 have none. All
     ranks must call it.
@@ -83,7 +83,7 @@ def copied(model: GPT, optimizer: torch.optim.Optimizer,
              for part, tensors in parts.items()}
     rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()}
                                             if torch.cuda.is_available() else {})
-    ranks = parallel.together(lambda: rng, w)
+    ranks = parallel.gather_or_raise(lambda: rng, w)
     return found | {"rng": {f"{rank}:{kind}": t for rank, states in enumerate(ranks)
                             for kind, t in states.items()}}, sharded
 
@@ -135,13 +135,13 @@ def save(out_dir: Path, snapshot: Snapshot, w: World,
     others as they were."""
     folder = out_dir / f"{TEMPORARY}{snapshot.step}"
     try:
-        needed = sum(parallel.together(lambda: _bytes_here(snapshot), w, group))
-        parallel.together(lambda: _prepare(out_dir, folder, needed) if w.rank == 0
+        needed = sum(parallel.gather_or_raise(lambda: _bytes_here(snapshot), w, group))
+        parallel.gather_or_raise(lambda: _prepare(out_dir, folder, needed) if w.rank == 0
                           else None, w, group)
-        parallel.together(lambda: _write_tensors(folder, snapshot, w, group), w, group)
-        sums = parallel.together(lambda: _checksums(folder, snapshot.sharded, w), w, group)
+        parallel.gather_or_raise(lambda: _write_tensors(folder, snapshot, w, group), w, group)
+        sums = parallel.gather_or_raise(lambda: _checksums(folder, snapshot.sharded, w), w, group)
         entries = {name: said for some in sums for name, said in some.items()}
-        parallel.together(lambda: _finish(out_dir, folder, snapshot, entries) if w.rank == 0
+        parallel.gather_or_raise(lambda: _finish(out_dir, folder, snapshot, entries) if w.rank == 0
                           else None, w, group)
     except OSError as error:
         if w.rank == 0:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from gpt import hardware
+from common import hardware
 from gpt.model import Block
 from kernels import Kernels
 from train.config import Config
@@ -18,7 +18,7 @@ UNABLE = (RuntimeError, OSError, ImportError)
 WORTH_TRYING_S = 300.0
 
 
-def decide(config: Config, kernels: Kernels, device: torch.device, dtype: torch.dtype,
+def should_compile(config: Config, kernels: Kernels, device: torch.device, dtype: torch.dtype,
            before: bool | None = None) -> tuple[bool, str]:
     """Whether to compile the model: where it is asked for or pays; and why, in a line.
 

@@ -1,36 +1,33 @@
 """Everything a run can be told, with nanoGPT's names. No torch here: --help and config errors must
 be instant.
 
-A config file is an ordinary module that says `config = Config(...)`. The command line overrides it:
-`--batch_size=32`.
+A config file is an ordinary module with `config = Config(...)`. train/command_line.py reads it, and
+the flags that override it: `--batch_size=32`.
 """
 
 import dataclasses
-import importlib.util
 import json
-import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from data import cli
-from data.bounds import BelowOne, Must, NonNegative, NonNegativeFloat, NotEmpty, Positive, check
-from data.files import read_text
+from common import cli
+from common.bounds import BelowOne, Must, NonNegative, NonNegativeFloat, NotEmpty, Positive, check
 from gpt.config import Block, GPTConfig
+from kernels import BACKENDS, FAMILIES
 
-SHORTHANDS = {
-    "--batch_size=auto": "--fit_batch=True", "--batch-size=auto": "--fit_batch=True",
-    # Stitch-LLMs' words
-    "--backward=True": "--direction=backward", "--backward=False": "--direction=forward",
-}
 ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    Backend = str
+    AttentionBackend = str
+    LayernormBackend = str
+    CrossEntropyBackend = str
+else:  # choices from the registry, for --help and for check
+    Backend = Literal[("auto", *BACKENDS)]
+    AttentionBackend, LayernormBackend, CrossEntropyBackend = (
+        Literal[("", *family.modules)] for family in FAMILIES.values())
 Seconds = Annotated[int, Must("be from 1 to 1000000000", lambda n: 1 <= n <= 10**9)]
-# What a config file of the user's, which is imported, may end with by mistake.
-RAISED_BY_CODE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
-                  MemoryError, NameError, OSError, RuntimeError, SyntaxError, SystemExit, TypeError,
-                  ValueError)
 
 
 @dataclass(frozen=True)
@@ -94,16 +91,21 @@ class JoinConfig:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Which implementations run (see kernels/)."""
+    """Which backend runs each family of operators (kernels/__init__.py)."""
 
-    kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """auto: the fastest by measurement on this device"""
-    attention: Literal["", "reference", "torch", "triton", "flash_attn"] = ""
-    """for attention alone; empty: as --kernels says"""
-    layernorm: Literal["", "reference", "torch", "triton"] = ""
-    """for the norms alone"""
-    cross_entropy: Literal["", "reference", "torch", "triton"] = ""
-    """for the loss alone"""
+    kernels: Backend = "auto"
+    """of all families; auto: the fastest by measurement on this device"""
+    attention: AttentionBackend = ""
+    """of attention alone; empty: as --kernels says"""
+    layernorm: LayernormBackend = ""
+    """of the norms alone"""
+    cross_entropy: CrossEntropyBackend = ""
+    """of the loss alone"""
+
+    @property
+    def families(self) -> dict[str, str]:
+        """What `kernels.resolve` takes: family -> backend, or "" for that of --kernels."""
+        return {family: getattr(self, family) for family in FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -250,69 +252,3 @@ def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, 
 
 def to_json(config: Config) -> str:
     return json.dumps(dict(flatten(config)), indent=1)
-
-
-def load_file(path: str) -> Config:
-    """The `config` of a config file: a path, or the name of one in configs/."""
-    from train.foreign import is_nanogpt, read_nanogpt
-
-    found = next((p for p in (Path(path), ROOT / path, ROOT / "configs" / f"{path}.py")
-                  if p.is_file()), None)
-    if found is None:
-        known = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.py")
-                                 if p.stem != "__init__"))
-        raise ValueError(f"no config file {path!r}; configs/ has {known}")
-    spec = importlib.util.spec_from_file_location(f"_config_{found.stem}", found)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{found}: a config file is a Python module, NAME.py, with `config = "
-                         "Config(...)`")
-    source = read_text(found)
-    if is_nanogpt(source, found):
-        return read_nanogpt(source, found)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except RAISED_BY_CODE as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(found)]
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{found}, line {lines[-1] if lines else '?'}: {kind}{error}") from None
-    config = getattr(module, "config", None)
-    if not isinstance(config, Config):
-        raise ValueError(f"{found}: its `config` is not a Config (train/config.py)")
-    return config
-
-
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """[CONFIG] [--key=value ...] -> Config. Raises ValueError, in one line, for what is wrong with
-    it."""
-    import tyro
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if any(a.startswith(("--config-name", "--config_name")) for a in argv):
-        return _compose(argv)
-    argv = [SHORTHANDS.get(a, a) for a in argv]
-    places = [i for i, a in enumerate(argv) if not a.startswith("-") and not _is_value(argv, i)]
-    files = [argv[i] for i in places]
-    if len(files) > 1:
-        raise ValueError(f"more than one config file: {', '.join(files)}")
-    flags = [a for i, a in enumerate(argv) if i not in places]
-    return cli.parse(Config, flags, prog="train/run.py", markers=(tyro.conf.OmitArgPrefixes,),
-                     default=load_file(files[0]) if files else Config())
-
-
-def _compose(argv: list[str]) -> Config:
-    """--config-path=DIR --config-name=NAME and hydra's overrides, group.key=value."""
-    from train.foreign import compose_yaml
-
-    named = dict(a[2:].partition("=")[::2] for a in argv if a.startswith("--"))
-    if odd := named.keys() - {"config-path", "config_path", "config-name", "config_name"}:
-        raise ValueError(f"--{sorted(odd)[0]} beside --config-name; override as in hydra, "
-                         "group.key=value")
-    path, name = (named.get(f"config-{what}") or named.get(f"config_{what}") or "."
-                  for what in ("path", "name"))
-    return compose_yaml(path, name, [a for a in argv if not a.startswith("--")])
-
-
-def _is_value(argv: list[str], i: int) -> bool:
-    return i > 0 and argv[i - 1].startswith("--") and "=" not in argv[i - 1]

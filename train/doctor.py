@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from data import cli
+from common import cli
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "flash-attn", "wandb", "tensorboard",
             "transformers", "tiktoken")
@@ -30,7 +30,7 @@ def examine() -> dict[str, str]:
     """What is here, and what a run would use of it: what -> in words."""
     import torch
 
-    from gpt import hardware
+    from common import hardware
     from kernels import resolve
 
     device = hardware.resolve_device("auto")
@@ -67,7 +67,7 @@ def all_reduce() -> list[tuple[int, float, float]]:
     import torch
     import torch.distributed as dist
 
-    from gpt import hardware
+    from common import hardware
     from train import parallel
     from train.config import ParallelConfig
 

@@ -19,9 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
 
-from data import cli
-from data.bounds import Must, NotEmpty, Positive
-from data.files import formed, read_text
+from common import cli
+from common.bounds import Must, NotEmpty, Positive
+from common.files import formed, read_text
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Evaluate:
 def evaluate(c: Evaluate) -> dict[str, float]:
     """Print and return the figures, summed over all ranks. Raises ValueError or OSError for what
     the user can mend."""
+    from common import hardware
     from data.tokenizer import load_tokenizer
-    from gpt import hardware
     from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
     from gpt.run_folder import reading
     from train import parallel
@@ -97,7 +97,7 @@ def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
     from data.tokens import check_vocabulary, open_split
     from gpt.scoring import perplexity, spans
     from train.config import ROOT
-    from train.origin import directed
+    from train.init_from import directed
     from train.parallel import sum_over_ranks
 
     tokens = directed(open_split(c.data_dir or ROOT / "data" / c.dataset, c.split), model.config)

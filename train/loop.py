@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common import hardware
 from data.loader import eval_batches
-from gpt import hardware
-from train import checkpoint, faults, memory, optim, parallel
+from train import checkpoint, memory, optim, parallel, signals, watchdog
+from train.build import Run, build, describe
 from train.config import Config, flatten
 from train.report import Report
-from train.start import Run, build, describe
 
 
 def train(config: Config) -> None:
@@ -25,13 +25,13 @@ def train(config: Config) -> None:
     try:
         with ExitStack() as held:
             run = build(config, held)
-            report = Report(run.config, run.world, run.device, run.asked)
+            report = Report(run.config, run.world, run.device, run.stop_request)
             report.say(describe(run))
             if run.config.run.eval_only:
                 report.evaluation(run.step, 0.0, evaluate(run))
                 return parallel.stop()
-            with (faults.listen(run.asked),
-                  faults.watchdog(run.progress, run.store, run.world,
+            with (signals.listen(run.stop_request),
+                  watchdog.watchdog(run.progress, run.store, run.world,
                                   run.config.parallel.hang_timeout)):
                 train_until_done(run, report, writer(run))
     except (ValueError, OSError, FloatingPointError):  # these are raised on all ranks together
@@ -40,10 +40,10 @@ def train(config: Config) -> None:
     except torch.OutOfMemoryError as error:
         raise ValueError(memory.advice(config, parallel.world(), error)) from error
     parallel.stop()
-    if run.asked.by == signal.SIGINT.name:
+    if run.stop_request.reason == signal.SIGINT.name:
         raise KeyboardInterrupt
-    if run.asked.by.endswith(faults.CLOSED):
-        raise OSError(f"{run.asked.by}, so the run saved and ended at step {run.step}; go on with "
+    if run.stop_request.reason.endswith(signals.CLOSED):
+        raise OSError(f"{run.stop_request.reason}, so the run saved and ended at step {run.step}; go on with "
                       "--init_from=resume")
 
 
@@ -53,7 +53,7 @@ def writer(run: Run) -> checkpoint.Writer:
     c = run.config.run
 
     def failed() -> None:
-        run.asked.by = "a checkpoint that was not written"
+        run.stop_request.reason = "a checkpoint that was not written"
 
     return checkpoint.Writer(Path(c.out_dir), run.world, c.keep_last, c.keep_every, failed)
 
@@ -64,10 +64,10 @@ def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -
     However it ends, the checkpoint that is being written becomes whole first.
     """
     out_dir = Path(run.config.run.out_dir)
-    aside = parallel.first_rank_decides(lambda: checkpoint.roll_back(out_dir, run.step), run.world)
+    aside = parallel.broadcast_from_rank_0(lambda: checkpoint.roll_back(out_dir, run.step), run.world)
     if aside is not None:
         report.say(f"moved to {aside}: checkpoints later than step {run.step}, with their metrics")
-    parallel.together(lambda: report.begin(run.step, run.evaluated), run.world)
+    parallel.gather_or_raise(lambda: report.begin(run.step, run.evaluated), run.world)
     try:
         step_until_done(run, report, checkpoints)
     finally:
@@ -82,8 +82,8 @@ def step_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) ->
     while True:
         lr = optim.learning_rate(run.step, c.optim)
         last = run.step >= c.optim.max_iters
-        if report.asked_to_stop and not last:
-            report.say(f"asked to stop ({run.asked.by or 'another rank was'}), at step {run.step}")
+        if report.stop_requested and not last:
+            report.say(f"asked to stop ({run.stop_request.reason or 'another rank was'}), at step {run.step}")
             save(run, None, report, checkpoints)
             break
         if (last or run.step % c.run.eval_interval == 0) and not run.evaluated:
@@ -108,7 +108,7 @@ def train_step(run: Run, lr: float) -> Tensor:
     loss = accumulate(run)
     run.scaler.unscale_(run.optimizer)
     grad_norm = parallel.clip(run.model, run.config.optim.grad_clip)
-    asked = torch.full((), float(bool(run.asked.by)), device=run.device)
+    asked = torch.full((), float(bool(run.stop_request.reason)), device=run.device)
     loss, asked = parallel.sum_over_ranks(torch.stack([loss, asked])).unbind()
     skip = ~(loss.isfinite() & grad_norm.isfinite())
     optim.step(run.optimizer, skip)
@@ -188,10 +188,10 @@ def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoi
     report.say(f"saving checkpoint to {c.out_dir}")
     state = {
         "val_loss": val_loss, "best_val_loss": run.best_val_loss, "position": run.batches.position,
-        "config": dict(flatten(run.config)), "kernels": run.choice._asdict(),
+        "config": dict(flatten(run.config)), "kernels": run.choice.backends | {"why": run.choice.why},
         "world_size": run.world.size,
         "scaler": run.scaler.state_dict(), "torch": torch.__version__, "compiled": run.compiled,
     }
-    tensors, sharded = checkpoint.copied(run.model, run.optimizer, run.world)
+    tensors, sharded = checkpoint.copy_to_host(run.model, run.optimizer, run.world)
     checkpoints.begin(checkpoint.Snapshot(run.step, tensors, sharded, run.config.model, state,
                                           run.tokenizer))

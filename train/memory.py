@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from gpt import hardware
+from common import hardware
 from train import parallel
 from train.config import Config
 from train.parallel import World
@@ -63,13 +63,13 @@ def fit(config: Config, wrapped: nn.Module, w: World, device: torch.device,
         with torch.compiler.set_stance("force_eager"), hardware.autocast(device, dtype):
             loss = wrapped(idx, idx)
         loss.backward()
-        return max(parallel.together(lambda: hardware.peak_memory_bytes(device) or 0, w))
+        return max(parallel.gather_or_raise(lambda: hardware.peak_memory_bytes(device) or 0, w))
 
     peak(1)  # allocates the gradients, which all later micro-batches find there
     here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes
                for p in wrapped.parameters() if p.requires_grad)
     moments = 1 if config.optim.optimizer == "sgd" else 2
-    free = min(parallel.together(lambda: hardware.free_memory_bytes(device), w))
+    free = min(parallel.gather_or_raise(lambda: hardware.free_memory_bytes(device), w))
     chosen = largest(micro_batches(config, w), peak, moments * here, free)
     wrapped.zero_grad(set_to_none=True)
     return with_micro_batch(config, chosen)

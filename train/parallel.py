@@ -220,10 +220,10 @@ def clip(model: nn.Module, limit: float) -> Tensor:
     """Scale the gradients down to this norm over all ranks (0: leave them); the norm before, the
     same on all ranks."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
-    return whole(norm)
+    return full_tensor(norm)
 
 
-def whole(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """All of a tensor of which this rank may hold a shard. Every rank must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -245,13 +245,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def first_rank_decides(decide: Callable[[], T], w: World) -> T:
+def broadcast_from_rank_0(decide: Callable[[], T], w: World) -> T:
     """What `decide` gives on rank 0, on every rank; the ValueError or OSError it raises there,
     raised on every rank."""
-    return together(lambda: decide() if w.rank == 0 else cast(T, None), w)[0]
+    return gather_or_raise(lambda: decide() if w.rank == 0 else cast(T, None), w)[0]
 
 
-def together(do: Callable[[], T], w: World, group: dist.ProcessGroup | None = None) -> list[T]:
+def gather_or_raise(do: Callable[[], T], w: World, group: dist.ProcessGroup | None = None) -> list[T]:
     """What `do` gives on each rank, in their order; the first ValueError or OSError that it raises
     on any, on all of them."""
     mine: tuple[Any, Exception | None]

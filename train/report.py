@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import parsed, whole, write_json
+from common import hardware
+from common.files import parsed, whole, write_json
 from data.loader import Loader
-from gpt import hardware
 from gpt.flops import mfu
 from train.checkpoint import METRICS
 from train.config import Config, flatten, to_json
-from train.faults import CLOSED, Asked, detach_closed
 from train.parallel import World
+from train.signals import CLOSED, StopRequest, detach_closed
 
 REMEDY = "remove that line"
 
@@ -37,14 +37,14 @@ class Report:
     """The run's voice. Numbers of a step are read one step later, so that the device never waits
     for the host."""
 
-    def __init__(self, config: Config, world: World, device: torch.device, asked: Asked):
+    def __init__(self, config: Config, world: World, device: torch.device, asked: StopRequest):
         """`asked` is asked to stop where the terminal, or what reads this run's output, is gone."""
-        self.config, self.speaks, self.asked = config, world.rank == 0, asked
+        self.config, self.speaks, self.stop_request = config, world.rank == 0, asked
         self.device_name, self.world_size = hardware.device_name(device), world.size
         self.out_dir, self.defers = Path(config.run.out_dir), device.type == "cuda"
         self.mfu: float | None = None
         self.pending: tuple[int, float, dict[str, float], Callable[[], list[float]]] | None = None
-        self.asked_to_stop, self.skipped = False, 0
+        self.stop_requested, self.skipped = False, 0
         # the steps skipped since the last one that was not
         self.in_a_row: list[dict[str, float]] = []
         self.device = device
@@ -66,7 +66,7 @@ class Report:
         except OSError:
             if not (gone := detach_closed()):
                 raise
-            self.asked.by = self.asked.by or gone + CLOSED
+            self.stop_request.reason = self.stop_request.reason or gone + CLOSED
 
     def begin(self, step: int, evaluated: bool) -> None:
         """Open the run's folder: config.json, and metrics.jsonl cut back to the `step` that the run
@@ -101,7 +101,7 @@ class Report:
         step, lr, data, read = self.pending
         self.pending = None
         loss, grad_norm, skipped, asked = read()
-        self.asked_to_stop |= asked > 0
+        self.stop_requested |= asked > 0
         self._count_skipped(skipped > 0,
                             {"iter": step, "loss": loss, "grad_norm": grad_norm, "lr": lr} | data)
         now = time.perf_counter()

@@ -3,8 +3,8 @@ lists the keys."""
 
 import sys
 
-from data.cli import exit_code
-from train.config import parse
+from common.cli import exit_code
+from train.command_line import parse
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from data.bounds import NonNegative, NotEmpty, Positive
-from data.cli import run
+from common.bounds import NonNegative, NotEmpty, Positive
+from common.cli import run
 from data.encode import Format, Split, Workers, prepare
 from data.sources import Files, Hub, Source
 

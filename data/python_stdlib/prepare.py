@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cli import run
+from common.cli import run
 from data.manifest import already_made
 from data.small import write_dataset
 

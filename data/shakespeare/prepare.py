@@ -4,7 +4,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from data.cli import run
+from common.cli import run
 from data.gpt2 import encode_ordinary
 from data.small import tiny_shakespeare, write_dataset
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cli import run
+from common.cli import run
 from data.small import tiny_shakespeare, write_dataset
 
 

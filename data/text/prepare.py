@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from data.bounds import FileName, Must, NonNegative, NotEmpty, Positive
-from data.cli import run
+from common.bounds import FileName, Must, NonNegative, NotEmpty, Positive
+from common.cli import run
 from data.encode import Format, Split, Workers, prepare
 from data.sources import Files, Hub, Source
 

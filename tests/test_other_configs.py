@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from train.config import Config, changed, flatten, load_file, parse
-from train.foreign import is_nanogpt, read_nanogpt
+from train.command_line import load_file, parse
+from train.config import Config, changed, flatten
+from train.other_configs import is_nanogpt, read_nanogpt
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common import hardware
 from data.loader import eval_batches
 from data.tokenizer import load_tokenizer
 from data.tokens import Reversed, Tokens, check_vocabulary, open_split
-from gpt import GPT, SIZES, GPTConfig, hardware, nanogpt
+from gpt import GPT, SIZES, GPTConfig, nanogpt
 from gpt.pretrained import (
     Trained,
     has_rows_for,
@@ -41,7 +42,7 @@ Resume = Callable[[Config, GPT, torch.optim.Optimizer, torch.amp.GradScaler, Wor
 
 
 @dataclass
-class Origin:
+class InitFrom:
     """A beginning: the shape it dictates, the weights to start from, or the run to put back."""
 
     name: str
@@ -52,22 +53,22 @@ class Origin:
     trained: Trained | None = None  # whose vocabulary the data must have
 
 
-def find_origin(config: Config, w: World) -> Origin:
+def resolve_init_from(config: Config, w: World) -> InitFrom:
     """What --init_from means here, and after a restart by torchrun. Rank 0 looks, so that all begin
     at the same place.
 
     Raises ValueError, on all ranks, for what is not there, or for a start that would lose a run.
     """
-    kind, source, said = parallel.first_rank_decides(lambda: choose(config,
+    kind, source, said = parallel.broadcast_from_rank_0(lambda: choose(config,
                                                                     restarted=w.restarts > 0), w)
     if kind == "resume":
         return continued(Path(source), said, config.model, w)
     if kind == "join":
         return joined(config)
     if kind == "scratch":
-        return Origin("scratch")
+        return InitFrom("scratch")
     trained = pretrained(source, config.model)
-    return Origin(trained.name, trained.config, trained.weights, trained=trained)
+    return InitFrom(trained.name, trained.config, trained.weights, trained=trained)
 
 
 def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
@@ -128,7 +129,7 @@ def told(trained: Trained, asked: GPTConfig) -> Trained:
     return trained._replace(config=model)
 
 
-def joined(config: Config) -> Origin:
+def joined(config: Config) -> InitFrom:
     """Two models as one, resume_dir's lower blocks under merge_dir's upper ones; a new run."""
     run, c = config.run, config.join
     if not c.merge_dir:
@@ -139,9 +140,9 @@ def joined(config: Config) -> Origin:
     cut, head = c.stitch_layer_index, (a if c.use_original_head else b).name
     name = f"{a.name} below block {cut}, {b.name} from there on, the head of {head}"
     if run.init_from == "merge":
-        return Origin(name, *merge(a, b, cut, c.use_original_head), trained=a)
+        return InitFrom(name, *merge(a, b, cut, c.use_original_head), trained=a)
     idx = None if c.use_original_head else alignment(config, a.config)
-    return Origin(name, *stitch(a, b, cut, c.use_original_head, idx), trained=a)
+    return InitFrom(name, *stitch(a, b, cut, c.use_original_head, idx), trained=a)
 
 
 def alignment(config: Config, model: GPTConfig) -> Tensor:
@@ -161,7 +162,7 @@ def directed(tokens: Tokens, model: GPTConfig) -> Tokens:
     return Reversed(tokens.paths) if model.direction == "backward" else tokens
 
 
-def continued(path: Path, said: str, asked: GPTConfig, w: World) -> Origin:
+def continued(path: Path, said: str, asked: GPTConfig, w: World) -> InitFrom:
     """A run of ours, or of nanoGPT's, put back to where this checkpoint was written."""
     if not (path / DONE).is_file():
         return _continued_nanogpt(path, asked)
@@ -171,11 +172,11 @@ def continued(path: Path, said: str, asked: GPTConfig, w: World) -> Origin:
         with held:
             return _resume(path, said, *run)
 
-    parallel.together(lambda: held.enter_context(reading(path)), w)
-    return Origin(str(path), read_config(path), None, resume, read_state(path).get("compiled"))
+    parallel.gather_or_raise(lambda: held.enter_context(reading(path)), w)
+    return InitFrom(str(path), read_config(path), None, resume, read_state(path).get("compiled"))
 
 
-def complete(config: Config, origin: Origin, meta: dict[str, Any] | None) -> Config:
+def complete(config: Config, origin: InitFrom, meta: dict[str, Any] | None) -> Config:
     """The config with its model completed: by its origin, else by the data set's vocabulary.
 
     Raises ValueError where the config asks for another architecture than its origin has, or the
@@ -238,11 +239,11 @@ def _resume(folder: Path, damaged: str, config: Config, model: GPT,
     return state["step"], state["best_val_loss"], position, state["val_loss"] is not None, said + damaged
 
 
-def _continued_nanogpt(path: Path, asked: GPTConfig) -> Origin:
+def _continued_nanogpt(path: Path, asked: GPTConfig) -> InitFrom:
     theirs = nanogpt.read(path)
     trained = told(Trained(str(path), theirs.config, theirs.weights, nanogpt_meta(path, theirs),
                            theirs.untold), asked)
-    return Origin(trained.name, trained.config, trained.weights, trained=trained,
+    return InitFrom(trained.name, trained.config, trained.weights, trained=trained,
                   resume=lambda *run: _resume_nanogpt(path, theirs, *run))
 
 

@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from data import bounds
+from common import bounds
 
 # What torch says, in a RuntimeError, where memory cannot be had.
 _NO_MEMORY = re.compile("allocate memory|not enough memory|out of memory|size calculation overflow")
@@ -25,7 +25,7 @@ def run(main: Callable[..., Any], options: type | None = None, argv: Sequence[st
     """Call `main` with the options on the command line (`--name=value`, `--help`); the exit code.
 
     The options are those of the dataclass `options`, which main takes, or else of main's own
-    signature, with their bounds (data/bounds.py); `markers` are tyro's. The int that main returns
+    signature, with their bounds (common/bounds.py); `markers` are tyro's. The int that main returns
     is the exit code.
     """
     prog = Path(inspect.getfile(main)).resolve().relative_to(Path(__file__).parents[1]).as_posix()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from data.bounds import check_declared
+from common.bounds import check_declared
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, form: type[T], remedy: str) -> T:
     """The value in the JSON file `path`, of the type `form`: TypedDicts, lists, numbers, checked
-    down to the leaves, with the rules declared there (data/bounds.py).
+    down to the leaves, with the rules declared there (common/bounds.py).
 
     Raises ValueError, in one line with the file and the `remedy`, where it is absent, no regular
     file (a FIFO would wait for ever), not JSON, or of another form. Every JSON file that others may

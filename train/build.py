@@ -10,19 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from common import hardware
 from data.loader import Loader
 from data.manifest import verify
 from data.tokenizer import read_meta
 from data.tokens import Tokens, check_vocabulary, check_window, open_split
-from gpt import GPT, hardware
+from gpt import GPT, run_folder
 from gpt.pretrained import fill
 from gpt.stitch import freeze
 from kernels import Choice, load, resolve
-from train import compiling, faults, memory, optim, parallel
+from train import compiling, memory, optim, parallel
 from train.config import Config, changed
-from train.faults import Asked, Progress
-from train.origin import Origin, complete, directed, find_origin
+from train.init_from import InitFrom, complete, directed, resolve_init_from
 from train.parallel import World
+from train.signals import StopRequest
+from train.watchdog import Progress
 
 # the tokenizer of data without a meta file, as in nanoGPT
 GPT2 = {"kind": "gpt2", "vocab_size": 50257}
@@ -47,7 +49,7 @@ class Run:
     compiled: bool
     why_compiled: str
     store: dist.Store | None
-    asked: Asked = field(default_factory=Asked)
+    stop_request: StopRequest = field(default_factory=StopRequest)
     progress: Progress = field(default_factory=Progress)
     step: int = 0
     best_val_loss: float = float("inf")
@@ -64,18 +66,18 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
     """
     world = parallel.world()
     device = hardware.resolve_device(config.run.device, world.local_rank)
-    choice = resolve(config.kernel.kernels, device, attention=config.kernel.attention,
-                     layernorm=config.kernel.layernorm, cross_entropy=config.kernel.cross_entropy)
+    choice = resolve(config.kernel.kernels, device, **config.kernel.families)
     memory.check(config, world, device)
     if device.type == "cpu":
         hardware.keep_freed_memory()
     store = parallel.start(world, device, config.parallel)
     if held is not None and not config.run.eval_only:
-        held.enter_context(faults.only_run(Path(config.run.out_dir), world))
-    parallel.first_rank_decides(lambda: verify(config.data_dir), world)
+        lock = run_folder.lock(Path(config.run.out_dir))
+        parallel.broadcast_from_rank_0(lambda: held.enter_context(lock), world)
+    parallel.broadcast_from_rank_0(lambda: verify(config.data_dir), world)
     tokens = {split: open_split(config.data_dir, split) for split in ("train", "val")}
     meta = read_meta(config.data_dir)
-    origin = find_origin(config, world)
+    origin = resolve_init_from(config, world)
     config = complete(config, origin, meta)
     tokens = {split: directed(part, config.model) for split, part in tokens.items()}
     for part in tokens.values():
@@ -84,8 +86,8 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
     torch.set_float32_matmul_precision("high")
     model = new_model(config, origin, choice, device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
-    compiled, why = parallel.first_rank_decides(
-        lambda: compiling.decide(config, model.kernels, device, dtype, origin.compiled), world)
+    compiled, why = parallel.broadcast_from_rank_0(
+        lambda: compiling.should_compile(config, model.kernels, device, dtype, origin.compiled), world)
     wrapped = parallel.place(model, config.parallel, world, device, dtype, compiled)
     if config.data.fit_batch:
         config = memory.fit(config, wrapped, world, device, dtype)
@@ -109,10 +111,10 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
     return run
 
 
-def new_model(config: Config, origin: Origin, choice: Choice, device: torch.device) -> GPT:
+def new_model(config: Config, origin: InitFrom, choice: Choice, device: torch.device) -> GPT:
     """The model on its device, with the weights it starts from, the same on all ranks."""
     torch.manual_seed(config.run.seed)
-    model = GPT(config.model, load(**choice.suites)).to(device)
+    model = GPT(config.model, load(**choice.backends)).to(device)
     if origin.weights is not None:
         fill(model, origin.weights)
     if config.model.seam >= 0:

@@ -1,0 +1,1 @@
+"""What every other folder stands on: the command line, files, bounds, devices."""
