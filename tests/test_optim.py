@@ -87,7 +87,7 @@ def test_moments_are_looked_at_before_they_are_placed(kind, change):
     }
     for known in moments.values():
         known |= {} if kind == "sgd" else {"step": torch.tensor(7.0)}
-    optim.place(moments, model, optimizer)
+    optim.load_moments(moments, model, optimizer)
     first = next(iter(zero))
     assert optimizer.state[model.weight][first].shape == (5, 3)
     if change == "missing":
@@ -104,15 +104,15 @@ def test_moments_are_looked_at_before_they_are_placed(kind, change):
         }
         moments["weight"][first] = wrong[change]
     with pytest.raises(ValueError, match="^the state"):
-        optim.place(moments, model, optimizer)
+        optim.load_moments(moments, model, optimizer)
 
 
 def test_sgd_without_momentum_remembers_nothing():
     model = nn.Linear(3, 5)
     optimizer = optim.build(model, OptimConfig(optimizer="sgd", momentum=0.0))
-    optim.place({"weight": {}, "bias": {}}, model, optimizer)
+    optim.load_moments({"weight": {}, "bias": {}}, model, optimizer)
     with pytest.raises(ValueError, match="the optimizer needs nothing"):
-        optim.place(
+        optim.load_moments(
             {
                 name: {"momentum_buffer": torch.zeros_like(p)}
                 for name, p in model.named_parameters()

@@ -1,12 +1,13 @@
-"""Checkpoints that survive what happens to machines.
+"""Writes, prunes and restores checkpoints, so that a kill at any moment leaves the last one whole.
 
-A checkpoint is written beside the training, by a thread on each rank, into a temporary folder;
-flushed to disk, marked DONE with the checksum of each file, and only then renamed to its place;
-older ones are removed after that. So whatever dies, and whenever, the last whole one stays;
-gpt/run_folder.py says which that is. No pickle: tensors are safetensors named after the parameters,
-the rest is JSON. Where a rank holds all of the model, rank 0 writes model.safetensors and
-optimizer.safetensors; where the ranks hold shards, each writes its own into the folders model/ and
-optimizer/ (torch.distributed.checkpoint's layout). Either is read on any number of ranks.
+A thread on each rank writes a checkpoint beside the training, into a temporary folder. The folder
+is flushed to disk, gets DONE with the checksum of each file, and only then its name; after that
+older ones are removed. gpt/run_folder.py says what a whole checkpoint is, and which is the newest.
+
+Tensors are safetensors named after the parameters, the rest is JSON; there is no pickle. Where
+every rank holds the whole model, rank 0 writes model.safetensors and optimizer.safetensors. Under
+FSDP each rank writes its shards into the folders model/ and optimizer/, in the layout of
+torch.distributed.checkpoint. Both kinds are read on any number of ranks.
 """
 
 import json
@@ -48,19 +49,19 @@ METRICS = "metrics.jsonl"
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint holds, as it was at one step: a copy on the host."""
+    """What a checkpoint will hold, copied to the host at one step."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
-    """part (model, optimizer, rng) -> name -> all of a tensor, or this rank's shard of it"""
+    """part (model, optimizer, rng) -> name -> the full tensor, or this rank's shard of it"""
     sharded: bool
     model: GPTConfig
     state: dict[str, Any]
     tokenizer: dict[str, Any]
 
 
-def finite(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether all weights and moments are finite numbers, on all ranks. All must call it."""
+def all_finite(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all weights and moments are finite, on all ranks. Every rank must call it."""
     tensors = [*model.parameters(), *_moments(model, optimizer).values()]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     device = local[0].device
@@ -69,50 +70,48 @@ def finite(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def copy_to_host(model: GPT, optimizer: torch.optim.Optimizer,
-           w: World) -> tuple[dict[str, dict[str, Tensor]], bool]:
-    """A Snapshot's tensors, and whether they are shards; if not, ranks other than 0 have none. All
-    ranks must call it.
+                 w: World) -> tuple[dict[str, dict[str, Tensor]], bool]:
+    """Copy a Snapshot's tensors; return them, and whether they are shards. Every rank must call it.
 
-    Random number generators are each rank's own: `RANK:cpu`, `RANK:cuda`.
+    Where they are not, ranks other than 0 copy none. The states of the random number generators are
+    gathered from all ranks, as `RANK:cpu` and `RANK:cuda`.
     """
     parts = {"model": dict(model.named_parameters()), "optimizer": _moments(model, optimizer)}
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     if not sharded and w.rank > 0:
         parts = {"model": {}, "optimizer": {}}
-    found = {part: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-             for part, tensors in parts.items()}
-    rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()}
-                                            if torch.cuda.is_available() else {})
-    ranks = parallel.gather_or_raise(lambda: rng, w)
-    return found | {"rng": {f"{rank}:{kind}": t for rank, states in enumerate(ranks)
-                            for kind, t in states.items()}}, sharded
+    copies = {part: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+              for part, tensors in parts.items()}
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    by_rank = enumerate(parallel.gather_or_raise(lambda: rng, w))
+    copies["rng"] = {f"{rank}:{kind}": t for rank, states in by_rank for kind, t in states.items()}
+    return copies, sharded
 
 
 class Writer:
-    """Writes checkpoints of a run in a thread beside it, one after the other, together with the
-    other ranks' threads."""
+    """Writes one checkpoint after the other in a thread; the threads of all ranks work together."""
 
     def __init__(self, out_dir: Path, w: World, keep_last: int, keep_every: int,
-                 failed: Callable[[], None]):
-        """`failed` is called, from the thread, when one could not be written; `wait` then raises
-        why."""
-        self.out_dir, self.world, self.keep, self.failed = out_dir, w, (keep_last,
-                                                                        keep_every), failed
-        # its own: the training uses the other meanwhile
+                 on_failure: Callable[[], None]):
+        """`on_failure` is called in the thread when a checkpoint could not be written."""
+        self.out_dir, self.world, self.on_failure = out_dir, w, on_failure
+        self.keep = keep_last, keep_every
+        # A process group of its own, since the training uses the default one at the same time.
         self.group = dist.new_group(backend="gloo") if w.size > 1 else None
         self.thread: threading.Thread | None = None
         self.error: OSError | RuntimeError | None = None
 
     def begin(self, snapshot: Snapshot) -> None:
-        """Start to write, when the one before is done."""
+        """Start to write a checkpoint, after the one before is written."""
         self.wait()
         self.thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint",
                                        daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Raises OSError, on all ranks, if it could not be
-        written."""
+        """Wait until the checkpoint is on disk. Raises OSError, on all ranks, if it is not."""
         if self.thread is not None:
             self.thread.join()
         self.thread, error, self.error = None, self.error, None
@@ -126,23 +125,27 @@ class Writer:
                 prune(self.out_dir, *self.keep)
         except (OSError, RuntimeError) as error:  # RuntimeError: another rank is gone
             self.error = error
-            self.failed()
+            self.on_failure()
 
 
 def save(out_dir: Path, snapshot: Snapshot, w: World,
          group: dist.ProcessGroup | None = None) -> None:
-    """Write a checkpoint whole, all ranks together, or raise OSError on all of them and leave the
-    others as they were."""
+    """Write a whole checkpoint, or raise OSError on all ranks and change no other one.
+
+    Every rank must call it.
+    """
     folder = out_dir / f"{TEMPORARY}{snapshot.step}"
+
+    def on_rank_0(fn: Callable[[], None]) -> None:
+        parallel.gather_or_raise(lambda: fn() if w.rank == 0 else None, w, group)
+
     try:
         needed = sum(parallel.gather_or_raise(lambda: _bytes_here(snapshot), w, group))
-        parallel.gather_or_raise(lambda: _prepare(out_dir, folder, needed) if w.rank == 0
-                          else None, w, group)
+        on_rank_0(lambda: _make_folder(out_dir, folder, needed))
         parallel.gather_or_raise(lambda: _write_tensors(folder, snapshot, w, group), w, group)
         sums = parallel.gather_or_raise(lambda: _checksums(folder, snapshot.sharded, w), w, group)
-        entries = {name: said for some in sums for name, said in some.items()}
-        parallel.gather_or_raise(lambda: _finish(out_dir, folder, snapshot, entries) if w.rank == 0
-                          else None, w, group)
+        entries = {name: entry for of_rank in sums for name, entry in of_rank.items()}
+        on_rank_0(lambda: _finish(out_dir, folder, snapshot, entries))
     except OSError as error:
         if w.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -153,14 +156,15 @@ def save(out_dir: Path, snapshot: Snapshot, w: World,
 
 
 def _bytes_here(snapshot: Snapshot) -> int:
+    """What this rank will write, but for the generators' states."""
     return sum(
         (t.to_local() if isinstance(t, DTensor) else t).nbytes
         for part in ("model", "optimizer") for t in snapshot.tensors[part].values()
     )
 
 
-def _prepare(out_dir: Path, folder: Path, needed: int) -> None:
-    """An empty folder, where there is room for so many bytes."""
+def _make_folder(out_dir: Path, folder: Path, needed: int) -> None:
+    """Make the folder anew. Raises OSError where `needed` bytes do not fit on the disk."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for leftover in out_dir.glob(f"{TEMPORARY}*"):
         discard(leftover)
@@ -185,15 +189,14 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor],
 
     folder.mkdir(exist_ok=True)
     try:
-        dcp.save(tensors,
-                 storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
-                 process_group=group)
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:  # raised on all ranks; no subclass of Exception
         raise OSError(next(iter(error.failures.values()))[0]) from error
 
 
 def _checksums(folder: Path, sharded: bool, w: World) -> dict[str, Entry]:
-    """Of this rank's share of the files, once they are on disk: name -> bytes, sha256."""
+    """Flush this rank's share of the files to disk; return what DONE is to say of each."""
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     mine = files[w.rank :: w.size] if sharded else files if w.rank == 0 else []
     for file in mine:
@@ -202,7 +205,7 @@ def _checksums(folder: Path, sharded: bool, w: World) -> dict[str, Entry]:
 
 
 def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, Entry]) -> None:
-    """The rest of the folder, DONE, and its name."""
+    """Write the JSON files and DONE, then give the folder its name."""
     texts = {"model": config_json(snapshot.model),
              "state": json.dumps(snapshot.state | {"step": snapshot.step}, indent=1),
              "tokenizer": json.dumps(snapshot.tokenizer)}
@@ -223,9 +226,9 @@ def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, 
 
 
 def _make_room(out_dir: Path) -> None:
-    """Let a step that was saved again, now with its validation loss, take the older one's place.
+    """Replace a step's checkpoint by one that was saved again, with its validation loss.
 
-    At every moment there is a whole checkpoint of that step under a name that counts.
+    At every moment a whole checkpoint of that step stands under a name that counts.
     """
     for newer in whole_checkpoints(out_dir):
         place = newer.with_name(newer.name.removesuffix(AGAIN))
@@ -237,9 +240,9 @@ def _make_room(out_dir: Path) -> None:
 
 
 def prune(out_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Remove checkpoints but the last `keep_last`, the best, and multiples of keep_every.
+    """Remove checkpoints, except the last `keep_last`, the best, and multiples of `keep_every`.
 
-    One that is being read goes the next time. A link stays: whoever made it may remove it.
+    One that is being read is removed the next time. A symbolic link is never removed.
     """
     folders = whole_checkpoints(out_dir)
     kept = worth_keeping(folders, keep_last)
@@ -250,47 +253,46 @@ def prune(out_dir: Path, keep_last: int, keep_every: int) -> None:
 
 
 def roll_back(out_dir: Path, step: int) -> Path | None:
-    """Move all checkpoints later than `step`, with a copy of the metrics, to a folder of their own.
+    """Move checkpoints later than `step`, and a copy of the metrics, to a new folder; return it.
 
-    The run goes on from `step`, and pruning, which keeps the latest steps, would take them for the
-    newest. What is not whole, of any step, goes there too. Returns the folder; None where there was
-    nothing to move.
+    The run goes on from `step`: were they left, pruning would keep them instead of newer ones.
+    Checkpoints that are not whole are moved too, of any step. None where there is nothing to move.
     """
     later = [folder for folder in step_folders(out_dir)
              if step_of(folder) > step or not (folder / DONE).is_file()]
     if not later:
-        _make_room(out_dir)  # a kill may have come before
+        _make_room(out_dir)  # a kill may have come before it
         return None
     aside = free_name(out_dir / "set-aside")
     aside.mkdir()
     if (out_dir / METRICS).exists():
         shutil.copy(out_dir / METRICS, aside)
-    for folder in later[::-1]:  # the latest first: after a kill in between the rest still counts
+    for folder in later[::-1]:  # the latest first, so that a kill in between leaves no gap
         folder.rename(aside / folder.name)
     _make_room(out_dir)
     return aside
 
 
 def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World) -> bool:
-    """Put back weights, optimizer state and this rank's random number generators, exactly.
+    """Restore weights, optimizer state and this rank's random number generators, bit for bit.
 
-    False: the checkpoint is of another number of ranks, and the generators are left for the caller
-    to seed. Raises ValueError, before anything is placed, where names or shapes are not this run's.
+    Return False where another number of ranks saved the checkpoint: the caller must then seed the
+    generators. Raises ValueError, before anything is changed, where names or shapes differ.
     """
-    parameters, names = dict(model.named_parameters()), optim.numbered(model, optimizer)
-    found = {part: saved_shapes(folder, part) for part in ("model", "optimizer")}
-    kinds = sorted({key.rpartition(":")[2] for key in found["optimizer"]})
+    parameters, names = dict(model.named_parameters()), optim.parameter_names(model, optimizer)
+    saved = {part: saved_shapes(folder, part) for part in ("model", "optimizer")}
+    kinds = sorted({key.rpartition(":")[2] for key in saved["optimizer"]})
     moments = {
         name: {kind: torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name])
                for kind in kinds}
         for name in names
     }
-    flat = {f"{name}:{kind}": t for name, known in moments.items() for kind, t in known.items()}
+    flat = {f"{name}:{kind}": t for name, state in moments.items() for kind, t in state.items()}
     for part, needed in (("model", parameters), ("optimizer", flat)):
-        _check_shapes(folder, part, found[part], {k: tuple(t.shape) for k, t in needed.items()})
+        _check_shapes(folder, part, saved[part], {k: tuple(t.shape) for k, t in needed.items()})
     read_into(folder, "optimizer", flat)
     with about(folder, "start from its weights alone with --init_from=FOLDER"):
-        optim.place(moments, model, optimizer)
+        optim.load_moments(moments, model, optimizer)
     read_into(folder, "model", {name: p.detach() for name, p in parameters.items()})
     rng = load_file(folder / "rng.safetensors")
     if len({key.partition(":")[0] for key in rng}) != w.size:
@@ -301,17 +303,19 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World
     return True
 
 
-def _check_shapes(folder: Path, part: str, found: dict[str, tuple[int, ...]],
+def _check_shapes(folder: Path, part: str, saved: dict[str, tuple[int, ...]],
                   needed: dict[str, tuple[int, ...]]) -> None:
-    if odd := sorted(needed.items() ^ found.items()):
-        name = odd[0][0]
-        there, here = (shapes.get(name, "none") for shapes in (found, needed))
+    """Raise ValueError unless both have the same names and shapes."""
+    if differing := sorted(needed.items() ^ saved.items()):
+        name = differing[0][0]
+        there, here = (shapes.get(name, "none") for shapes in (saved, needed))
         raise ValueError(f"{folder}: the shape of {name} is {there} in its {part}, this run's is "
                          f"{here}")
 
 
 def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names, state = optim.numbered(model, optimizer), optimizer.state_dict()["state"]
+    """The optimizer's state as `PARAMETER:KEY` -> tensor."""
+    names, state = optim.parameter_names(model, optimizer), optimizer.state_dict()["state"]
     return {
         f"{names[i]}:{key}": value
         for i, moments in state.items()

@@ -1,4 +1,4 @@
-"""The command line of a run, `[CONFIG] [--key=value ...]`. No torch here: errors must be instant."""
+"""The command line of a run, `[CONFIG] [--key=value ...]`. No torch here: errors are instant."""
 
 import importlib.util
 import sys
@@ -16,16 +16,16 @@ SHORTHANDS = {
     # Stitch-LLMs' words
     "--backward=True": "--direction=backward", "--backward=False": "--direction=forward",
 }
-# What a config file of the user's, which is imported, may end with by mistake.
+# What importing a config file may raise by a mistake in it.
 RAISED_BY_CODE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
                   MemoryError, NameError, OSError, RuntimeError, SyntaxError, SystemExit, TypeError,
                   ValueError)
 
 
 def load_file(path: str) -> Config:
-    """The `config` of a config file: a path, or the name of one in configs/."""
-    found = next((p for p in (Path(path), ROOT / path, ROOT / "configs" / f"{path}.py")
-                  if p.is_file()), None)
+    """Read a config file, ours or nanoGPT's: a path, or the name of one in configs/."""
+    places = (Path(path), ROOT / path, ROOT / "configs" / f"{path}.py")
+    found = next((place for place in places if place.is_file()), None)
     if found is None:
         known = ", ".join(sorted(p.stem for p in (ROOT / "configs").glob("*.py")
                                  if p.stem != "__init__"))
@@ -52,25 +52,24 @@ def load_file(path: str) -> Config:
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """[CONFIG] [--key=value ...] -> Config. Raises ValueError, in one line, for what is wrong with
-    it."""
+    """Read `[CONFIG] [--key=value ...]`. Raises ValueError, in one line, for bad input."""
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(a.startswith(("--config-name", "--config_name")) for a in argv):
         return _compose(argv)
     argv = [SHORTHANDS.get(a, a) for a in argv]
-    places = [i for i, a in enumerate(argv) if not a.startswith("-") and not _is_value(argv, i)]
-    files = [argv[i] for i in places]
+    positional = [i for i, a in enumerate(argv) if not a.startswith("-") and not _is_value(argv, i)]
+    files = [argv[i] for i in positional]
     if len(files) > 1:
         raise ValueError(f"more than one config file: {', '.join(files)}")
-    flags = [a for i, a in enumerate(argv) if i not in places]
+    flags = [a for i, a in enumerate(argv) if i not in positional]
     return cli.parse(Config, flags, prog="train/run.py", markers=(tyro.conf.OmitArgPrefixes,),
                      default=load_file(files[0]) if files else Config())
 
 
 def _compose(argv: list[str]) -> Config:
-    """--config-path=DIR --config-name=NAME and hydra's overrides, group.key=value."""
+    """Read `--config-path=DIR --config-name=NAME` and hydra's overrides, `group.key=value`."""
     named = dict(a[2:].partition("=")[::2] for a in argv if a.startswith("--"))
     if odd := named.keys() - {"config-path", "config_path", "config-name", "config_name"}:
         raise ValueError(f"--{sorted(odd)[0]} beside --config-name; override as in hydra, "
@@ -81,4 +80,5 @@ def _compose(argv: list[str]) -> Config:
 
 
 def _is_value(argv: list[str], i: int) -> bool:
+    """Whether argv[i] is the value of the flag before it."""
     return i > 0 and argv[i - 1].startswith("--") and "=" not in argv[i - 1]

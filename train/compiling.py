@@ -1,4 +1,4 @@
-"""Whether to compile the model, tried before it is promised."""
+"""Whether to compile the model: tried first, and on a CPU measured."""
 
 import statistics
 import time
@@ -11,19 +11,19 @@ from gpt.model import Block
 from kernels import Kernels
 from train.config import Config
 
-# What torch.compile raises where a compiler, a header or a driver is missing: all of it derives
-# from these.
+# The base classes of what torch.compile raises where a compiler, a header or a driver is missing.
 UNABLE = (RuntimeError, OSError, ImportError)
-# of training; trying takes about ten seconds, compiling all layers up to a minute
+# A shorter run is not measured: measuring takes about ten seconds, compiling all layers a minute.
 WORTH_TRYING_S = 300.0
 
 
 def should_compile(config: Config, kernels: Kernels, device: torch.device, dtype: torch.dtype,
-           before: bool | None = None) -> tuple[bool, str]:
-    """Whether to compile the model: where it is asked for or pays; and why, in a line.
+                   before: bool | None = None) -> tuple[bool, str]:
+    """Return whether to compile the model, and why, in a line.
 
-    auto: as `before`, which is what a resumed run did, so that its bits stay the same; else always
-    on a GPU, and on a CPU where a measurement says that it pays. Draws random numbers.
+    auto: what the resumed run did (`before`), so that its bits stay the same; in a new run yes on a
+    GPU, and on a CPU where one block gains more time in the run than compiling takes. Measuring
+    draws random numbers. Raises ValueError where --compile=True cannot work.
     """
     wanted, why = config.run.compile, f"--compile={config.run.compile}"
     try:
@@ -34,10 +34,10 @@ def should_compile(config: Config, kernels: Kernels, device: torch.device, dtype
         seconds = probe(device)
     except UNABLE as error:
         line = str(error).strip().partition("\n")[0][:200]
-        said = f"torch.compile cannot work here: {type(error).__name__}: {line}"
+        fault = f"torch.compile cannot work here: {type(error).__name__}: {line}"
         if config.run.compile == "auto":
-            return False, f"no ({said})"
-        raise ValueError(f"{said}; it needs a C++ compiler, Python's headers, on a GPU Triton; or "
+            return False, f"no ({fault})"
+        raise ValueError(f"{fault}; it needs a C++ compiler, Python's headers, on a GPU Triton; or "
                          "--compile=False") from error
     return True, f"yes ({why}; tried in {seconds:.1f} s)"
 
@@ -46,31 +46,35 @@ def _automatic(config: Config, kernels: Kernels, device: torch.device, dtype: to
                before: bool | None) -> tuple[bool, str]:
     if before is not None:
         return before, "auto: as before"
+    if device.type == "cuda":
+        return True, "auto: worth its time on cuda"
     if device.type != "cpu":
-        return device.type == "cuda", f"auto: {'' if device.type == 'cuda' else 'not '}worth its time on {device.type}"
-    step = step_of_a_block(config, kernels, dtype)
+        return False, f"auto: not worth its time on {device.type}"
+    steps = config.optim.gradient_accumulation_steps * config.optim.max_iters
+    n_layer, step = config.model.n_layer, step_of_a_block(config, kernels, dtype)
     eager_s, _ = timed(step())
-    blocks = config.model.n_layer * config.optim.gradient_accumulation_steps * config.optim.max_iters
-    told = f"a block takes {1e3 * eager_s:.3g} ms"
-    if eager_s * blocks < WORTH_TRYING_S:
-        return False, f"auto: {told}, so the run is too short to try"
+    measured = f"a block takes {1e3 * eager_s:.3g} ms"
+    if eager_s * n_layer * steps < WORTH_TRYING_S:
+        return False, f"auto: {measured}, so the run is too short to try"
     compiled_s, first_s = timed(step(torch.compile))
-    # the block that was tried must not count as a variant of those of the model
-    torch._dynamo.reset()
-    saved_s = (eager_s - compiled_s) * blocks - first_s * config.model.n_layer
-    return saved_s > 0, f"auto: {told}, compiled {1e3 * compiled_s:.3g} ms after {first_s:.0f} s"
+    torch._dynamo.reset()  # this block must not count as a variant of the model's
+    measured += f", compiled {1e3 * compiled_s:.3g} ms after {first_s:.0f} s"
+    saved_s = (eager_s - compiled_s) * n_layer * steps - first_s * n_layer
+    return saved_s > 0, f"auto: {measured}"
 
 
 def step_of_a_block(config: Config, kernels: Kernels,
                     dtype: torch.dtype) -> Callable[..., Callable[[], None]]:
-    """On the CPU: forward and backward of one block at this run's shape, its forward passed through
-    a function first."""
+    """A function that makes forward and backward of one block, on the CPU at this run's shape.
+
+    Its argument, such as torch.compile, is applied to the block's forward.
+    """
     c = config.model
     block = Block(c, kernels)
     x = torch.randn(config.data.batch_size, c.block_size, c.n_embd, requires_grad=True)
 
-    def make(through: Callable = lambda forward: forward) -> Callable[[], None]:
-        forward = through(block.forward)
+    def make(transform: Callable = lambda forward: forward) -> Callable[[], None]:
+        forward = transform(block.forward)
 
         def step() -> None:
             with hardware.autocast(torch.device("cpu"), dtype):
@@ -84,7 +88,7 @@ def step_of_a_block(config: Config, kernels: Kernels,
 
 
 def timed(step: Callable[[], None], repeats: int = 5) -> tuple[float, float]:
-    """Seconds of a step, the median of five, and of the first one before them."""
+    """Seconds of a step: the median of `repeats`, and the first one, which came before them."""
     seconds = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()
@@ -94,11 +98,10 @@ def timed(step: Callable[[], None], repeats: int = 5) -> tuple[float, float]:
 
 
 def probe(device: torch.device) -> float:
-    """Compile a function and its backward, and compare with what they are without; the seconds that
-    took.
+    """Compile a small function and its backward, check them, and return the seconds it took.
 
-    Raises one of UNABLE where torch.compile does not work: at the first call, which in a run is
-    long after the start.
+    Raises one of UNABLE where torch.compile does not work, which a run would else find out at its
+    first step.
     """
     def function(x: torch.Tensor) -> torch.Tensor:
         return (x.sin() * x).sum()

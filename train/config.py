@@ -1,5 +1,4 @@
-"""Everything a run can be told, with nanoGPT's names. No torch here: --help and config errors must
-be instant.
+"""All settings of a run, with nanoGPT's names. No torch here: --help and config errors are instant.
 
 A config file is an ordinary module with `config = Config(...)`. train/command_line.py reads it, and
 the flags that override it: `--batch_size=32`.
@@ -50,13 +49,13 @@ class OptimConfig:
     """How it is trained."""
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """adam has no weight decay; sgd takes momentum"""
+    """adam: without weight decay; sgd: with momentum"""
     learning_rate: NonNegativeFloat = 6e-4
-    """the highest one"""
+    """its peak, after warm-up"""
     max_iters: NonNegative = 600_000
     """optimizer steps of the whole run"""
     gradient_accumulation_steps: Positive = 40
-    """micro-batches in an optimizer step, over all ranks together"""
+    """micro-batches of an optimizer step, on all ranks together"""
     weight_decay: NonNegativeFloat = 0.1
     """for matrices and embeddings; never for norms and biases"""
     beta1: BelowOne = 0.9
@@ -70,7 +69,7 @@ class OptimConfig:
     warmup_iters: NonNegative = 2000
     """steps of linear warm-up"""
     lr_decay_iters: NonNegative = 600_000
-    """where the cosine ends; about max_iters"""
+    """step at which the cosine ends; about max_iters"""
     min_lr: NonNegativeFloat = 6e-5
     """about learning_rate / 10"""
 
@@ -110,7 +109,7 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where, how long, and what is kept."""
+    """Where the run is, what it starts from, and what it keeps."""
 
     out_dir: NotEmpty = "out"
     """the run's folder: checkpoints, metrics.jsonl, config.json, loss.png"""
@@ -131,12 +130,12 @@ class RunConfig:
     log_interval: Positive = 1
     """steps between log lines"""
     always_save_checkpoint: bool = True
-    """else only when the validation loss is the best so far"""
+    """after every evaluation; False: only when the validation loss is the best so far"""
     keep_last: Positive = 2
-    """checkpoints kept, besides the best one; of 2, one is there to go back to, should a disk
-    damage the last"""
+    """latest checkpoints to keep, besides the best one; with 2, one is left if a disk damages the
+    last"""
     keep_every: NonNegative = 0
-    """also keep those at multiples of this many steps; 0: none"""
+    """also keep the checkpoints at multiples of this step; 0: none"""
     wandb_log: bool = False
     """log to Weights & Biases, too"""
     wandb_project: str = "owt"
@@ -150,8 +149,8 @@ class RunConfig:
     compile: bool | Literal["auto"] = "auto"
     """torch.compile; auto: where it pays within the run"""
     max_skipped: Positive = 20
-    """steps in a row whose loss or gradient is not finite; each is skipped, and after so many the
-    run ends"""
+    """end the run after so many steps in a row whose loss or gradient is not finite (each of them
+    is skipped)"""
 
 
 @dataclass(frozen=True)
@@ -159,15 +158,14 @@ class ParallelConfig:
     """How several processes share the work."""
 
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """ddp: each holds the model; fsdp: sharded over all; hsdp: sharded within a node, replicated
-    over nodes;
-    auto: ddp, or fsdp where the model's state would fill half of a GPU"""
+    """ddp: each rank holds the model; fsdp: sharded over all ranks; hsdp: sharded within a node,
+    replicated over nodes; auto: ddp, or fsdp where the model's state would fill half of a GPU"""
     activation_checkpointing: bool = False
     """recompute the blocks in backward: about a third more time, far less memory"""
     backend: str = "auto"
     """of torch.distributed; auto: nccl for cuda, else gloo"""
     hang_timeout: Seconds = 600
-    """seconds without progress after which the rank that hangs is named and the run ends"""
+    """seconds without progress after which the run names the rank that hangs, and ends"""
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class Config:
 
 
 def flatten(config: Any) -> Iterator[tuple[str, Any]]:
-    """(leaf name, value) of all sections; leaf names are unique."""
+    """Yield (leaf name, value) of all sections. Leaf names are unique over the sections."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
@@ -208,11 +206,10 @@ def flatten(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def unflatten(leaves: dict[str, Any], origin: str = "") -> Config:
-    """The Config with these leaves, defaults elsewhere. Raises ValueError for a name that is none
-    or a value of a wrong type.
+    """The Config with these leaves, and defaults elsewhere.
 
-    An int is taken for a float, and so is a string that spells one (YAML 1.1 reads 6e-4 as a
-    string).
+    An int may stand for a float, and so may a string that spells one, as YAML 1.1 reads 6e-4.
+    Raises ValueError, beginning with `origin`, for an unknown name or a value of a wrong type.
     """
     default, types, sections = Config(), cli.types_of(Config), {}
     where = f"{origin}: " if origin else ""
@@ -223,12 +220,13 @@ def unflatten(leaves: dict[str, Any], origin: str = "") -> Config:
     for f in dataclasses.fields(default):
         section = getattr(default, f.name)
         names = {g.name for g in dataclasses.fields(section)}
-        sections[f.name] = dataclasses.replace(section,
-                                               **{k: v for k, v in leaves.items() if k in names})
+        given = {name: value for name, value in leaves.items() if name in names}
+        sections[f.name] = dataclasses.replace(section, **given)
     return Config(**sections)
 
 
-def _as_type_of(hint: Any, value: Any, said: str) -> Any:
+def _as_type_of(hint: Any, value: Any, setting: str) -> Any:
+    """`value` as the type `hint`. Raises ValueError, beginning with `setting`, where it is not."""
     from typeguard import TypeCheckError, check_type
 
     plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
@@ -237,15 +235,15 @@ def _as_type_of(hint: Any, value: Any, said: str) -> Any:
             return float(value)
         return check_type(value, plain)
     except (ValueError, OverflowError):
-        raise ValueError(f"{said} is no number") from None
+        raise ValueError(f"{setting} is no number") from None
     except TypeCheckError:
         known = isinstance(plain, type)
         wanted = f"a {plain.__name__}" if known else str(plain).replace("typing.", "")
-        raise ValueError(f"{said} is a {type(value).__name__}; {wanted} is needed") from None
+        raise ValueError(f"{setting} is a {type(value).__name__}; {wanted} is needed") from None
 
 
 def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
-    """What differs from base (the defaults): leaf -> (base's value, config's value)."""
+    """The leaves that differ from `base` (the defaults): name -> (value in base, in config)."""
     before = dict(flatten(base or Config()))
     return {k: (before[k], v) for k, v in flatten(config) if before[k] != v}
 

@@ -1,6 +1,6 @@
-"""What this machine can do: `python train/doctor.py`; with --dist=True, under torchrun, how fast
-the ranks exchange gradients.
+"""Say what this machine has, or how fast its ranks exchange gradients.
 
+    python train/doctor.py
     torchrun --standalone --nproc_per_node=8 train/doctor.py --dist=True
 """
 
@@ -20,14 +20,14 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "flash-attn", "wandb", "t
 
 @dataclass(frozen=True)
 class Doctor:
-    """Say what is here, and what a run would use of it."""
+    """Say what this machine has, and what a run would use of it."""
 
     dist: bool = False
     """under torchrun: measure all-reduce, from 1 MB to 256 MB"""
 
 
 def examine() -> dict[str, str]:
-    """What is here, and what a run would use of it: what -> in words."""
+    """Packages, compiler and devices, and what a run would use: name -> description."""
     import torch
 
     from common import hardware
@@ -41,12 +41,13 @@ def examine() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))),
-                    None)
-    found["C++ compiler"] = compiler or "none: --compile=True cannot work on a CPU, and Triton cannot build its launcher"
+    compilers = [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
+    found["C++ compiler"] = compilers[0] if compilers else (
+        "none: --compile=True cannot work on a CPU, and Triton cannot build its launcher")
     found["GPUs"] = ", ".join(_gpu(i) for i in range(torch.cuda.device_count())) or "none"
     found["device"] = f"{device}: {hardware.device_name(device)}"
-    found["dtype"] = f"{str(hardware.resolve_dtype('auto', device)).removeprefix('torch.')} (--dtype=auto)"
+    dtype = str(hardware.resolve_dtype("auto", device)).removeprefix("torch.")
+    found["dtype"] = f"{dtype} (--dtype=auto)"
     found["kernels"] = str(resolve("auto", device))
     if device.type == "cuda":
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -57,13 +58,16 @@ def _gpu(index: int) -> str:
     import torch
 
     p = torch.cuda.get_device_properties(index)
-    return f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} multiprocessors)"
+    return (f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, "
+            f"{p.multi_processor_count} multiprocessors)")
 
 
 def all_reduce() -> list[tuple[int, float, float]]:
-    """(bytes, ms, GB/s) of an all-reduce over all ranks, the median of ten. GB/s is bus bandwidth
-    as NCCL's tests count
-    it: bytes / time * 2 (n - 1) / n, what each link carries. Raises ValueError outside torchrun."""
+    """Time all-reduce over all ranks: (bytes, ms, GB/s) for each size, [] on ranks other than 0.
+
+    ms is the median of ten; GB/s is the bus bandwidth as NCCL's tests define it, what each link
+    carries: bytes / time * 2 (n - 1) / n. Raises ValueError outside of torchrun.
+    """
     import torch
     import torch.distributed as dist
 
@@ -86,8 +90,8 @@ def all_reduce() -> list[tuple[int, float, float]]:
             values[:1].tolist()  # waits for the device
             seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds[2:])
-        rows.append((values.nbytes, 1e3 * median,
-                     values.nbytes / median * 2 * (w.size - 1) / w.size / 1e9))
+        bus_gbs = values.nbytes / median * 2 * (w.size - 1) / w.size / 1e9
+        rows.append((values.nbytes, 1e3 * median, bus_gbs))
     parallel.stop()
     return rows if w.rank == 0 else []
 

@@ -1,14 +1,14 @@
-"""How good a model is: `python train/evaluate.py --out_dir=out --dataset=openwebtext`, alone or
-under torchrun.
+"""Evaluate a model on a whole split, HellaSwag and LAMBADA, alone or under torchrun.
 
-Goes through a whole split once: loss, perplexity, bits per byte. With local files also HellaSwag
-and LAMBADA:
+    python train/evaluate.py --out_dir=out --dataset=openwebtext --hellaswag=hellaswag_val.jsonl
 
-hellaswag, completion style (llm.c, build-nanogpt): ctx + " " + ending; acc takes the ending of
-least total loss, acc_norm the one of least loss per token. lambada, last word: the text up to its
-last space, then " " + word; acc counts words that greedy decoding writes whole, ppl is of those
-words. An empty context is the end-of-text token, as in lm-eval; but these are not lm-eval's
-figures: for those, export with --to=hf.
+A split gives loss, perplexity and bits per byte. The other two read local files:
+- hellaswag, completion style (llm.c, build-nanogpt): ctx + " " + ending. acc takes the ending of
+  least total loss, acc_norm that of least loss per token.
+- lambada, the last word of a text, after " ". acc counts the words that greedy decoding writes
+  whole, ppl is the perplexity of those words.
+An empty context is the end-of-text token, as in lm-eval. The figures differ from lm-eval's: for
+those, export with --to=hf.
 """
 
 import json
@@ -33,7 +33,7 @@ class Evaluate:
     init_from: NotEmpty = "resume"
     """resume: out_dir; else gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a model"""
     dataset: str = ""
-    """folder under data/; its split is gone through whole"""
+    """folder under data/, whose whole split is read"""
     data_dir: str = ""
     """any other folder of tokens"""
     split: NotEmpty = "val"
@@ -47,8 +47,7 @@ class Evaluate:
 
 
 def evaluate(c: Evaluate) -> dict[str, float]:
-    """Print and return the figures, summed over all ranks. Raises ValueError or OSError for what
-    the user can mend."""
+    """Print and return the figures of all ranks. Raises ValueError or OSError for bad input."""
     from common import hardware
     from data.tokenizer import load_tokenizer
     from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
@@ -87,9 +86,9 @@ def evaluate(c: Evaluate) -> dict[str, float]:
 
 
 def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
-    """Every token of the split but the first, predicted once from at most block_size before it.
+    """Predict every token of the split but the first, once, from at most block_size before it.
 
-    The end-of-text token stands for no text: it counts with its loss and with 0 bytes.
+    End-of-text tokens count with their loss and with 0 bytes.
     """
     import numpy as np
     import torch
@@ -97,10 +96,11 @@ def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
     from data.tokens import check_vocabulary, open_split
     from gpt.scoring import perplexity, spans
     from train.config import ROOT
-    from train.init_from import directed
+    from train.init_from import in_reading_order
     from train.parallel import sum_over_ranks
 
-    tokens = directed(open_split(c.data_dir or ROOT / "data" / c.dataset, c.split), model.config)
+    data_dir = c.data_dir or ROOT / "data" / c.dataset
+    tokens = in_reading_order(open_split(data_dir, c.split), model.config)
     if len(tokens) < 2:
         raise ValueError(f"{tokens.name}: {len(tokens)} token(s), at least 2 are needed")
     check_vocabulary(tokens, model.config.vocab_size)
@@ -111,17 +111,16 @@ def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
     mine = islice(spans(len(tokens), size), world.rank, None, world.size)
     total = torch.zeros(3, dtype=torch.float64, device=device)  # loss in nats, tokens, bytes
     while group := list(islice(mine, c.batch_size)):
-        whole = [span for span in group if span[1] - span[0] == size]
-        for part in [whole, *([span] for span in group if span not in whole)]:
-            if not part:
-                continue
-            windows = tokens.read(np.array([start for start, _ in part]),
-                                  part[0][1] - part[0][0] + 1).astype(np.int64)
+        full = [span for span in group if span[1] - span[0] == size]
+        short = [[span] for span in group if span not in full]
+        for batch in [full, *short] if full else short:
+            starts, (start, end) = np.array([start for start, _ in batch]), batch[0]
+            windows = tokens.read(starts, end - start + 1).astype(np.int64)
             ids = torch.from_numpy(windows).to(device)
+            idx, targets = ids[:, :-1], ids[:, 1:]
             with torch.no_grad():
-                total[0] += model(ids[:, :-1], ids[:, 1:], reduction="sum")
-            total[1:] += torch.tensor([ids[:, 1:].numel(), bytes_of[ids[:, 1:]].sum()],
-                                      device=device)
+                total[0] += model(idx, targets, reduction="sum")
+            total[1:] += torch.tensor([targets.numel(), bytes_of[targets].sum()], device=device)
     loss, count, n_bytes = sum_over_ranks(total).tolist()
     return {"loss": loss / count, "perplexity": perplexity(loss / count),
             "bits per byte": loss / math.log(2) / max(n_bytes, 1), "tokens": count}
@@ -142,28 +141,29 @@ class Lambada(TypedDict):
 
 
 class Example(NamedTuple):
-    """A line of a file: where it stands, and what it says."""
+    """A line of a JSONL file."""
 
     where: str
+    """file and line number, for messages"""
     line: dict[str, Any]
 
 
 def read_lines(path: str, form: Any) -> list[Example]:
-    """The objects of a JSONL file, of the type `form`. Raises ValueError, naming a wrong line."""
+    """Read the objects of a JSONL file, each a `form`. Raises ValueError that names a bad line."""
     examples = []
     for number, text in enumerate(read_text(Path(path)).split("\n"), 1):
         where = f"{path}, line {number}"
         if not text.strip():
             continue
         try:
-            found = json.loads(text)
+            line = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
-        if not isinstance(found, dict):
+        if not isinstance(line, dict):
             raise ValueError(f"{where}: no object")
-        if missing := form.__annotations__.keys() - found.keys():
+        if missing := form.__annotations__.keys() - line.keys():
             raise ValueError(f"{where}: no {sorted(missing)[0]!r}")
-        line = {key: found[key] for key in form.__annotations__}
+        line = {key: line[key] for key in form.__annotations__}
         examples.append(Example(where, formed(line, form, where, "mend the line, or leave it out")))
     if not examples:
         raise ValueError(f"{path}: no examples in it")
@@ -171,7 +171,7 @@ def read_lines(path: str, form: Any) -> list[Example]:
 
 
 def context_ids(text: str, tokenizer, where: str) -> list[int]:
-    """The ids of a context; of an empty one the end-of-text token, for a model needs one."""
+    """The ids of a context: those of `text`, or the end-of-text token where it is empty."""
     if not text and tokenizer.end_of_text is None:
         raise ValueError(f"{where}: nothing stands before what is asked for, and this model's "
                          "tokenizer has no end-of-text token to stand there; leave the line out")
@@ -179,7 +179,7 @@ def context_ids(text: str, tokenizer, where: str) -> list[int]:
 
 
 def right_ending(example: Example) -> int:
-    """Which of the endings is the right one. Raises ValueError for a label that is none of them."""
+    """The number of the right ending. Raises ValueError where the label is no such number."""
     label, endings = example.line["label"], example.line["endings"]
     if str(label) not in map(str, range(len(endings))):
         raise ValueError(f"{example.where}: label={label!r}: must be from 0 to {len(endings) - 1}, "
@@ -188,16 +188,17 @@ def right_ending(example: Example) -> int:
 
 
 def hellaswag(examples: list[Example], model, tokenizer, world) -> dict[str, float]:
+    """Choose each example's ending by its loss; the accuracies. Every rank must call it."""
     import torch
 
     from gpt.scoring import continuation_losses
     from train.parallel import sum_over_ranks
 
-    asked = [(context_ids(e.line["ctx"], tokenizer, e.where),
+    tasks = [(context_ids(e.line["ctx"], tokenizer, e.where),
               [tokenizer.encode(" " + ending) for ending in e.line["endings"]], right_ending(e))
              for e in examples]
     counts = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)
-    for context, endings, right in asked[world.rank :: world.size]:
+    for context, endings, right in tasks[world.rank :: world.size]:
         scored = continuation_losses(model, context, endings)
         for i, score in enumerate((torch.Tensor.sum, torch.Tensor.mean)):
             best = min(range(len(scored)), key=lambda e: score(scored[e][0]).item())
@@ -208,17 +209,18 @@ def hellaswag(examples: list[Example], model, tokenizer, world) -> dict[str, flo
 
 
 def lambada(examples: list[Example], model, tokenizer, world) -> dict[str, float]:
+    """Predict each example's last word; accuracy and perplexity. Every rank must call it."""
     import torch
 
     from gpt.scoring import continuation_losses, perplexity
     from train.parallel import sum_over_ranks
 
-    asked = []
+    tasks = []
     for e in examples:
         context, _, word = e.line["text"].rpartition(" ")
-        asked.append((context_ids(context, tokenizer, e.where), tokenizer.encode(" " + word)))
+        tasks.append((context_ids(context, tokenizer, e.where), tokenizer.encode(" " + word)))
     counts = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)
-    for context, word in asked[world.rank :: world.size]:
+    for context, word in tasks[world.rank :: world.size]:
         ((losses, greedy),) = continuation_losses(model, context, [word])
         counts += torch.tensor([greedy, losses.double().sum()], device=counts.device)
     acc, loss = (sum_over_ranks(counts) / len(examples)).tolist()

@@ -1,20 +1,19 @@
-"""Where a run begins: from nothing, its own checkpoint, weights that others trained, or two models
-joined."""
+"""Where a run begins: scratch, a checkpoint, weights of others, or two models joined."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from common import hardware
 from data.loader import eval_batches
 from data.tokenizer import load_tokenizer
 from data.tokens import Reversed, Tokens, check_vocabulary, open_split
-from gpt import GPT, SIZES, GPTConfig, nanogpt
+from gpt import SIZES, GPTConfig, nanogpt
 from gpt.pretrained import (
     Trained,
     has_rows_for,
@@ -25,97 +24,132 @@ from gpt.pretrained import (
 )
 from gpt.run_folder import DONE, newest_sound, read_state, reading, whole_checkpoints
 from gpt.stitch import merge, stitch
-from gpt.tensors import POSITIONS, about
-from train import checkpoint, optim, parallel
-from train.config import Config, flatten
+from gpt.tensors import POSITIONS
+from train import parallel, resume
+from train.config import Config
 from train.parallel import World
+from train.state import Run
 
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-                "tie_weights",
-                "direction", "seam")
-GPT2_PADDED_VOCAB = 50304  # its 50,257 ids, up to a multiple of 64, as in nanoGPT
-
-# step, best validation loss, data position, whether the step was evaluated, what to say
-Begun = tuple[int, float, int, bool, str]
-# all filled in place
-Resume = Callable[[Config, GPT, torch.optim.Optimizer, torch.amp.GradScaler, World], Begun]
+                "tie_weights", "direction", "seam")
+GPT2_PADDED_VOCAB = 50304  # GPT-2's 50,257 ids, padded to a multiple of 64, as in nanoGPT
 
 
 @dataclass
 class InitFrom:
-    """A beginning: the shape it dictates, the weights to start from, or the run to put back."""
+    """Where a run begins."""
 
     name: str
+    """for messages"""
     model: GPTConfig | None = None
+    """the shape of its weights; None from scratch"""
     weights: dict[str, Tensor] | None = None
-    resume: Resume | None = None
-    compiled: bool | None = None  # whether the run to put back was
-    trained: Trained | None = None  # whose vocabulary the data must have
+    """None from scratch, and where `resume` reads them"""
+    trained: Trained | None = None
+    """the model whose vocabulary the data must have"""
+    resume: Callable[[Run], None] | None = None
+    """put weights, optimizer state and position back into a run; all ranks must call it"""
+    compiled: bool | None = None
+    """whether the run to resume was compiled"""
+
+
+class Source(NamedTuple):
+    """What --init_from resolves to."""
+
+    kind: str
+    """scratch, resume, join or pretrained"""
+    path: str = ""
+    """the checkpoint to resume, or the pretrained weights"""
+    skipped: str = ""
+    """which newer checkpoints are not resumed from, and why, for the line `resumed from`"""
 
 
 def resolve_init_from(config: Config, w: World) -> InitFrom:
-    """What --init_from means here, and after a restart by torchrun. Rank 0 looks, so that all begin
-    at the same place.
+    """Read what the run begins with. Rank 0 chooses it, so that all ranks begin at the same place.
 
-    Raises ValueError, on all ranks, for what is not there, or for a start that would lose a run.
+    After a restart by torchrun a run resumes, whatever --init_from says. Raises ValueError, on all
+    ranks, for what is not there, and for a start that would overwrite a run.
     """
-    kind, source, said = parallel.broadcast_from_rank_0(lambda: choose(config,
-                                                                    restarted=w.restarts > 0), w)
-    if kind == "resume":
-        return continued(Path(source), said, config.model, w)
-    if kind == "join":
+    restarted = w.restarts > 0
+    source = parallel.broadcast_from_rank_0(lambda: choose(config, restarted), w)
+    if source.kind == "resume":
+        return resumed(Path(source.path), source.skipped, config.model, w)
+    if source.kind == "join":
         return joined(config)
-    if kind == "scratch":
+    if source.kind == "scratch":
         return InitFrom("scratch")
-    trained = pretrained(source, config.model)
-    return InitFrom(trained.name, trained.config, trained.weights, trained=trained)
+    trained = pretrained(source.path, config.model)
+    return InitFrom(trained.name, trained.config, trained.weights, trained)
 
 
-def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
-    """(scratch, resume, join or pretrained; from which folder or whose weights; what to say)."""
+def choose(config: Config, restarted: bool) -> Source:
+    """Decide from --init_from and what the run's folder holds."""
     run, out_dir = config.run, Path(config.run.out_dir)
-    there = whole_checkpoints(out_dir)
-    if there and (restarted or run.init_from == "auto"):
-        return "resume", *newest(out_dir)
+    existing = whole_checkpoints(out_dir)
+    if existing and (restarted or run.init_from == "auto"):
+        return newest(out_dir)
     if run.init_from == "resume":
-        source, said = resumable(Path(run.resume_dir or out_dir))
-        if there and not run.eval_only and Path(source).resolve().parent != out_dir.resolve():
-            raise ValueError(f"{out_dir} already holds a run ({there[-1].name}), and {source} is "
-                             "not one of its checkpoints; give another --out_dir")
-        return "resume", source, said
-    if there and not run.eval_only:
-        raise ValueError(
-            f"{out_dir} already holds a run ({there[-1].name}); continue it with "
-            "--init_from=resume, or start another with --out_dir=DIR (or remove that one)"
-        )
+        source = resumable(Path(run.resume_dir or out_dir))
+        elsewhere = Path(source.path).resolve().parent != out_dir.resolve()
+        if existing and elsewhere and not run.eval_only:
+            raise ValueError(f"{out_dir} already holds a run ({existing[-1].name}), and "
+                             f"{source.path} is not one of its checkpoints; give another --out_dir")
+        return source
+    if existing and not run.eval_only:
+        raise ValueError(f"{out_dir} already holds a run ({existing[-1].name}); continue it with "
+                         "--init_from=resume, or start another with --out_dir=DIR (or remove that "
+                         "one)")
     if run.init_from in ("merge", "stitch"):
-        return "join", "", ""
+        return Source("join")
     if config.model.seam >= 0:
         raise ValueError(f"--seam={config.model.seam}: it is made by --init_from=stitch "
                          "--stitch_layer_index=LAYER")
     if run.init_from in ("scratch", "auto"):
-        return "scratch", "", ""
+        return Source("scratch")
     if run.init_from not in SIZES and not Path(run.init_from).is_dir():
         known = ", ".join(("scratch", "resume", "auto", "merge", "stitch", *SIZES))
         raise ValueError(f"--init_from={run.init_from}: choose {known}, or a folder with a model")
-    return "pretrained", run.init_from, ""
+    return Source("pretrained", run.init_from)
 
 
-def resumable(path: Path) -> tuple[str, str]:
-    """What at `path` can be resumed, nanoGPT's checkpoint or our newest sound one; what to say."""
+def resumable(path: Path) -> Source:
+    """The checkpoint to resume at `path`: nanoGPT's ckpt.pt, or else our newest sound one."""
     if (path / nanogpt.FILE).exists() and not whole_checkpoints(path):
-        return str(path), ""
+        return Source("resume", str(path))
     return newest(path)
 
 
-def newest(path: Path) -> tuple[str, str]:
+def newest(path: Path) -> Source:
     folder, faults = newest_sound(path)
-    return str(folder), "".join(f"; not from {fault}" for fault in faults)
+    return Source("resume", str(folder), "".join(f"; not from {fault}" for fault in faults))
+
+
+# -- reading ---------------------------------------------------------------------------
+
+
+def resumed(path: Path, skipped: str, asked: GPTConfig, w: World) -> InitFrom:
+    """A run to resume from one of our checkpoints, or from nanoGPT's."""
+    if not (path / DONE).is_file():
+        checkpoint = nanogpt.read(path)
+        meta = nanogpt_meta(path, checkpoint)
+        trained = Trained(str(path), checkpoint.config, checkpoint.weights, meta, checkpoint.untold)
+        trained = with_untold(trained, asked)
+        return InitFrom(trained.name, trained.config, trained.weights, trained,
+                        partial(resume.from_nanogpt, path, checkpoint))
+    lock = ExitStack()  # until all is read: another run may save, and prune, in --resume_dir
+    parallel.gather_or_raise(lambda: lock.enter_context(reading(path)), w)
+
+    def resume_run(run: Run) -> None:
+        with lock:
+            resume.from_checkpoint(path, skipped, run)
+
+    compiled = read_state(path).get("compiled")
+    return InitFrom(str(path), read_config(path), resume=resume_run, compiled=compiled)
 
 
 def pretrained(source: str, asked: GPTConfig) -> Trained:
-    """Someone's weights, with fewer positions where fewer are asked for."""
-    trained = told(read_source(source), asked)
+    """The weights at `source`, cropped to `asked.block_size` positions where they have more."""
+    trained = with_untold(read_source(source), asked)
     if asked.block_size >= trained.config.block_size:
         return trained
     cropped = {POSITIONS: trained.weights[POSITIONS][: asked.block_size]}
@@ -123,14 +157,14 @@ def pretrained(source: str, asked: GPTConfig) -> Trained:
     return trained._replace(config=model, weights=trained.weights | cropped)
 
 
-def told(trained: Trained, asked: GPTConfig) -> Trained:
-    """The model with what its files do not say as it is asked for."""
+def with_untold(trained: Trained, asked: GPTConfig) -> Trained:
+    """The model with the fields that its files do not say (`untold`) taken from `asked`."""
     model = replace(trained.config, **{key: getattr(asked, key) for key in trained.untold})
     return trained._replace(config=model)
 
 
 def joined(config: Config) -> InitFrom:
-    """Two models as one, resume_dir's lower blocks under merge_dir's upper ones; a new run."""
+    """A new run on two models joined: resume_dir's lower blocks under merge_dir's upper ones."""
     run, c = config.run, config.join
     if not c.merge_dir:
         raise ValueError(f"--init_from={run.init_from} joins two models; give the upper one, "
@@ -141,70 +175,61 @@ def joined(config: Config) -> InitFrom:
     name = f"{a.name} below block {cut}, {b.name} from there on, the head of {head}"
     if run.init_from == "merge":
         return InitFrom(name, *merge(a, b, cut, c.use_original_head), trained=a)
-    idx = None if c.use_original_head else alignment(config, a.config)
+    idx = None if c.use_original_head else alignment_batch(config, a.config)
     return InitFrom(name, *stitch(a, b, cut, c.use_original_head, idx), trained=a)
 
 
-def alignment(config: Config, model: GPTConfig) -> Tensor:
-    """The training sequences a stitch is fitted on, at most (batch_size_alignment, block_size), on
-    the run's device."""
-    tokens = directed(open_split(config.data_dir, "train"), model)
+def alignment_batch(config: Config, model: GPTConfig) -> Tensor:
+    """Training sequences on which `stitch` fits its layer, on the run's device.
+
+    At most (batch_size_alignment, block_size), int64.
+    """
+    tokens = in_reading_order(open_split(config.data_dir, "train"), model)
     check_vocabulary(tokens, model.vocab_size)
     device = hardware.resolve_device(config.run.device, parallel.world().local_rank)
-    return next(eval_batches(tokens, block_size=model.block_size,
-                             batch_size=config.join.batch_size_alignment, count=1,
-                             seed=config.run.seed, device=device))[0]
+    batches = eval_batches(tokens, block_size=model.block_size,
+                           batch_size=config.join.batch_size_alignment, count=1,
+                           seed=config.run.seed, device=device)
+    return next(batches)[0]
 
 
-def directed(tokens: Tokens, model: GPTConfig) -> Tokens:
-    """The tokens in the order the model reads them: a backward run is a run on reversed data, and
-    nothing else."""
+def in_reading_order(tokens: Tokens, model: GPTConfig) -> Tokens:
+    """The tokens as the model reads them: from the last to the first where it reads backward."""
     return Reversed(tokens.paths) if model.direction == "backward" else tokens
 
 
-def continued(path: Path, said: str, asked: GPTConfig, w: World) -> InitFrom:
-    """A run of ours, or of nanoGPT's, put back to where this checkpoint was written."""
-    if not (path / DONE).is_file():
-        return _continued_nanogpt(path, asked)
-    held = ExitStack()  # until all is read: another run may save, and prune, in --resume_dir
-
-    def resume(*run: Any) -> Begun:
-        with held:
-            return _resume(path, said, *run)
-
-    parallel.gather_or_raise(lambda: held.enter_context(reading(path)), w)
-    return InitFrom(str(path), read_config(path), None, resume, read_state(path).get("compiled"))
+# -- what the weights ask of the config ------------------------------------------------
 
 
-def complete(config: Config, origin: InitFrom, meta: dict[str, Any] | None) -> Config:
-    """The config with its model completed: by its origin, else by the data set's vocabulary.
+def complete(config: Config, init: InitFrom, meta: dict[str, Any] | None) -> Config:
+    """Fill in the model's shape: that of the weights, else the vocabulary of the data set.
 
-    Raises ValueError where the config asks for another architecture than its origin has, or the
-    data for another vocabulary. What the config leaves at the default is not asked for.
+    Fields of --model that differ from their default must be those of the weights. Raises ValueError
+    where they are not, or where the data has another vocabulary than the weights.
     """
-    if origin.model is None:
+    if init.model is None:
         of_data = meta["vocab_size"] if meta and meta["kind"] != "gpt2" else GPT2_PADDED_VOCAB
         vocab = config.model.vocab_size or of_data
         return replace(config, model=replace(config.model, vocab_size=vocab))
-    default = Config().model
-    wrong = [
-        f"{k} is {getattr(origin.model, k)} there and {getattr(config.model, k)} here"
-        for k in ARCHITECTURE
-        if getattr(config.model, k) not in (getattr(origin.model, k), getattr(default, k))
-    ]
+    default, wrong = Config().model, []
+    for key in ARCHITECTURE:
+        there, here = getattr(init.model, key), getattr(config.model, key)
+        if here not in (there, getattr(default, key)):
+            wrong.append(f"{key} is {there} there and {here} here")
     if wrong:
-        raise ValueError(f"{origin.name} is a checkpoint of another architecture: "
-                         f"{', '.join(wrong)}")
-    if origin.trained:
-        _check_data(config, origin.trained, meta)
-    return replace(config, model=replace(origin.model, dropout=config.model.dropout))
+        raise ValueError(f"{init.name} is a checkpoint of another architecture: {', '.join(wrong)}")
+    if init.trained:
+        check_vocabulary_of_data(config, init.trained, meta)
+    return replace(config, model=replace(init.model, dropout=config.model.dropout))
 
 
-def _check_data(config: Config, trained: Trained, meta: dict[str, Any] | None) -> None:
+def check_vocabulary_of_data(config: Config, trained: Trained, meta: dict[str, Any] | None) -> None:
     """Raise ValueError where the data's ids do not mean what they meant to the model."""
     tokenizer, kind = load_tokenizer(meta), meta["kind"] if meta else "gpt2"
-    same = (same_vocabulary(trained.meta, meta or {"kind": "gpt2"}) if trained.meta
-            else meta is None or has_rows_for(trained.config, tokenizer))
+    if trained.meta:
+        same = same_vocabulary(trained.meta, meta or {"kind": "gpt2"})
+    else:
+        same = meta is None or has_rows_for(trained.config, tokenizer)
     if not same:
         was = f", of kind {trained.meta['kind']}" if trained.meta else ""
         raise ValueError(
@@ -212,59 +237,3 @@ def _check_data(config: Config, trained: Trained, meta: dict[str, Any] | None) -
             f"{kind}) than {trained.name} ({trained.config.vocab_size:,}{was}); prepare the data "
             "with that one"
         )
-
-
-def _resume(folder: Path, damaged: str, config: Config, model: GPT,
-            optimizer: torch.optim.Optimizer,
-            scaler: torch.amp.GradScaler, w: World) -> Begun:
-    state = read_state(folder)
-    before, now = state["config"], dict(flatten(config))
-    if before.get("optimizer") != now["optimizer"]:
-        raise ValueError(f"{folder} was trained with --optimizer={before.get('optimizer')}, "
-                         f"whose state {now['optimizer']} cannot take over")
-    same_ranks = checkpoint.restore(folder, model, optimizer, w)
-    if not same_ranks:
-        # not the numbers that the run began with
-        torch.manual_seed(config.run.seed + 7919 * state["step"] + w.rank)
-    if scaler.is_enabled() and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    same_data = (before.get("dataset"), before.get("data_dir")) == (now["dataset"], now["data_dir"])
-    said = f"{folder}, step {state['step']}" + "".join(
-        f"; {k} was {before[k]}, is {v}" for k, v in now.items() if k in before and before[k] != v
-        and k != "init_from"
-    )
-    if not same_ranks:
-        said += f"; saved by {state['world_size']} rank(s), so dropout draws new random numbers"
-    position = state["position"] if same_data else 0
-    return state["step"], state["best_val_loss"], position, state["val_loss"] is not None, said + damaged
-
-
-def _continued_nanogpt(path: Path, asked: GPTConfig) -> InitFrom:
-    theirs = nanogpt.read(path)
-    trained = told(Trained(str(path), theirs.config, theirs.weights, nanogpt_meta(path, theirs),
-                           theirs.untold), asked)
-    return InitFrom(trained.name, trained.config, trained.weights, trained=trained,
-                  resume=lambda *run: _resume_nanogpt(path, theirs, *run))
-
-
-def _resume_nanogpt(path: Path, theirs: nanogpt.NanoGPT, config: Config, model: GPT,
-                    optimizer: torch.optim.Optimizer,
-                    _scaler: torch.amp.GradScaler, _world: World) -> Begun:
-    parameters, state = dict(model.named_parameters()), theirs.content.get("optimizer")
-    shapes = {name: p.shape for name, p in parameters.items()}
-    with about(f"{path / nanogpt.FILE} cannot be resumed", f"--init_from={path} starts from its "
-               "weights alone, with a fresh optimizer"):
-        step, best_val_loss = nanogpt.progress(theirs.content)
-        moments = nanogpt.moments(state, shapes, optim.numbered(model, optimizer),
-                                  config.optim.optimizer)
-        for name, known in moments.items():
-            moments[name] = {k: parallel.shard_like(t, parameters[name]) for k, t in known.items()}
-        optim.place(moments, model, optimizer)
-    windows = step * config.optim.gradient_accumulation_steps * config.data.batch_size
-    said = f"{path / nanogpt.FILE}, nanoGPT's, step {step}; its data order is not in it"
-    before, now = theirs.settings, asdict(config.optim) | {"batch_size": config.data.batch_size}
-    said += "".join(f"; {key} was {before[key]}, is {value}" for key, value in now.items()
-                    if type(before.get(key)) is type(value) and before[key] != value)
-    if config.optim.weight_decay and nanogpt.by_module(state, shapes):
-        said += "; the embeddings, which did not decay there, do here"
-    return step, best_val_loss, windows, True, said

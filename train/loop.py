@@ -1,4 +1,4 @@
-"""Training, from start to end. bench/ and the tests import these functions; nobody copies them."""
+"""The training loop, from start to end. The bench and the tests import these functions."""
 
 import math
 import signal
@@ -11,16 +11,16 @@ from torch import Tensor
 from common import hardware
 from data.loader import eval_batches
 from train import checkpoint, memory, optim, parallel, signals, watchdog
-from train.build import Run, build, describe
+from train.build import build, describe
 from train.config import Config, flatten
 from train.report import Report
+from train.state import Run
 
 
 def train(config: Config) -> None:
-    """The run that `config` describes: start or resume, then evaluate, save and step until
-    max_iters or a signal.
+    """Train from --init_from to max_iters, or until a stop is requested; or only evaluate.
 
-    Raises KeyboardInterrupt after Ctrl-C, once all is saved.
+    Raises KeyboardInterrupt after Ctrl-C, when the checkpoint is saved.
     """
     try:
         with ExitStack() as held:
@@ -30,41 +30,43 @@ def train(config: Config) -> None:
             if run.config.run.eval_only:
                 report.evaluation(run.step, 0.0, evaluate(run))
                 return parallel.stop()
+            timeout_s = run.config.parallel.hang_timeout
             with (signals.listen(run.stop_request),
-                  watchdog.watchdog(run.progress, run.store, run.world,
-                                  run.config.parallel.hang_timeout)):
-                train_until_done(run, report, writer(run))
-    except (ValueError, OSError, FloatingPointError):  # these are raised on all ranks together
+                  watchdog.watchdog(run.progress, run.store, run.world, timeout_s)):
+                train_until_done(run, report, checkpoint_writer(run))
+    except (ValueError, OSError, FloatingPointError):  # raised on all ranks together
         parallel.stop()
         raise
     except torch.OutOfMemoryError as error:
         raise ValueError(memory.advice(config, parallel.world(), error)) from error
     parallel.stop()
-    if run.stop_request.reason == signal.SIGINT.name:
+    reason = run.stop_request.reason
+    if reason == signal.SIGINT.name:
         raise KeyboardInterrupt
-    if run.stop_request.reason.endswith(signals.CLOSED):
-        raise OSError(f"{run.stop_request.reason}, so the run saved and ended at step {run.step}; go on with "
+    if reason.endswith(signals.CLOSED):
+        raise OSError(f"{reason}, so the run saved and ended at step {run.step}; go on with "
                       "--init_from=resume")
 
 
-def writer(run: Run) -> checkpoint.Writer:
-    """What writes the run's checkpoints. One that fails ends the run, on all ranks after the same
-    step."""
+def checkpoint_writer(run: Run) -> checkpoint.Writer:
+    """The writer of the run's checkpoints. Where it fails, all ranks stop after the same step."""
     c = run.config.run
 
-    def failed() -> None:
+    def request_stop() -> None:
         run.stop_request.reason = "a checkpoint that was not written"
 
-    return checkpoint.Writer(Path(c.out_dir), run.world, c.keep_last, c.keep_every, failed)
+    return checkpoint.Writer(Path(c.out_dir), run.world, c.keep_last, c.keep_every, request_stop)
 
 
 def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -> None:
-    """Train in the run's folder: set aside what is later than its step, open its log, train, draw.
+    """Prepare the run's folder, train, and draw loss.png.
 
-    However it ends, the checkpoint that is being written becomes whole first.
+    Checkpoints later than the run's step are set aside first. However training ends, the checkpoint
+    that is being written is finished.
     """
     out_dir = Path(run.config.run.out_dir)
-    aside = parallel.broadcast_from_rank_0(lambda: checkpoint.roll_back(out_dir, run.step), run.world)
+    aside = parallel.broadcast_from_rank_0(
+        lambda: checkpoint.roll_back(out_dir, run.step), run.world)
     if aside is not None:
         report.say(f"moved to {aside}: checkpoints later than step {run.step}, with their metrics")
     parallel.gather_or_raise(lambda: report.begin(run.step, run.evaluated), run.world)
@@ -77,53 +79,57 @@ def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -
 
 
 def step_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -> None:
-    """Evaluate and save when due, else step; asked to stop, on any rank, save after the step."""
+    """The loop: evaluate and save when due, then step. A stop requested on any rank stops all."""
     c = run.config
     while True:
         lr = optim.learning_rate(run.step, c.optim)
-        last = run.step >= c.optim.max_iters
-        if report.stop_requested and not last:
-            report.say(f"asked to stop ({run.stop_request.reason or 'another rank was'}), at step {run.step}")
+        is_last = run.step >= c.optim.max_iters
+        if report.stop_requested and not is_last:
+            reason = run.stop_request.reason or "another rank was"
+            report.say(f"asked to stop ({reason}), at step {run.step}")
             save(run, None, report, checkpoints)
             break
-        if (last or run.step % c.run.eval_interval == 0) and not run.evaluated:
+        if (is_last or run.step % c.run.eval_interval == 0) and not run.evaluated:
             report.pause()
             losses = evaluate(run)
             report.evaluation(run.step, lr, losses)
             save(run, losses["val"], report, checkpoints)
             report.resume_clock()
-        if last:
+        if is_last:
             break
-        report.step(run.step, lr, train_step(run, lr), run.batches)
+        numbers = train_step(run, lr)
+        report.step(run.step, lr, numbers, run.batches)
         run.step, run.evaluated = run.step + 1, False
 
 
 def train_step(run: Run, lr: float) -> Tensor:
-    """One optimizer step. What Report reads of it, (4,) fp32, the same on all ranks and still on
-    the device: the mean loss over all ranks' tokens, the gradient's norm, 1 if either is not finite
-    (then nothing was changed), and how many ranks were asked to stop."""
+    """One optimizer step. Return its numbers for Report: (4,) fp32 on the device, equal on all
+    ranks.
+
+    They are the mean loss over all ranks' tokens, the gradient's norm, 1 if either is not finite
+    (weights and moments are then unchanged), and the number of ranks that request a stop.
+    """
     run.progress.begins(f"step {run.step}")
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     loss = accumulate(run)
     run.scaler.unscale_(run.optimizer)
     grad_norm = parallel.clip(run.model, run.config.optim.grad_clip)
-    asked = torch.full((), float(bool(run.stop_request.reason)), device=run.device)
-    loss, asked = parallel.sum_over_ranks(torch.stack([loss, asked])).unbind()
+    stops = torch.full((), float(bool(run.stop_request.reason)), device=run.device)
+    loss, stops = parallel.sum_over_ranks(torch.stack([loss, stops])).unbind()
     skip = ~(loss.isfinite() & grad_norm.isfinite())
     optim.step(run.optimizer, skip)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss, grad_norm.float(), skip.float(), asked])
+    return torch.stack([loss, grad_norm.float(), skip.float(), stops])
 
 
 def accumulate(run: Run) -> Tensor:
-    """Forward and backward of one optimizer step; this rank's share of the mean loss, still on the
-    device.
+    """Forward and backward of one optimizer step. Return this rank's part of the mean loss, ().
 
     Each micro-batch gives a sum over tokens, divided by the tokens of the whole step on all ranks,
-    so that every token weighs the same. The ranks' gradients are averaged later, hence the world
-    size in the factor.
+    so that every token weighs the same. DDP and FSDP average gradients over ranks: hence the factor
+    of the world size. The loss stays on the device.
     """
     steps = parallel.accumulation_per_rank(run.config.optim.gradient_accumulation_steps, run.world)
     share = 1.0 / run.config.tokens_per_iter
@@ -142,19 +148,19 @@ def accumulate(run: Run) -> Tensor:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float]:
-    """Mean loss per token of each split over eval_iters fixed batches, shared out among the ranks.
+    """The mean loss per token of each split, over eval_iters batches shared out among the ranks.
 
-    The windows are the same every time and for every number of ranks; no random number of the
-    training is drawn.
+    The windows are the same at every evaluation and for every number of ranks. Evaluation draws
+    none of the random numbers of training.
     """
     c, w, losses = run.config, run.world, {}
     run.model.eval()
     for split, tokens in run.tokens.items():
-        total = torch.zeros(2, device=run.device, dtype=torch.float64)
+        total = torch.zeros(2, device=run.device, dtype=torch.float64)  # summed loss, tokens
         for inputs, targets in eval_batches(
             tokens, block_size=c.model.block_size, batch_size=c.data.batch_size,
-            count=c.run.eval_iters, seed=c.run.seed,
-            device=run.device, rank=w.rank, world_size=w.size,
+            count=c.run.eval_iters, seed=c.run.seed, device=run.device, rank=w.rank,
+            world_size=w.size,
         ):
             run.progress.begins(f"evaluation after step {run.step}")
             with hardware.autocast(run.device, run.dtype):
@@ -168,19 +174,19 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoint.Writer) -> None:
-    """Begin to write a checkpoint if one is due after this evaluation (without one: it is); older
-    ones may go then.
+    """Save a checkpoint in the background if one is due, then prune older ones.
 
-    Raises OSError, on all ranks, if the one before could not be written.
+    After an evaluation it is due by always_save_checkpoint, or where `val_loss` is the best yet;
+    without an evaluation (`val_loss=None`) it always is. Nothing that is not finite is saved.
+    Raises OSError, on all ranks, if the checkpoint before this one could not be written.
     """
     c = run.config.run
-    due = run.step > 0 and (c.always_save_checkpoint or val_loss is None
-                            or val_loss < run.best_val_loss)
+    due = val_loss is None or c.always_save_checkpoint or val_loss < run.best_val_loss
     run.best_val_loss = min(run.best_val_loss, float("inf") if val_loss is None else val_loss)
-    if not due:
+    if not due or run.step == 0:
         return
     known = val_loss is None or math.isfinite(val_loss)
-    if not known or not checkpoint.finite(run.model, run.optimizer):
+    if not known or not checkpoint.all_finite(run.model, run.optimizer):
         report.say(f"not saved: at step {run.step} the validation loss or a weight is not finite")
         return
     run.progress.begins(f"save of step {run.step}")
@@ -188,10 +194,10 @@ def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoi
     report.say(f"saving checkpoint to {c.out_dir}")
     state = {
         "val_loss": val_loss, "best_val_loss": run.best_val_loss, "position": run.batches.position,
-        "config": dict(flatten(run.config)), "kernels": run.choice.backends | {"why": run.choice.why},
-        "world_size": run.world.size,
+        "config": dict(flatten(run.config)), "world_size": run.world.size,
+        "kernels": run.choice.backends | {"why": run.choice.why},
         "scaler": run.scaler.state_dict(), "torch": torch.__version__, "compiled": run.compiled,
     }
     tensors, sharded = checkpoint.copy_to_host(run.model, run.optimizer, run.world)
-    checkpoints.begin(checkpoint.Snapshot(run.step, tensors, sharded, run.config.model, state,
-                                          run.tokenizer))
+    model, tokenizer = run.config.model, run.tokenizer
+    checkpoints.begin(checkpoint.Snapshot(run.step, tensors, sharded, model, state, tokenizer))

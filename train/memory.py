@@ -1,4 +1,4 @@
-"""The micro-batch for the memory at hand, with the tokens of an optimizer step left as they are."""
+"""Fit the micro-batch to the memory, with the tokens per optimizer step left unchanged."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,13 +12,16 @@ from train import parallel
 from train.config import Config
 from train.parallel import World
 
-# of what is free: the allocator's pieces, NCCL's buffers and cuBLAS's workspaces take the rest
+# The part of a GPU's free memory that is planned for; fragmentation, NCCL's buffers and cuBLAS's
+# workspaces take the rest.
 USABLE = 0.92
 
 
 def check(config: Config, w: World, device: torch.device) -> None:
-    """Raise ValueError, before anything is built, where the batches of a step cannot be shared out
-    or fitted."""
+    """Raise ValueError where the ranks cannot share the batches of a step evenly.
+
+    With --batch_size=auto also where the device is no GPU, whose memory could be measured.
+    """
     if not config.data.fit_batch:
         parallel.accumulation_per_rank(config.optim.gradient_accumulation_steps, w)
     elif device.type != "cuda":
@@ -29,9 +32,9 @@ def check(config: Config, w: World, device: torch.device) -> None:
 
 
 def micro_batches(config: Config, w: World) -> list[int]:
-    """Every batch_size that gives the same tokens per step on these ranks, smallest first.
+    """List each batch_size that keeps the tokens per step on these ranks, smallest first.
 
-    Raises ValueError where none does.
+    Raises ValueError where there is none.
     """
     total = config.optim.gradient_accumulation_steps * config.data.batch_size
     per_rank, left = divmod(total, w.size)
@@ -43,7 +46,7 @@ def micro_batches(config: Config, w: World) -> list[int]:
 
 
 def with_micro_batch(config: Config, batch_size: int) -> Config:
-    """The same tokens per step in micro-batches of another size."""
+    """The config with another batch_size and the same tokens per step."""
     total = config.optim.gradient_accumulation_steps * config.data.batch_size
     assert total % batch_size == 0
     return replace(config, data=replace(config.data, batch_size=batch_size),
@@ -52,12 +55,11 @@ def with_micro_batch(config: Config, batch_size: int) -> Config:
 
 def fit(config: Config, wrapped: nn.Module, w: World, device: torch.device,
         dtype: torch.dtype) -> Config:
-    """The config with the largest micro-batch that fits on every rank. Measured without
-    torch.compile, which needs less.
+    """The config with the largest micro-batch that fits on every rank. Every rank must call it.
 
-    Draws random numbers where there is dropout; leaves no gradient behind.
+    Measured without torch.compile, which needs less memory. Dropout draws random numbers.
     """
-    def peak(sequences: int) -> int:
+    def peak_bytes(sequences: int) -> int:
         hardware.reset_peak_memory(device)
         idx = torch.zeros(sequences, config.model.block_size, dtype=torch.int64, device=device)
         with torch.compiler.set_stance("force_eager"), hardware.autocast(device, dtype):
@@ -65,54 +67,49 @@ def fit(config: Config, wrapped: nn.Module, w: World, device: torch.device,
         loss.backward()
         return max(parallel.gather_or_raise(lambda: hardware.peak_memory_bytes(device) or 0, w))
 
-    peak(1)  # allocates the gradients, which all later micro-batches find there
-    here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes
-               for p in wrapped.parameters() if p.requires_grad)
+    peak_bytes(1)  # allocates the gradients, so that they are in every later measurement
+    weight_bytes = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes
+                       for p in wrapped.parameters() if p.requires_grad)
     moments = 1 if config.optim.optimizer == "sgd" else 2
-    free = min(parallel.gather_or_raise(lambda: hardware.free_memory_bytes(device), w))
-    chosen = largest(micro_batches(config, w), peak, moments * here, free)
+    free_bytes = min(parallel.gather_or_raise(lambda: hardware.free_memory_bytes(device), w))
+    sizes = micro_batches(config, w)
+    chosen = largest(sizes, peak_bytes, moments * weight_bytes, free_bytes)
     wrapped.zero_grad(set_to_none=True)
     return with_micro_batch(config, chosen)
 
 
-def largest(sizes: list[int], peak_bytes: Callable[[int], int], later_bytes: int,
+def largest(sizes: list[int], peak_bytes: Callable[[int], int], moments_bytes: int,
             free_bytes: int) -> int:
-    """The largest of `sizes` whose step fits: what a step takes is a constant and so much a
-    sequence, measured at 1 and 2.
+    """The largest of `sizes` whose step fits, by the model bytes = a + b * size + moments_bytes.
 
-    peak_bytes: what forward and backward of so many sequences take at their peak; later_bytes: what
-    comes on top of that (the optimizer's moments). Raises ValueError where not even the smallest
-    fits.
+    `peak_bytes(size)` measures forward and backward of a micro-batch; sizes 1 and 2 give a and b.
+    Raises ValueError where not even the smallest size fits.
     """
-    one, two = peak_bytes(1), peak_bytes(2)
-    each = max(two - one, 1)
-    room = int(USABLE * free_bytes) - later_bytes - (one - each)
-    fitting = [n for n in sizes if n * each <= room]
+    at_1, at_2 = peak_bytes(1), peak_bytes(2)
+    b = max(at_2 - at_1, 1)
+    a = at_1 - b
+    fitting = [n for n in sizes if a + b * n + moments_bytes <= int(USABLE * free_bytes)]
     if not fitting:
         raise ValueError(f"not even a micro-batch of {sizes[0]} fits: it takes "
-                         f"{(one + later_bytes) / 1e9:.1f} GB of {free_bytes / 1e9:.1f}; try "
+                         f"{(at_1 + moments_bytes) / 1e9:.1f} GB of {free_bytes / 1e9:.1f}; try "
                          "--activation_checkpointing=True, --parallel=fsdp on several GPUs, or a "
                          "smaller --block_size")
     return fitting[-1]
 
 
 def advice(config: Config, w: World, error: torch.OutOfMemoryError) -> str:
-    """What to change when memory was not enough: flags that take less, with the same tokens per
-    step where they can."""
+    """Say which flags need less memory than the run that failed with `error`."""
     smaller = [n for n in micro_batches(config, w) if n < config.data.batch_size]
     ways = []
     if smaller:
         steps = with_micro_batch(config, smaller[-1]).optim.gradient_accumulation_steps
         ways = [f"--batch_size={smaller[-1]} --gradient_accumulation_steps={steps} (the same "
-                "tokens per step)",
-                "--batch_size=auto (the largest that fits)"]
+                "tokens per step)", "--batch_size=auto (the largest that fits)"]
     if not config.parallel.activation_checkpointing:
         ways.append("--activation_checkpointing=True")
     if w.size > 1 and config.parallel.parallel not in ("fsdp", "hsdp"):
         ways.append("--parallel=fsdp")
     ways.append(f"a --block_size below {config.model.block_size}")
-    return f"out of memory with --batch_size={config.data.batch_size}; what takes less: {', '.join(ways)}. {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]
+    first_line = str(error).partition("\n")[0][:300]
+    return (f"out of memory with --batch_size={config.data.batch_size}; what takes less: "
+            f"{', '.join(ways)}. {first_line}")

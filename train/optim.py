@@ -1,4 +1,4 @@
-"""Optimizers and the learning rate."""
+"""Optimizers, their state by parameter name, and the learning rate."""
 
 import math
 
@@ -7,13 +7,16 @@ from torch import Tensor, nn
 
 from train.config import OptimConfig
 
+# The state of each parameter. AdamW is a subclass of Adam.
 MOMENTS = {torch.optim.SGD: {"momentum_buffer"},
-           torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}  # AdamW is one
+           torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
 
 
 def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer, in its fused form: matrices and embeddings decay (adamw, sgd), norms and
-    biases do not."""
+    """Make the fused optimizer of the parameters that are trained.
+
+    Weight decay (adamw, sgd) is for matrices and embeddings, not for norms and biases.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": c.weight_decay},
@@ -22,7 +25,7 @@ def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
     groups = [g for g in groups if g["params"]]
     if c.optimizer == "sgd":
         sgd = torch.optim.SGD(groups, lr=c.learning_rate, momentum=c.momentum, fused=True)
-        # else the first step allocates it, unfilled, even when it is skipped
+        # Otherwise the first step allocates them, and leaves them unfilled if it is skipped.
         for p in trained if c.momentum else ():
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
@@ -33,8 +36,7 @@ def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, c: OptimConfig) -> float:
-    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters, then min_lr; steps count from
-    0."""
+    """The rate of step 0, 1, ...: linear warm-up, a cosine down to lr_decay_iters, then min_lr."""
     if not c.decay_lr:
         return c.learning_rate
     if step < c.warmup_iters:
@@ -44,35 +46,34 @@ def learning_rate(step: int, c: OptimConfig) -> float:
 
 
 def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """One step, or none where `skip` () is true: decided on the device; weights and moments stay as
-    they are.
+    """Step unless `skip`, a bool () on the device, is true; then weights and moments stay.
 
-    The fused optimizers take this as `found_inf`, which is how GradScaler skips.
+    The host does not wait: fused optimizers read it on the device, as GradScaler's `found_inf`.
     """
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
     optimizer.step()
 
 
-def numbered(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Parameter names in the optimizer's order, which is how its state_dict numbers them."""
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The optimizer's parameters in the order in which its state_dict numbers them."""
     names = {p: name for name, p in model.named_parameters()}
     return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
 
-def place(moments: dict[str, dict[str, Tensor]], model: nn.Module,
-          optimizer: torch.optim.Optimizer) -> None:
-    """Make `moments`, by parameter name, the optimizer's state.
+def load_moments(moments: dict[str, dict[str, Tensor]], model: nn.Module,
+                 optimizer: torch.optim.Optimizer) -> None:
+    """Set the optimizer's state from `moments`: parameter -> key -> tensor.
 
-    Raises ValueError unless they are those of all its parameters, and of their shapes: a fused
-    optimizer does not look, and reads and writes beyond a moment that is smaller than it should be.
+    Raises ValueError unless every parameter has all of them, in its shape: fused optimizers do not
+    check, and write beyond the memory of a moment that is too small.
     """
-    names, parameters = numbered(model, optimizer), dict(model.named_parameters())
+    names, parameters = parameter_names(model, optimizer), dict(model.named_parameters())
     if wrong := sorted(moments.keys() ^ set(names)):
         raise ValueError(f"the state has not the optimizer's parameters: {wrong[0]} is in only one "
                          f"of the two ({len(wrong)} such names)")
     needed = next(keys for kind, keys in MOMENTS.items() if isinstance(optimizer, kind))
     if not optimizer.defaults.get("momentum", True):
-        needed = set()  # sgd without momentum remembers nothing
+        needed = set()  # sgd without momentum has no state
     for name in names:
         if moments[name].keys() != needed:
             has, wants = (" and ".join(sorted(k)) or "nothing" for k in (moments[name], needed))

@@ -1,6 +1,6 @@
-"""Config files of other projects: nanoGPT's (top-level assignments) and YAML composed by hydra.
+"""Read config files of other projects: nanoGPT's top-level assignments, and YAML by hydra.
 
-Both come down to leaves with the names of train/config.py, whatever groups they are in.
+Both give settings with the names of train/config.py; the groups of YAML files do not matter.
 """
 
 import ast
@@ -15,28 +15,29 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
               ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow,
               ast.Mod: operator.mod}
 _CHANGERS = {"exec", "eval", "globals", "locals", "vars", "setattr", "__import__"}
-_LARGEST, _LONGEST = 2**63, 1000  # a number and a text that is computed; 9**9**9 would take hours
+_LARGEST, _LONGEST = 2**63, 1000  # of what is computed: 9**9**9 would take hours
 
 _DEEP = "nested too deep; write plain assignments"
 
 
 class _NotRead(Exception):
-    """A value that is computed in a way that is not read."""
+    """A value is computed by more than arithmetic."""
 
 
 def is_nanogpt(source: str, path: Path) -> bool:
-    """Whether a Python file is nanoGPT's config and not one of ours, which gives a `config`."""
+    """Whether a config file is nanoGPT's: one of ours assigns `config`."""
     nodes = list(ast.walk(_parsed(source, path)))
     names = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return "config" not in names | {n.asname or n.name for n in nodes if isinstance(n, ast.alias)}
 
 
 def read_nanogpt(source: str, path: Path) -> Config:
-    """The Config of a nanoGPT config file: its assignments are read, nothing in it is run.
+    """Read a nanoGPT config file: its assignments; nothing in it is run.
 
-    A value may be a literal, arithmetic, an f-string of names, or a name: as assigned before, or as
-    the defaults have it. What is computed otherwise (nanoGPT's own do it for a run's name, from the
-    clock) keeps its default, and stderr says so. Raises ValueError for any other statement.
+    A value may be a literal, arithmetic, an f-string of names, or a name: one assigned before, or a
+    setting's default. A value computed otherwise, as nanoGPT computes a run's name from the clock,
+    is not read: its setting keeps the default, and stderr says so. Raises ValueError for any other
+    statement.
     """
     defaults, given, used = dict(flatten(Config())), dict[str, Any](), set[str]()
     known: dict[str, Any] = defaults | {"backward": False}
@@ -85,7 +86,7 @@ def _targets(node: ast.stmt) -> list[str]:
 
 
 def _assigned(node: ast.stmt, known: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The names that a statement assigns, and their values. Raises ValueError if it may do else."""
+    """The names that a statement assigns, and their values. Raises ValueError if it may do more."""
     if isinstance(node, ast.Assign):
         value = _value(node.value, known)
         return [pair for target in node.targets for pair in _unpacked(node, target, value)]
@@ -110,7 +111,7 @@ def _unpacked(node: ast.stmt, target: ast.expr, value: Any) -> list[tuple[str, A
 
 
 def _changes_nothing(node: ast.stmt, settings: dict[str, Any]) -> bool:
-    """Whether it is a comment in effect: a text, a print, or an import of what is no setting."""
+    """Whether a statement changes no setting: a string, a print, an import of other names."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         bound = {alias.asname or alias.name for alias in node.names}
         return "*" not in bound and not bound & settings.keys()
@@ -141,7 +142,7 @@ def _value(node: ast.expr, known: dict[str, Any]) -> Any:
 
 
 def _computed(node: ast.expr, apply: Any, left: Any, right: Any) -> Any:
-    """Numbers, or texts joined, that are not too large. Raises ValueError for anything else."""
+    """Apply an operator to numbers, or + to strings. Raises ValueError for too large results."""
     numbers = all(isinstance(side, int | float) for side in (left, right))
     texts = isinstance(left, str) and isinstance(right, str) and apply is operator.add
     what = f"`{ast.unparse(node):.60}`"
@@ -160,7 +161,7 @@ def _computed(node: ast.expr, apply: Any, left: Any, right: Any) -> Any:
 
 
 def _config(leaves: dict[str, Any], origin: str) -> Config:
-    """The Config with these leaves, and Stitch-LLMs' `backward` as a direction."""
+    """The Config with these leaves; Stitch-LLMs' `backward` becomes the direction."""
     for name, value in leaves.items():
         if not isinstance(value, str | int | float):
             raise ValueError(f"{origin}: {name}={value!r:.60}; a text, a number or a bool is "
@@ -175,10 +176,9 @@ def _config(leaves: dict[str, Any], origin: str) -> Config:
 
 
 def compose_yaml(config_path: str, config_name: str, overrides: list[str]) -> Config:
-    """The Config of a YAML file composed by hydra, with its overrides (`model.n_layer=4`).
+    """Compose a YAML file by hydra, with its overrides (`model.n_layer=4`).
 
-    Groups (system, model, data, algorithm, ...) are only for order: leaves go by their own names,
-    which are unique.
+    Groups (system, model, data, algorithm, ...) only sort the settings, whose names are unique.
     """
     try:
         from hydra import compose, initialize_config_dir

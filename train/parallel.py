@@ -1,5 +1,7 @@
-"""Several processes as one: who this process is, how the model is spread over them, and when
-gradients meet."""
+"""Several processes as one: who this rank is, how the model is spread, when gradients are reduced.
+
+A function that says "every rank must call it" is a collective.
+"""
 
 import datetime
 import functools
@@ -23,22 +25,25 @@ from train.config import ParallelConfig
 
 T = TypeVar("T")
 
-# -- who -------------------------------------------------------------------------
+# -- which rank this is ----------------------------------------------------------
 
 
 class World(NamedTuple):
-    """This process among all of the run. `restarts`: how often torchrun has had to start the run
-    again."""
+    """This process among all of the run."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     restarts: int = 0
+    """how often torchrun has restarted the run"""
 
 
 def world() -> World:
-    """What torchrun says; alone without it. The only place that reads its variables."""
+    """The World that torchrun describes; without torchrun a single process.
+
+    No other function reads torchrun's environment variables.
+    """
     if "RANK" not in os.environ:
         return World()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
@@ -47,62 +52,62 @@ def world() -> World:
 
 
 def start(w: World, device: torch.device, c: ParallelConfig) -> dist.Store | None:
-    """Meet the other ranks, where there are any or a way to spread over them is asked for by name.
+    """Initialise the process group, and return a store that all ranks share.
 
-    A store that all of them share, which for torchrun's sake is another one after each restart;
-    None for one alone.
+    A single process gets neither, and returns None, unless --parallel names a way to spread the
+    model. Every rank must call it.
     """
     if w.size == 1 and c.parallel == "auto":
         return None
     backend = c.backend
-    if backend == "auto":
-        # gloo: small objects, without the GPU
+    if backend == "auto":  # gloo carries small objects without the GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store: Any = dist.HashStore() if w.size == 1 else next(rendezvous("env://"))[0]
     if w.size == w.local_size:
-        # torchrun's store lives on through restarts: the addresses of dead ranks are in it. Agents
-        # on several nodes count restarts apart, so there the prefix would not agree:
-        # docs/several-nodes.md gives them a new store each time.
+        # torchrun's store outlives a restart and still holds the addresses of dead ranks, so each
+        # attempt has a prefix. Agents on several nodes count restarts apart, and their prefixes
+        # would differ: docs/several-nodes.md gives them a new store for each attempt.
         store = dist.PrefixStore(f"attempt-{w.restarts}", store)
-    # Ten times what the watchdog waits: it comes first and says who; the first step may compile for
-    # long.
+    # Ten times the watchdog's: the watchdog must come first, since it names the rank that hangs;
+    # and the first step may compile for long.
     timeout = datetime.timedelta(seconds=10 * c.hang_timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=w.rank, world_size=w.size)
     return dist.PrefixStore("ridge", store.clone())
 
 
 def stop() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# -- how -------------------------------------------------------------------------
+# -- how the model is spread -----------------------------------------------------
 
 
 def strategy(c: ParallelConfig, w: World, model: nn.Module, device: torch.device) -> str:
-    """none, ddp, fsdp or hsdp, as asked for; auto: ddp, but fsdp where a GPU would be half full of
-    the model's state.
+    """none, ddp, fsdp or hsdp, as --parallel says.
 
-    State: weight, gradient and two moments, all fp32, so 16 bytes a parameter.
+    auto: ddp, but fsdp where the model's state would fill half of a GPU. The state is the weights,
+    gradients and two moments in fp32: 16 bytes a parameter.
     """
     if c.parallel != "auto":
         return c.parallel
     if w.size == 1:
         return "none"
-    memory = torch.cuda.get_device_properties(
-        device).total_memory if device.type == "cuda" else float("inf")
-    return "fsdp" if 16 * sum(p.numel() for p in model.parameters()) > memory / 2 else "ddp"
+    if device.type != "cuda":
+        return "ddp"
+    state_bytes = 16 * sum(p.numel() for p in model.parameters())
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    return "fsdp" if state_bytes > memory_bytes / 2 else "ddp"
 
 
 def place(model: GPT, c: ParallelConfig, w: World, device: torch.device, dtype: torch.dtype,
           compiled: bool) -> nn.Module:
-    """The whole parallel story: recompute, compile, then replicate (DDP) or shard (FSDP2).
-    Parameters keep their names.
+    """Add activation checkpointing, compile, then replicate (DDP) or shard (FSDP2) the model.
 
-    One process compiles the model whole. Several compile block by block, so that a block's
-    gradients leave while the backward of the block before it runs; the loss is compiled apart.
-    Forwards are replaced, not modules: no key changes, and the hooks of FSDP2 stay outside what is
-    compiled.
+    One process compiles the whole model. Several compile block by block, so that the gradients of a
+    block are reduced during the backward of the block below; the loss is compiled apart. Forwards
+    are replaced, not modules: parameters keep their names, and FSDP2's hooks are not compiled.
     """
     how = strategy(c, w, model, device)
     if c.activation_checkpointing:
@@ -113,25 +118,25 @@ def place(model: GPT, c: ParallelConfig, w: World, device: torch.device, dtype: 
     elif compiled:
         for block in model.transformer.h:
             block.forward = compiled_in_training(block.forward)
-        model.kernels = model.kernels._replace(
-            linear_cross_entropy=torch.compile(model.kernels.linear_cross_entropy))
+        loss = torch.compile(model.kernels.linear_cross_entropy)
+        model.kernels = model.kernels._replace(linear_cross_entropy=loss)
     if how in ("fsdp", "hsdp"):
         return shard(model, how, w, device, dtype)
     if how == "none":
         return model
-    # A bucket is a block's gradients: the all-reduce of one block beside the backward of the next,
-    # in few messages.
+    # A bucket holds one block's gradients, so that few messages overlap with the next backward.
     block_mb = sum(4 * p.numel() for p in model.transformer.h[0].parameters()) / 2**20
-    return DistributedDataParallel(model,
-                                   device_ids=[device.index] if device.type == "cuda" else None,
-                                   bucket_cap_mb=max(1, round(block_mb)),
-                                   gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None,
+        bucket_cap_mb=max(1, round(block_mb)), gradient_as_bucket_view=True)
 
 
 def shard(model: GPT, how: str, w: World, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """FSDP2 in place: each block a unit; the tied embedding, positions and last norm in the root's,
-    which stays whole from forward to backward. hsdp: sharded within a node, replicated over nodes.
-    bf16 gradients are reduced in fp32."""
+    """Shard the model in place by FSDP2: over all ranks, or (hsdp) within each node.
+
+    Each block is a unit. The root unit has the embeddings and the last norm, and keeps them
+    gathered from forward to backward. bf16 gradients are reduced in fp32.
+    """
     if dtype == torch.float16:
         raise ValueError(f"--parallel={how} has no loss scaling for --dtype=float16; use bfloat16, "
                          "float32, or --parallel=ddp")
@@ -151,35 +156,37 @@ def shard(model: GPT, how: str, w: World, device: torch.device, dtype: torch.dty
 
 
 def compiled_in_training(forward: Callable) -> Callable:
-    """The forward of a block, compiled; generation with its cache, of another length at each token,
-    stays as it is."""
-    fast = torch.compile(forward)
+    """A block's forward, compiled, except in generation with a cache.
+
+    There each token has another length, and each length would be compiled anew.
+    """
+    compiled = torch.compile(forward)
 
     @functools.wraps(forward)
     def either(x, residual=None, doc_start=None, cache=None):
-        return fast(x, residual,
-                    doc_start) if cache is None else forward(x, residual, doc_start, cache)
+        if cache is None:
+            return compiled(x, residual, doc_start)
+        return forward(x, residual, doc_start, cache)
 
     return either
 
 
 def recomputed(forward: Callable, dropout: float) -> Callable:
-    """The forward of a block, run again in backward instead of keeping what is in it, all but
-    attention's outputs."""
+    """A block's forward that saves its inputs and `kept_operators`, and recomputes the rest."""
     context = functools.partial(create_selective_checkpoint_contexts, kept_operators(dropout))
     return functools.partial(checkpoint, forward, use_reentrant=False,
                              preserve_rng_state=dropout > 0, context_fn=context)
 
 
 def kept_operators(dropout: float) -> list:
-    """What is dearer to compute again than to keep: attention. Norms are the other way round.
+    """The operators whose outputs activation checkpointing keeps: attention, the dearest to redo.
 
-    PyTorch's own attention draws its dropout from the generator: were it not run again, later draws
-    of the second forward would differ from those of the first. So it is kept only without dropout.
-    Ours gets its seed as an argument.
+    With dropout, PyTorch's attention must run again: it draws its mask from the generator, and
+    without that draw the masks after it would differ. Ours gets its seed as an argument.
     """
-    ours = [torch.ops.ridge.attention_forward.default] if hasattr(torch.ops.ridge,
-                                                                  "attention_forward") else []
+    ours = []
+    if hasattr(torch.ops.ridge, "attention_forward"):
+        ours = [torch.ops.ridge.attention_forward.default]
     if dropout > 0:
         return ours
     names = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
@@ -188,21 +195,24 @@ def kept_operators(dropout: float) -> list:
 
 
 def describe(wrapped: nn.Module, w: World, c: ParallelConfig) -> str:
-    """How the model is spread, in words."""
+    """How the model is spread, for the first lines of a run."""
     if isinstance(wrapped, FSDPModule):
         how = "HSDP" if c.parallel == "hsdp" else "FSDP2"
     else:
         how = "DDP" if isinstance(wrapped, DistributedDataParallel) else "one process"
-    ranks = f", {w.size} ranks on {w.size // w.local_size} node(s)" if how != "one process" else ""
-    return how + ranks + (", activation checkpointing" if c.activation_checkpointing else "")
+    if how != "one process":
+        how += f", {w.size} ranks on {w.size // w.local_size} node(s)"
+    return how + (", activation checkpointing" if c.activation_checkpointing else "")
 
 
-# -- when ------------------------------------------------------------------------
+# -- when gradients are reduced --------------------------------------------------
 
 
 def sync_gradients(model: nn.Module, on: bool) -> None:
-    """Whether the next forward's backward ends in a reduction. Set before the forward, which is
-    what counts it in."""
+    """Switch the reduction of gradients over ranks on or off for the next forward and backward.
+
+    Call it before the forward: DDP reads the flag there, FSDP2 in the backward.
+    """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = on
     elif isinstance(model, FSDPModule):
@@ -210,27 +220,36 @@ def sync_gradients(model: nn.Module, on: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """After forwards without a backward, put back the root's shards, which FSDP2 leaves whole for a
-    backward to come."""
+    """Free the root unit's gathered parameters after forwards without a backward.
+
+    FSDP2 would keep them gathered for a backward that does not come.
+    """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def clip(model: nn.Module, limit: float) -> Tensor:
-    """Scale the gradients down to this norm over all ranks (0: leave them); the norm before, the
-    same on all ranks."""
+    """Scale gradients down to a norm of at most `limit` (0: no limit). Every rank must call it.
+
+    Return the norm before, over all ranks: ().
+    """
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit or float("inf"))
     return full_tensor(norm)
 
 
+# -- collectives -----------------------------------------------------------------
+
+
 def full_tensor(value: Tensor) -> Tensor:
-    """All of a tensor of which this rank may hold a shard. Every rank must call it."""
+    """All-gather a tensor of which this rank holds a shard. Every rank must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """The shard of `value`, whole and the same on all ranks, that goes with this rank's shard of a
-    parameter."""
+    """This rank's shard of `value`, sharded as `parameter` is. Every rank must call it.
+
+    `value` is the full tensor, and equal on all ranks. One of another shape is returned as it is.
+    """
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     mesh = parameter.device_mesh
@@ -239,38 +258,45 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, in place."""
+    """All-reduce a tensor in place: the sum over all ranks. Every rank must call it."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
-def broadcast_from_rank_0(decide: Callable[[], T], w: World) -> T:
-    """What `decide` gives on rank 0, on every rank; the ValueError or OSError it raises there,
-    raised on every rank."""
-    return gather_or_raise(lambda: decide() if w.rank == 0 else cast(T, None), w)[0]
+def broadcast_from_rank_0(fn: Callable[[], T], w: World) -> T:
+    """Call fn() on rank 0 and return its result on all ranks. Every rank must call it.
+
+    A ValueError or OSError of rank 0 is raised on all ranks.
+    """
+    return gather_or_raise(lambda: fn() if w.rank == 0 else cast(T, None), w)[0]
 
 
-def gather_or_raise(do: Callable[[], T], w: World, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What `do` gives on each rank, in their order; the first ValueError or OSError that it raises
-    on any, on all of them."""
+def gather_or_raise(fn: Callable[[], T], w: World,
+                    group: dist.ProcessGroup | None = None) -> list[T]:
+    """Call fn() on every rank and all-gather the results, by rank. Every rank must call it.
+
+    The first ValueError or OSError, by rank, is raised on all ranks.
+    """
     mine: tuple[Any, Exception | None]
     try:
-        mine = do(), None
+        mine = fn(), None
     except (ValueError, OSError, SafetensorError) as error:
         mine = None, error if isinstance(error, ValueError | OSError) else OSError(str(error))
-    answers: list[Any] = [mine] * w.size
+    gathered: list[Any] = [mine] * w.size
     if w.size > 1:
-        dist.all_gather_object(answers, mine, group)
-    for _, raised in answers:
+        dist.all_gather_object(gathered, mine, group)
+    for _, raised in gathered:
         if raised is not None:
             raise raised
-    return [value for value, _ in answers]
+    return [result for result, _ in gathered]
 
 
 def accumulation_per_rank(total: int, w: World) -> int:
-    """The micro-steps each rank takes. Raises ValueError, with the nearest that fit, if total does
-    not divide."""
+    """The micro-steps of each rank, of `total` over all ranks.
+
+    Raises ValueError, with the nearest numbers that divide, where `total` does not.
+    """
     if total % w.size:
         below, above = total // w.size * w.size, (total // w.size + 1) * w.size
         near = f"{below} or {above}" if below else above

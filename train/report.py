@@ -1,11 +1,12 @@
-"""What a run says: nanoGPT's lines and a progress bar on the terminal, metrics.jsonl and loss.png
-in its folder.
+"""What a run reports: lines on the terminal, and metrics.jsonl and loss.png in its folder.
 
-Only rank 0 speaks. metrics.jsonl has one JSON object a line: after a step `iter`, `loss`, `lr`,
-`grad_norm`, `tokens_per_s`, `time_ms`, `mfu`, `mfu_causal`, `tokens`, `skipped` (steps so far whose
-loss or gradient was not finite: theirs is null), `position` (windows read), `epoch`, `memory_bytes`
-(a GPU's peak); after an evaluation `iter`, `train/loss`, `val/loss`, `lr`, `mfu` (nanoGPT's wandb
-keys, mfu in percent by PaLM's formula, null where the device's peak is not known).
+Only rank 0 writes. metrics.jsonl has one JSON object a line:
+- after a step: iter, loss, lr, grad_norm, tokens_per_s, time_ms, mfu, mfu_causal, tokens (so far),
+  skipped (steps so far whose loss or gradient was not finite), position (windows read), epoch,
+  memory_bytes (a GPU's peak);
+- after an evaluation, with nanoGPT's wandb keys: iter, train/loss, val/loss, lr, mfu.
+mfu is in percent by PaLM's formula, null where the device's peak is unknown; numbers that are not
+finite are null, too.
 """
 
 import json
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,26 +34,40 @@ from train.signals import CLOSED, StopRequest, detach_closed
 REMEDY = "remove that line"
 
 
-class Report:
-    """The run's voice. Numbers of a step are read one step later, so that the device never waits
-    for the host."""
+class Pending(NamedTuple):
+    """A step that was launched, and whose numbers may still be on their way to the host."""
 
-    def __init__(self, config: Config, world: World, device: torch.device, asked: StopRequest):
-        """`asked` is asked to stop where the terminal, or what reads this run's output, is gone."""
-        self.config, self.speaks, self.stop_request = config, world.rank == 0, asked
-        self.device_name, self.world_size = hardware.device_name(device), world.size
-        self.out_dir, self.defers = Path(config.run.out_dir), device.type == "cuda"
+    step: int
+    lr: float
+    data: dict[str, float]
+    read: Callable[[], list[float]]
+    """waits for train_step's numbers and returns them"""
+
+
+class Report:
+    """Writes a run's lines and metrics.
+
+    On a GPU it reads a step's numbers when the next step is launched, so that the device never
+    waits for the host.
+    """
+
+    def __init__(self, config: Config, world: World, device: torch.device,
+                 stop_request: StopRequest):
+        """`stop_request` is filled in where the terminal, or the reader of stdout, is gone."""
+        self.config, self.device, self.world_size = config, device, world.size
+        self.device_name, self.out_dir = hardware.device_name(device), Path(config.run.out_dir)
+        self.speaks = world.rank == 0
+        self.stop_request, self.stop_requested = stop_request, False
+        self.pending: Pending | None = None
+        self.skipped = 0
+        self.skipped_in_a_row: list[dict[str, float]] = []
         self.mfu: float | None = None
-        self.pending: tuple[int, float, dict[str, float], Callable[[], list[float]]] | None = None
-        self.stop_requested, self.skipped = False, 0
-        # the steps skipped since the last one that was not
-        self.in_a_row: list[dict[str, float]] = []
-        self.device = device
         self.bar: tqdm | None = None
         self.sinks: list[Callable[[dict[str, Any]], None]] = []
         self.clock = time.perf_counter()
 
     def say(self, line: str) -> None:
+        """Print a line above the progress bar, on rank 0."""
         if self.speaks:
             with self._terminal():
                 tqdm.write(line)
@@ -60,7 +75,7 @@ class Report:
 
     @contextmanager
     def _terminal(self) -> Iterator[None]:
-        """Around what is written to the terminal: where that is gone, ask the run to stop."""
+        """Request a stop where the block cannot write to the terminal: its reader is gone."""
         try:
             yield
         except OSError:
@@ -69,8 +84,11 @@ class Report:
             self.stop_request.reason = self.stop_request.reason or gone + CLOSED
 
     def begin(self, step: int, evaluated: bool) -> None:
-        """Open the run's folder: config.json, and metrics.jsonl cut back to the `step` that the run
-        goes on from; its evaluation stays where it was `evaluated` and so is not made again."""
+        """Write config.json and open the metrics, the progress bar and the sinks.
+
+        Entries of metrics.jsonl from `step` on are cut off, since the run will write them again;
+        but not the evaluation at `step` where it is done (`evaluated`).
+        """
         if self.speaks:
             write_json(self.out_dir / "config.json", dict(flatten(self.config)))
             log = self.out_dir / METRICS
@@ -79,31 +97,30 @@ class Report:
             with whole(log) as file:
                 file.writelines(json.dumps(entry).encode() + b"\n" for entry in before)
             self.bar = tqdm(total=self.config.optim.max_iters, initial=step, unit="step",
-                            disable=None,
-                            dynamic_ncols=True, smoothing=0.05)
+                            disable=None, dynamic_ncols=True, smoothing=0.05)
             self.sinks = open_sinks(self.config, self.say)
         self.clock = time.perf_counter()
 
     def step(self, step: int, lr: float, numbers: Tensor, batches: Loader) -> None:
-        """Take note of a step just launched (`train_step`'s numbers); write down the one before it,
-        which is done where this one has begun. A CPU has done this one, too, and its time ends
-        here.
+        """Report a step that was just launched, given train_step's numbers.
+
+        On a GPU this writes the step before, which is done once this one has begun. Other devices
+        have already done this step, and it is written at once.
         """
         self._write_pending()
         data = {"position": batches.position, "epoch": batches.epoch}
-        self.pending = (step, lr, data, hardware.read_later(numbers))
-        if not self.defers:
+        self.pending = Pending(step, lr, data, hardware.read_later(numbers))
+        if self.device.type != "cuda":
             self._write_pending()
 
     def _write_pending(self) -> None:
         if self.pending is None:
             return
-        step, lr, data, read = self.pending
-        self.pending = None
-        loss, grad_norm, skipped, asked = read()
-        self.stop_requested |= asked > 0
-        self._count_skipped(skipped > 0,
-                            {"iter": step, "loss": loss, "grad_norm": grad_norm, "lr": lr} | data)
+        (step, lr, data, read), self.pending = self.pending, None
+        loss, grad_norm, skipped, stops = read()
+        self.stop_requested |= stops > 0
+        numbers = {"iter": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        self._count_skipped(skipped > 0, numbers | data)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         tokens = self.config.tokens_per_iter
@@ -113,55 +130,55 @@ class Report:
             return
         if self.bar is not None:
             with self._terminal():
-                self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s",
-                                         refresh=False)
+                speed = f"loss {loss:.4f}, {tokens / seconds:,.0f} tok/s"
+                self.bar.set_postfix_str(speed, refresh=False)
                 self.bar.update(1)
         if step % self.config.run.log_interval == 0:
             percent = "n/a" if self.mfu is None else f"{self.mfu:.2f}%"
             self.say(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {percent}")
-            causal = used["mfu_causal"] and 100 * used["mfu_causal"]
-            self._log(iter=step, loss=loss, lr=lr, grad_norm=grad_norm,
-                      tokens_per_s=tokens / seconds, time_ms=1000 * seconds,
-                      mfu=self.mfu, mfu_causal=causal, tokens=(step + 1) * tokens,
-                      skipped=self.skipped, **data,
-                      memory_bytes=hardware.peak_memory_bytes(self.device))
+            self._log(numbers | {
+                "tokens_per_s": tokens / seconds, "time_ms": 1000 * seconds, "mfu": self.mfu,
+                "mfu_causal": used["mfu_causal"] and 100 * used["mfu_causal"],
+                "tokens": (step + 1) * tokens, "skipped": self.skipped, **data,
+                "memory_bytes": hardware.peak_memory_bytes(self.device)})
 
     def _count_skipped(self, skipped: bool, numbers: dict[str, float]) -> None:
-        """Raises FloatingPointError, on all ranks at the same step, after max_skipped of them in a
-        row."""
+        """Raise FloatingPointError, on all ranks, after max_skipped skipped steps in a row."""
         if not skipped:
-            self.in_a_row.clear()
+            self.skipped_in_a_row.clear()
             return
         self.skipped += 1
-        self.in_a_row.append(numbers)
+        self.skipped_in_a_row.append(numbers)
         self.say(f"iter {numbers['iter']}: skipped, loss {numbers['loss']}, gradient norm "
                  f"{numbers['grad_norm']}")
-        if len(self.in_a_row) < self.config.run.max_skipped:
+        if len(self.skipped_in_a_row) < self.config.run.max_skipped:
             return
         dump = self.out_dir / "not-finite.json"
         if self.speaks:
-            dump.write_text(json.dumps(self.in_a_row, indent=1))
+            dump.write_text(json.dumps(self.skipped_in_a_row, indent=1))
         raise FloatingPointError(
-            f"{len(self.in_a_row)} steps in a row without a finite loss and gradient, up to step "
-            f"{numbers['iter']}; they are in {dump}. Go back to the last checkpoint with "
+            f"{len(self.skipped_in_a_row)} steps in a row without a finite loss and gradient, up "
+            f"to step {numbers['iter']}; they are in {dump}. Go back to the last checkpoint with "
             "--init_from=resume and a lower --learning_rate, or --dtype=float32"
         )
 
     def evaluation(self, step: int, lr: float, losses: dict[str, float]) -> None:
-        """nanoGPT's line after an evaluation; its time does not count as the next step's."""
+        """Report an evaluation: nanoGPT's line, and an entry of the metrics."""
         self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         if self.speaks and not self.config.run.eval_only:
-            self._log(**{"iter": step, "train/loss": losses["train"], "val/loss": losses["val"],
-                         "lr": lr, "mfu": self.mfu})
+            self._log({"iter": step, "train/loss": losses["train"], "val/loss": losses["val"],
+                       "lr": lr, "mfu": self.mfu})
 
     def pause(self) -> None:
-        """Write what is pending before something else than a step begins."""
+        """Write the pending step before an evaluation or a save, whose time is not a step's."""
         self._write_pending()
 
     def resume_clock(self) -> None:
+        """Time the next step from now."""
         self.clock = time.perf_counter()
 
-    def _log(self, **values: Any) -> None:
+    def _log(self, values: dict[str, Any]) -> None:
+        """Append an entry to metrics.jsonl, with null for what is not finite, and to the sinks."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
                   for k, v in values.items()}
         with (self.out_dir / METRICS).open("a") as log:
@@ -170,7 +187,7 @@ class Report:
             sink(finite)
 
     def finish(self) -> None:
-        """Close the bar and draw loss.png."""
+        """Write the last step, close the progress bar and draw loss.png."""
         self._write_pending()
         if self.bar is not None:
             with self._terminal():
@@ -180,9 +197,10 @@ class Report:
 
 
 def read_metrics(log: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl, none where there is no file, without a last line cut short.
+    """Read the entries of a metrics.jsonl; [] where there is no file.
 
-    Raises ValueError, with the line's number, for what is no entry.
+    A last line that a kill cut short is left out. Raises ValueError, with the line's number, for
+    any other line that is no entry.
     """
     lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
     entries = list[dict[str, Any]]()
@@ -200,8 +218,10 @@ def read_metrics(log: Path) -> list[dict[str, Any]]:
 
 def open_sinks(config: Config,
                say: Callable[[str], None]) -> list[Callable[[dict[str, Any]], None]]:
-    """Where else each entry of metrics.jsonl goes: wandb and TensorBoard, if asked for. One not
-    installed is said once."""
+    """Open wandb and TensorBoard, where the config asks for them: functions that take an entry.
+
+    One that is not installed gives a warning.
+    """
     c, sinks = config.run, []
     if c.wandb_log:
         try:
@@ -233,8 +253,7 @@ def _to_tensorboard(writer: Any, values: dict[str, Any]) -> None:
 
 
 def draw(out_dir: Path) -> None:
-    """loss.png from metrics.jsonl: every step's loss, and both splits' where they were
-    evaluated."""
+    """Draw loss.png from metrics.jsonl: the loss of every step and of every evaluation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -246,10 +265,9 @@ def draw(out_dir: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([e["iter"] for e in steps], [e["loss"] for e in steps], color="0.75", linewidth=0.8,
               label="batch")
-    axes.plot([e["iter"] for e in evaluations], [e["train/loss"] for e in evaluations], "o-",
-              markersize=4, label="train")
-    axes.plot([e["iter"] for e in evaluations], [e["val/loss"] for e in evaluations], "o-",
-              markersize=4, label="validation")
+    evaluated_at = [e["iter"] for e in evaluations]
+    for key, label in (("train/loss", "train"), ("val/loss", "validation")):
+        axes.plot(evaluated_at, [e[key] for e in evaluations], "o-", markersize=4, label=label)
     axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,4 +1,4 @@
-"""Signals, and a terminal that is gone: what asks a run to save and stop."""
+"""What asks a run to save and stop: signals, and a terminal or pipe that is closed."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Sent by torchrun and schedulers; by Slurm's --signal before the time is up; when a terminal is
-# closed; by Ctrl-C.
+# In this order: from torchrun and schedulers; from Slurm's --signal, before the time is up; from a
+# terminal that is closed; from Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-SAME_PRESS_S = 1.0  # one Ctrl-C reaches a rank twice: from the terminal, and from torchrun
+SAME_PRESS_S = 1.0  # under torchrun one Ctrl-C arrives twice: from the terminal and from torchrun
 CLOSED = " is closed"
 
 
@@ -33,25 +33,26 @@ class StopRequest:
 def listen(request: StopRequest) -> Iterator[None]:
     """Let SIGNALS fill in `request` instead of killing; a second Ctrl-C is a KeyboardInterrupt.
 
-    What is ignored already, as nohup does with SIGHUP, stays so. Only the main thread hears
-    signals.
+    A signal that is already ignored, as nohup ignores SIGHUP, stays ignored. Does nothing outside
+    the main thread, where Python handles signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def hear(number, _frame):
-        interrupted = number == signal.SIGINT
-        again = request.reason == signal.SIGINT.name and time.monotonic() - request.at > SAME_PRESS_S
-        if interrupted and again:
-            raise KeyboardInterrupt
-        if interrupted and not request.reason:
-            with contextlib.suppress(OSError):  # not print, which this may have interrupted
-                os.write(2, b"\nCtrl-C: saves after this step and ends; once more: ends without\n")
+    def handle(number, _frame):
+        elapsed_s = time.monotonic() - request.at
+        if number == signal.SIGINT:
+            if request.reason == signal.SIGINT.name and elapsed_s > SAME_PRESS_S:
+                raise KeyboardInterrupt
+            if not request.reason:
+                with contextlib.suppress(OSError):  # not print, which this may have interrupted
+                    os.write(2, b"\nCtrl-C: saves after this step and ends; once more: ends "
+                                b"without\n")
         request.reason, request.at = signal.Signals(number).name, time.monotonic()
 
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, hear) for number in heard}
+    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield
     finally:
@@ -60,18 +61,18 @@ def listen(request: StopRequest) -> Iterator[None]:
 
 
 def detach_closed() -> str:
-    """Point stdout and stderr at the null device where nobody can read them any more.
+    """Redirect stdout and stderr to the null device where their reader is gone; return which.
 
-    A pipe's reader ended (`| head`), or a terminal was closed. Without this each later write would
-    fail, too. Returns the names of those that were closed, for a message.
+    The reader of a pipe has ended (`| head`), or the terminal was closed. Otherwise every later
+    write would fail, too. The result is for a message: "", "stdout", "stdout and stderr".
     """
     poll, names = select.poll(), {1: "stdout", 2: "stderr"}
     for descriptor in names:
         poll.register(descriptor, 0)
     closed = select.POLLERR | select.POLLHUP
     gone = [descriptor for descriptor, event in poll.poll(0) if event & closed]
-    nobody = os.open(os.devnull, os.O_WRONLY)
+    null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in gone:
-        os.dup2(nobody, descriptor)
-    os.close(nobody)
+        os.dup2(null, descriptor)
+    os.close(null)
     return " and ".join(names[descriptor] for descriptor in gone)

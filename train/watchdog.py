@@ -1,4 +1,4 @@
-"""Names the rank that hangs, and ends the run."""
+"""The watchdog: where no rank makes progress, name the rank that hangs, and end the run."""
 
 import contextlib
 import faulthandler
@@ -17,7 +17,7 @@ HUNG = 86  # exit code of every rank when one of them hangs
 
 
 class Progress:
-    """How far this process is: a count of things begun, and the last of them."""
+    """How far this process has come: how many activities it has begun, and which is the last."""
 
     def __init__(self) -> None:
         self.count, self.doing = 0, "starting"
@@ -29,9 +29,10 @@ class Progress:
 @contextlib.contextmanager
 def watchdog(progress: Progress, store: dist.Store | None, w: World,
              timeout_s: float) -> Iterator[None]:
-    """Beside the run, a thread that tells the other ranks how far this one is. Where nothing moves
-    for timeout_s seconds (three times that until the first step is done, which compiles) it names
-    the rank that is behind and ends the process.
+    """Watch over the block in a thread, which tells the other ranks this rank's progress.
+
+    Without progress for timeout_s seconds (three times that during the first step, which compiles)
+    the thread says which rank is behind and ends the process with exit code HUNG.
     """
     if store is None or w.size == 1:
         yield
@@ -52,35 +53,33 @@ def _watch(progress: Progress, store: dist.Store, w: World, timeout_s: float,
     pause_s = min(timeout_s / 4, 10.0)
     seen, since = -1, time.monotonic()
     while not done.wait(pause_s):
-        try:
+        # The store ends with the process that holds it. The timeout below must still come.
+        with contextlib.suppress(RuntimeError):
             store.set(f"progress/{w.rank}",
                       json.dumps([progress.count, progress.doing, time.time()]))
-        # the store went with the process that held it; what follows still ends this one
-        except RuntimeError:
-            pass
         if progress.count != seen:
             seen, since = progress.count, time.monotonic()
         elif time.monotonic() - since > timeout_s * (1 if progress.count > 10 else 3):
             behind = _behind(store, w, 4 * pause_s)
             print(f"error: rank {w.rank} waited {timeout_s:.0f} s in {progress.doing}: {behind}",
                   file=sys.stderr, flush=True)
-            # where this rank stands, which is the answer if it is the one
-            faulthandler.dump_traceback()
+            faulthandler.dump_traceback()  # if this rank is the one that hangs, it says where
             os._exit(HUNG)
 
 
 def _behind(store: dist.Store, w: World, stale_s: float) -> str:
-    """Which ranks are furthest behind, or no longer say anything."""
+    """Say which ranks have made the least progress, or have reported none for stale_s seconds."""
     try:
-        there = {rank: json.loads(store.get(f"progress/{rank}"))
-                 for rank in range(w.size) if store.check([f"progress/{rank}"])}
+        reports = {rank: json.loads(store.get(f"progress/{rank}"))
+                   for rank in range(w.size) if store.check([f"progress/{rank}"])}
     except RuntimeError as error:
         return f"the ranks' store does not answer ({str(error).splitlines()[0]})"
-    now, least = time.time(), min((count for count, _, _ in there.values()), default=0)
-    silent = {rank for rank in range(w.size) if rank not in there or now - there[rank][2] > stale_s}
-    late = silent or {rank for rank, (count, _, _) in there.items() if count == least}
-    what = "stopped or dead" if silent else "behind the others"
+    now, least = time.time(), min((count for count, _, _ in reports.values()), default=0)
+    silent = {rank for rank in range(w.size)
+              if rank not in reports or now - reports[rank][2] > stale_s}
+    late = silent or {rank for rank, (count, _, _) in reports.items() if count == least}
     if len(late) == w.size:
         return "all ranks are equally far"
-    return "; ".join(f"rank {rank} hangs, {what}, in "
-                     f"{there[rank][1] if rank in there else 'start'}" for rank in sorted(late))
+    what = "stopped or dead" if silent else "behind the others"
+    doing = {rank: reports[rank][1] if rank in reports else "start" for rank in late}
+    return "; ".join(f"rank {rank} hangs, {what}, in {doing[rank]}" for rank in sorted(late))
