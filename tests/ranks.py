@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 ranks = multiprocessing.get_context("forkserver")
-ranks.set_forkserver_preload(["torch", "torch.distributed.fsdp", "train.run", "train.loop",
-                              "matplotlib.pyplot"])
+ranks.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "train.run", "train.loop", "matplotlib.pyplot"])
 
 
 def free_port() -> int:

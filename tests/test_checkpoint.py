@@ -22,9 +22,8 @@ from train import checkpoint, loop, run
 def trained(tiny_flags):
     """A finished run of 12 steps: its flags and its folder."""
     assert run.main(tiny_flags) == 0
-    return tiny_flags, Path(next(f
-                                 for f in tiny_flags
-                                 if f.startswith("--out_dir=")).partition("=")[2])
+    (out_dir,) = (f.partition("=")[2] for f in tiny_flags if f.startswith("--out_dir="))
+    return tiny_flags, Path(out_dir)
 
 
 def test_a_save_that_died_does_not_count(trained):
@@ -99,8 +98,8 @@ def test_too_little_room_is_said_before_anything_is_written(trained, capsys, mon
     monkeypatch.setattr(checkpoint, "_write_tensors", None)
     assert run.main([*flags, "--init_from=resume", "--max_iters=16"]) == 2
     err = capsys.readouterr().err
-    assert err.count(
-        "\n") == 1 and "MB and some are needed, 1.1 MB are free" in err and "step-00000012" in err
+    assert err.count("\n") == 1
+    assert "MB and some are needed, 1.1 MB are free" in err and "step-00000012" in err
     assert not list(folder.glob(f"{TEMPORARY}*"))
 
 
@@ -111,14 +110,17 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on(tiny_flags, tmp_pat
     assert run.main([*flags, f"--out_dir={tmp_path / 'usual'}"]) == 0
     steps, train_step, write = [], loop.train_step, checkpoint._write_tensors
 
+    def step(run, lr):
+        numbers = train_step(run, lr)
+        steps.append(run.step)
+        return numbers
+
     def wait(folder, snapshot, *rest):
         while snapshot.step == 4 and steps[-1] < 6:
             time.sleep(0.001)
         write(folder, snapshot, *rest)
 
-    monkeypatch.setattr(loop,
-                        "train_step", lambda run, lr: (train_step(run, lr),
-                                                       steps.append(run.step))[0])
+    monkeypatch.setattr(loop, "train_step", step)
     monkeypatch.setattr(checkpoint, "_write_tensors", wait)
     assert run.main([*flags, f"--out_dir={tmp_path / 'late'}"]) == 0
     for part in ("model", "optimizer", "rng"):
@@ -127,22 +129,23 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on(tiny_flags, tmp_pat
         assert usual.keys() == late.keys() and all(torch.equal(usual[k], late[k]) for k in usual)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_ends_soon_after_one_that_fails(trained,
-                                                                                           capsys,
-                                                                                           monkeypatch):
+def test_training_goes_on_while_a_checkpoint_is_written_and_ends_soon_after_one_that_fails(
+        trained, capsys, monkeypatch):
     """The save of step 100 waits until two more steps are done, and fails; the run ends there and
     not with the next save."""
     flags, folder = trained
     steps, train_step = [], loop.train_step
-    monkeypatch.setattr(loop,
-                        "train_step", lambda run, lr: (steps.append(run.step),
-                                                       train_step(run, lr))[1])
+
+    def step(run, lr):
+        steps.append(run.step)
+        return train_step(run, lr)
 
     def wait_and_fail(*_):
         while steps[-1] < 102:
             time.sleep(0.001)
         raise OSError("no space left on device")
 
+    monkeypatch.setattr(loop, "train_step", step)
     monkeypatch.setattr(checkpoint, "_write_tensors", wait_and_fail)
     assert run.main([*flags, "--init_from=resume", "--max_iters=300", "--lr_decay_iters=300",
                      "--eval_interval=100"]) == 2
@@ -210,8 +213,8 @@ def test_only_better_ones_are_saved_when_asked(tiny_flags, tmp_path, monkeypatch
     losses = iter([3.0, 2.5, 2.7, 2.4])
     monkeypatch.setattr("train.loop.evaluate", lambda run: {"train": 1.0, "val": next(losses)})
     assert run.main([*tiny_flags, "--always_save_checkpoint=False", "--keep_last=9"]) == 0
-    assert [f.name for f in whole_checkpoints(tmp_path / "out")] == ["step-00000004",
-                                                                     "step-00000012"]
+    saved = [f.name for f in whole_checkpoints(tmp_path / "out")]
+    assert saved == ["step-00000004", "step-00000012"]
 
 
 def test_checkpoint_keys_are_nanogpts_and_the_same_when_compiled(trained):
@@ -221,8 +224,8 @@ def test_checkpoint_keys_are_nanogpts_and_the_same_when_compiled(trained):
 
     with safe_open(find_checkpoint(folder) / "model.safetensors", "pt") as file:
         assert set(file.keys()) == names
-    assert "transformer.h.0.attn.c_attn.weight" in names and not any("_orig_mod" in n
-                                                                     for n in names)
+    assert "transformer.h.0.attn.c_attn.weight" in names
+    assert not any("_orig_mod" in n for n in names)
     model = GPT.from_checkpoint(folder)
     model.compile()
     assert {n for n, _ in model.named_parameters()} == names

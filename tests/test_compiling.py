@@ -33,13 +33,13 @@ def clocked(monkeypatch, *measured):
     (3_000, (0.015, 20.0), False),  # saves 150 s
     (10_000, (0.021, 20.0), False),  # is slower
 ])
-def test_it_compiles_where_the_run_gains_more_than_compiling_takes(iters, compiled, wanted,
-                                                                   monkeypatch):
+def test_it_compiles_where_the_run_gains_more_than_compiling_takes(
+        iters, compiled, wanted, monkeypatch):
     clocked(monkeypatch, (0.02, 0.02), compiled)
     yes, why = compiling.should_compile(config(iters), load("torch"), CPU, torch.float32)
     assert yes == wanted
-    assert why.startswith("yes (" if wanted
-                          else "no (") and f"a block takes 20 ms, compiled {1e3 * compiled[0]:.3g} ms" in why
+    assert why.startswith("yes (" if wanted else "no (")
+    assert f"a block takes 20 ms, compiled {1e3 * compiled[0]:.3g} ms" in why
 
 
 def test_a_short_run_is_not_kept_waiting(monkeypatch):
@@ -82,5 +82,6 @@ def test_a_resumed_run_does_as_before(tiny_flags, monkeypatch, capsys):
 
 def test_a_gpu_is_compiled_for_without_a_measurement(monkeypatch):
     clocked(monkeypatch)
-    assert compiling.should_compile(config(1), load("torch"), torch.device("cuda"), torch.bfloat16)[0]
-    assert not compiling.should_compile(config(1), load("torch"), torch.device("mps"), torch.float32)[0]
+    cuda, mps, kernels = torch.device("cuda"), torch.device("mps"), load("torch")
+    assert compiling.should_compile(config(1), kernels, cuda, torch.bfloat16)[0]
+    assert not compiling.should_compile(config(1), kernels, mps, torch.float32)[0]

@@ -83,13 +83,13 @@ def test_a_second_run_on_the_same_folder_is_refused(tiny_flags, tmp_path, capsys
     with run_folder.lock(folder):
         assert run.main(tiny_flags) == 2
     said = capsys.readouterr().err
-    assert f"another run is at work in {folder} (process {os.getpid()} on " in said and said.count(
-        "\n") == 1
+    assert f"another run is at work in {folder} (process {os.getpid()} on " in said
+    assert said.count("\n") == 1
     assert run.main(tiny_flags) == 0
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(tiny_flags,
-                                                                          tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(
+        tiny_flags, tmp_path, capsys):
     assert run.main(tiny_flags) == 0
     before = {k: v.clone() for k, v in weights(tmp_path / "out")[1].items()}
     file = whole_checkpoints(tmp_path / "out")[-1] / "optimizer.safetensors"
@@ -97,7 +97,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(tiny_f
     assert run.main([*tiny_flags, "--init_from=resume"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines()
                 if line.startswith("resumed from"))
-    assert "step-00000008, step 8" in line and "not from" in line and "step-00000012/optimizer.safetensors" in line
+    assert "step-00000008, step 8" in line
+    assert "not from" in line and "step-00000012/optimizer.safetensors" in line
     assert (tmp_path / "out" / "set-aside-1" / "step-00000012").is_dir()
     after = weights(tmp_path / "out")[1]
     assert all(torch.equal(after[k], before[k]) for k in before)
@@ -108,8 +109,8 @@ def test_a_step_without_a_finite_gradient_changes_nothing(optimizer, tiny_flags)
     """The very first step, too, whose moments do not exist before it."""
     built = build.build(parse([*tiny_flags, f"--optimizer={optimizer}"]))
     before = [p.detach().clone() for p in built.model.parameters()]
-    hook = built.model.transformer.ln_f.weight.register_hook(lambda gradient: gradient
-                                                             * float("nan"))
+    weight = built.model.transformer.ln_f.weight
+    hook = weight.register_hook(lambda gradient: gradient * float("nan"))
     assert loop.train_step(built, lr=0.1)[2] == 1
     hook.remove()
     assert all(torch.equal(p, b) for p, b in zip(built.model.parameters(), before, strict=True))
@@ -167,15 +168,15 @@ def test_nan_on_one_rank_skips_the_step_on_all_and_too_many_end_the_run(tiny_fla
     entries = [json.loads(line)
                for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = {e["iter"]: e for e in entries if "tokens" in e}
-    assert [i for i, e in steps.items() if e["loss"] is None] == [2,
-                                                                  5] and steps[11]["skipped"] == 2
+    assert [i for i, e in steps.items() if e["loss"] is None] == [2, 5]
+    assert steps[11]["skipped"] == 2
     assert (tmp_path / "logs" / "0.log").read_text().count("skipped, loss nan") == 2
     gone = [*without(flags, "out_dir"), f"--out_dir={tmp_path / 'gone'}"]
     assert ranks.run(poisoned, (gone, 1, set(range(4, 12))), 2, tmp_path / "gone-logs") == [2, 2]
-    assert "3 steps in a row without a finite loss" in (tmp_path / "gone-logs"
-                                                        / "0.log").read_text()
-    assert [e["iter"]
-            for e in json.loads((tmp_path / "gone" / "not-finite.json").read_text())] == [4, 5, 6]
+    log = (tmp_path / "gone-logs" / "0.log").read_text()
+    assert "3 steps in a row without a finite loss" in log
+    dump = json.loads((tmp_path / "gone" / "not-finite.json").read_text())
+    assert [entry["iter"] for entry in dump] == [4, 5, 6]
 
 
 def asleep(flags, rank, at):
@@ -258,8 +259,7 @@ def test_a_run_killed_again_and_again_ends_as_if_never_killed(flags, tmp_path, r
                "--monitor-interval=0.1")
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen(torchrun([*flags, f"--out_dir={killed}"], *options), stdout=log,
-                                 stderr=log, cwd="/",
-                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                 stderr=log, cwd="/", env=os.environ | {"OMP_NUM_THREADS": "1"})
         until(lambda: whole_checkpoints(killed) or agent.poll() is not None)
         while done < kills and agent.poll() is None:
             time.sleep(random.uniform(0.0, 0.5) if done == 0 else random.uniform(0.0, 15.0))

@@ -24,9 +24,8 @@ def test_batch_size_auto_keeps_the_tokens_of_a_step(monkeypatch, tiny_flags):
     monkeypatch.setattr(hardware, "peak_memory_bytes", lambda _: 100 + 60 * seen[-1])
     moments = 2 * sum(p.nbytes for p in model.parameters())
     for free, batch in ((500, 4), (800, 8), (300, 2), (200, 1)):
-        monkeypatch.setattr(hardware,
-                            "free_memory_bytes", lambda _, free=free: int((free + moments)
-                                                                          / memory.USABLE) + 1)
+        total = int((free + moments) / memory.USABLE) + 1
+        monkeypatch.setattr(hardware, "free_memory_bytes", lambda _, total=total: total)
         fitted = memory.fit(config, model, World(), torch.device("cpu"), torch.float32)
         assert (fitted.data.batch_size,
                 fitted.optim.gradient_accumulation_steps) == (batch, 8 // batch)
@@ -47,14 +46,14 @@ def test_micro_batches_divide_among_ranks(tiny_flags):
 
 def test_batch_size_auto_needs_a_gpu(tiny_flags, tmp_path, capsys):
     assert run.main([*tiny_flags, "--batch_size=auto"]) == 2
-    assert "--batch_size=auto measures a GPU's memory, and the device is cpu" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--batch_size=auto measures a GPU's memory, and the device is cpu" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_out_of_memory_says_which_flags_take_less(tiny_flags, monkeypatch, capsys):
     def full(_run):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand much "
-                                     "more")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
 
     monkeypatch.setattr(loop, "accumulate", full)
     assert run.main(tiny_flags) == 2
@@ -65,8 +64,8 @@ def test_out_of_memory_says_which_flags_take_less(tiny_flags, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("value", ["True", "auto"])
-def test_torch_compile_that_cannot_work_is_said_at_the_start(value, tiny_flags,
-                                                             monkeypatch, capsys):
+def test_torch_compile_that_cannot_work_is_said_at_the_start(
+        value, tiny_flags, monkeypatch, capsys):
     """--compile=True is refused; auto trains without, and the line says why."""
     def broken(*_):
         raise RuntimeError("no C++ compiler found\nin eleven places")
@@ -77,11 +76,12 @@ def test_torch_compile_that_cannot_work_is_said_at_the_start(value, tiny_flags,
                      f"--compile={value}", "--dropout=0.0", "--max_iters=1"])
     out, err = capsys.readouterr()
     if value == "True":
-        assert code == 2 and err.count(
-            "\n") == 1 and "no C++ compiler found" in err and "--compile=False" in err
+        assert code == 2 and err.count("\n") == 1
+        assert "no C++ compiler found" in err and "--compile=False" in err
     else:
         assert code == 0
-        assert "compile: no (torch.compile cannot work here: RuntimeError: no C++ compiler found)" in out.splitlines()
+        why = "torch.compile cannot work here: RuntimeError: no C++ compiler found"
+        assert f"compile: no ({why})" in out.splitlines()
 
 
 def test_a_compiler_that_computes_wrongly_is_found(monkeypatch):

@@ -112,11 +112,6 @@ def test_sgd_without_momentum_remembers_nothing():
     optimizer = optim.build(model, OptimConfig(optimizer="sgd", momentum=0.0))
     optim.load_moments({"weight": {}, "bias": {}}, model, optimizer)
     with pytest.raises(ValueError, match="the optimizer needs nothing"):
-        optim.load_moments(
-            {
-                name: {"momentum_buffer": torch.zeros_like(p)}
-                for name, p in model.named_parameters()
-            },
-            model,
-            optimizer,
-        )
+        moments = {name: {"momentum_buffer": torch.zeros_like(p)}
+                   for name, p in model.named_parameters()}
+        optim.load_moments(moments, model, optimizer)
