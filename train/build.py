@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,10 +18,21 @@ from kernels import Choice, load, resolve
 from train import compiling, memory, optim, parallel
 from train.config import Config, changed
 from train.init_from import InitFrom, complete, in_reading_order, resolve_init_from
+from train.parallel import World
 from train.state import Run
 
 # The tokenizer of data without a meta file, as in nanoGPT.
 GPT2_META = {"kind": "gpt2", "vocab_size": 50257}
+
+
+class Inputs(NamedTuple):
+    """What a run is built from, as read from disk."""
+
+    config: Config
+    """with the model's shape filled in"""
+    init: InitFrom
+    tokens: dict[str, Tokens]
+    meta: dict[str, Any] | None
 
 
 def build(config: Config, held: ExitStack | None = None) -> Run:
@@ -41,12 +52,8 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
     if held is not None and not config.run.eval_only:
         lock = run_folder.lock(Path(config.run.out_dir))
         parallel.broadcast_from_rank_0(lambda: held.enter_context(lock), world)
-    parallel.broadcast_from_rank_0(lambda: verify(config.data_dir), world)
-    splits = {split: open_split(config.data_dir, split) for split in ("train", "val")}
-    meta = read_meta(config.data_dir)
-    init = resolve_init_from(config, world)
-    config = complete(config, init, meta)
-    tokens = {split: fitting(part, config.model) for split, part in splits.items()}
+
+    config, init, tokens, meta = read_inputs(config, world)
     torch.set_float32_matmul_precision("high")
     model = new_model(config, init, choice, device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
@@ -61,15 +68,23 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         config=config, world=world, device=device, dtype=dtype, choice=choice, model=model,
         wrapped=wrapped, optimizer=optim.build(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), tokens=tokens,
-        batches=Loader(tokens["train"], block_size=config.model.block_size,
-                       batch_size=config.data.batch_size, seed=config.run.seed, device=device,
-                       rank=world.rank, world_size=world.size),
-        tokenizer=meta or GPT2_META, compiled=compiled, why_compiled=why_compiled, store=store,
-        started=init.name,
+        batches=loader(tokens["train"], config, world, device), tokenizer=meta or GPT2_META,
+        compiled=compiled, why_compiled=why_compiled, store=store, started=init.name,
     )
     if init.resume is not None:
         init.resume(run)
     return run
+
+
+def read_inputs(config: Config, world: World) -> Inputs:
+    """Open the data, and read what the run begins with. Every rank must call it."""
+    parallel.broadcast_from_rank_0(lambda: verify(config.data_dir), world)
+    splits = {split: open_split(config.data_dir, split) for split in ("train", "val")}
+    meta = read_meta(config.data_dir)
+    init = resolve_init_from(config, world)
+    config = complete(config, init, meta)
+    tokens = {split: fitting(part, config.model) for split, part in splits.items()}
+    return Inputs(config, init, tokens, meta)
 
 
 def fitting(tokens: Tokens, model: GPTConfig) -> Tokens:
@@ -78,6 +93,12 @@ def fitting(tokens: Tokens, model: GPTConfig) -> Tokens:
     check_window(tokens, model.block_size)
     check_vocabulary(tokens, model.vocab_size)
     return tokens
+
+
+def loader(tokens: Tokens, config: Config, world: World, device: torch.device) -> Loader:
+    """This rank's batches, from the beginning."""
+    return Loader(tokens, block_size=config.model.block_size, batch_size=config.data.batch_size,
+                  seed=config.run.seed, device=device, rank=world.rank, world_size=world.size)
 
 
 def new_model(config: Config, init: InitFrom, choice: Choice, device: torch.device) -> GPT:

@@ -188,10 +188,12 @@ class Config:
 
     @property
     def data_dir(self) -> Path:
+        """The folder with train.bin and val.bin."""
         return Path(self.data.data_dir) if self.data.data_dir else ROOT / "data" / self.data.dataset
 
     @property
     def tokens_per_iter(self) -> int:
+        """Tokens of an optimizer step, on all ranks together."""
         return self.optim.gradient_accumulation_steps * self.data.batch_size * self.model.block_size
 
 
@@ -249,4 +251,5 @@ def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, 
 
 
 def to_json(config: Config) -> str:
+    """The config as a JSON object of its leaves."""
     return json.dumps(dict(flatten(config)), indent=1)

@@ -97,6 +97,7 @@ def all_reduce() -> list[tuple[int, float, float]]:
 
 
 def report(config: Doctor) -> None:
+    """Print what was asked for."""
     if config.dist:
         for size, ms, rate in all_reduce():
             print(f"all-reduce of {size / 2**20:4.0f} MB: {ms:8.2f} ms, {rate:7.2f} GB/s")

@@ -120,6 +120,7 @@ def resumable(path: Path) -> Source:
 
 
 def newest(path: Path) -> Source:
+    """Our newest sound checkpoint at `path`."""
     folder, faults = newest_sound(path)
     return Source("resume", str(folder), "".join(f"; not from {fault}" for fault in faults))
 

@@ -23,6 +23,7 @@ class Progress:
         self.count, self.doing = 0, "starting"
 
     def begins(self, doing: str) -> None:
+        """Count the activity `doing`, which begins now."""
         self.count, self.doing = self.count + 1, doing
 
 
