@@ -21,6 +21,7 @@ from gpt.stitch import freeze
 from kernels import Choice, load, resolve
 from train import compiling, memory, optim, parallel
 from train.config import Config, changed
+from train.documents import Mask, mask_of
 from train.init_from import InitFrom, complete, directed, resolve_init_from
 from train.parallel import World
 from train.signals import StopRequest
@@ -45,6 +46,7 @@ class Run:
     scaler: torch.amp.GradScaler
     tokens: dict[str, Tokens]
     batches: Loader
+    mask: Mask
     tokenizer: dict[str, Any]
     compiled: bool
     why_compiled: str
@@ -83,6 +85,7 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
     for part in tokens.values():
         check_window(part, config.model.block_size)
         check_vocabulary(part, config.model.vocab_size)
+    mask = mask_of(config, choice, meta, tokens["train"])
     torch.set_float32_matmul_precision("high")
     model = new_model(config, origin, choice, device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
@@ -90,7 +93,7 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         lambda: compiling.should_compile(config, model.kernels, device, dtype, origin.compiled), world)
     wrapped = parallel.place(model, config.parallel, world, device, dtype, compiled)
     if config.data.fit_batch:
-        config = memory.fit(config, wrapped, world, device, dtype)
+        config = memory.fit(config, wrapped, world, device, dtype, mask)
     torch.manual_seed(config.run.seed + world.rank)
     run = Run(
         config=config, world=world, device=device, dtype=dtype, choice=choice, model=model,
@@ -102,7 +105,7 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
             seed=config.run.seed,
             device=device, rank=world.rank, world_size=world.size,
         ),
-        tokenizer=meta or GPT2, compiled=compiled, why_compiled=why, store=store,
+        mask=mask, tokenizer=meta or GPT2, compiled=compiled, why_compiled=why, store=store,
         started=origin.name,
     )
     if origin.resume is not None:

@@ -32,7 +32,7 @@ from train.parallel import World
 
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
                 "tie_weights",
-                "direction", "seam")
+                "direction", "window", "seam")
 GPT2_PADDED_VOCAB = 50304  # its 50,257 ids, up to a multiple of 64, as in nanoGPT
 
 # step, best validation loss, data position, whether the step was evaluated, what to say
