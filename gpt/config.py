@@ -36,6 +36,8 @@ class GPTConfig:
     """the head is the token embedding, as in GPT-2; else it has weights of its own"""
     direction: Literal["forward", "backward"] = "forward"
     """backward: the model reads from the end and predicts the token before"""
+    window: NonNegative = 0
+    """each token attends to itself and the window - 1 tokens before it; 0: to all of them"""
     seam: Block = -1
     """a linear layer stands before this block, and is all that is trained; -1: none. Made by
     --init_from=stitch"""

@@ -16,7 +16,8 @@ from typing import Literal
 from common import cli
 from common.bounds import NotEmpty
 
-PLAIN = {"tie_weights": True, "direction": "forward", "seam": -1}  # all that GPT-2 elsewhere is
+PLAIN = {"tie_weights": True, "direction": "forward", "window": 0,
+         "seam": -1}  # all that GPT-2 elsewhere is
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """Operations per token, in the two conventions in use, and the peaks they are divided by.
 
-L layers, d width, T sequence length, N parameters.
-palm:   6 N + 12 L d T, N without the positions   (PaLM, appendix B; nanoGPT): attention as if it were not causal
-causal: 6 N +  6 L d T, N with them               (llm.c): each score that is used, once
+L layers, d width, T sequence length, w = min(T, window), or T without a window, N parameters.
+palm:   6 N + 12 L d w                N without the positions: as if each token met w others, also
+                                      where fewer are before it (PaLM, appendix B; nanoGPT)
+causal: 6 N + 12 L d (w - w^2 / 2T)   N with them: each score that is used, once (llm.c)
+Without a window these are 12 L d T and 6 L d T. A document mask is not in them: how much it hides
+depends on the data.
 """
 
 from gpt.config import GPTConfig
@@ -33,14 +36,14 @@ def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
     Where a seam alone is trained, the backward pass ends there, and no other weight has a gradient.
     """
     T = T or c.block_size
-    N, attention = matmul_params(c), 6.0 * c.n_layer * c.n_embd * T
+    N, w = matmul_params(c), min(T, c.window or T)
+    palm, causal = (12.0 * c.n_layer * c.n_embd * keys for keys in (w, w - w**2 / (2 * T)))
     if c.seam >= 0:
         frozen_below = c.seam * 12 * c.n_embd**2
         work = 2.0 * N + 2.0 * (N - frozen_below) + 2.0 * c.n_embd**2
-        attention *= (1 + 2 * (1 - c.seam / c.n_layer)) / 3
-        return {"palm": work + 2 * attention, "causal": work + attention}
-    return {"palm": 6.0 * N + 2 * attention,
-            "causal": 6.0 * (N + c.block_size * c.n_embd) + attention}
+        share = (1 + 2 * (1 - c.seam / c.n_layer)) / 3
+        return {"palm": work + share * palm, "causal": work + share * causal}
+    return {"palm": 6.0 * N + palm, "causal": 6.0 * (N + c.block_size * c.n_embd) + causal}
 
 
 def mfu(c: GPTConfig, tokens_per_s: float, device_name: str,

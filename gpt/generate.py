@@ -17,7 +17,7 @@ class KVCache:
         c = model.config
         shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.head_dim)
         self.k, self.v = torch.empty(2, *shape, dtype=dtype, device=device)
-        self.length, self.layer = 0, 0
+        self.length, self.layer, self.window = 0, 0, c.window or c.block_size
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Causal attention of the new positions qkv (B, T, 3, H, D) over the cached and themselves:
@@ -31,9 +31,13 @@ class KVCache:
         end = self.length + T
         self.k[self.layer, :, :, self.length : end] = k
         self.v[self.layer, :, :, self.length : end] = v
-        keys, values = self.k[self.layer, :, :, :end], self.v[self.layer, :, :, :end]
-        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values,
-                                           is_causal=self.length == 0)
+        begin = max(0, self.length + 1 - self.window)  # the first new position sees none before it
+        keys, values = self.k[self.layer, :, :, begin:end], self.v[self.layer, :, :, begin:end]
+        seen = None
+        if T > self.window:
+            seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=seen,
+                                           is_causal=self.length == 0 and seen is None)
         self.layer += 1
         if self.layer == len(self.k):
             self.length, self.layer = end, 0

@@ -6,7 +6,7 @@ Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`, ...); linea
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -56,15 +56,17 @@ class Attention(nn.Module):
                 cache: "KVCache | None" = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, self.config.head_dim)
+        options: dict[str, Any] = {"doc_start": doc_start}
+        if 0 < self.config.window < T:  # a longer one hides nothing
+            options["window"] = self.config.window
         if cache is not None:
             y = cache.attend(qkv)
         elif self.training and self.config.dropout > 0:
             # one draw; the kernels make the mask from it
             seed = torch.randint(2**62, (), device=x.device)
-            y = self.kernels.attention_qkv(qkv, doc_start=doc_start,
-                                           dropout=self.config.dropout, seed=seed)
+            y = self.kernels.attention_qkv(qkv, dropout=self.config.dropout, seed=seed, **options)
         else:
-            y = self.kernels.attention_qkv(qkv, doc_start=doc_start)
+            y = self.kernels.attention_qkv(qkv, **options)
         return dropout(self.c_proj(y.reshape(B, T, C)), self.config.dropout, self.training)
 
 

@@ -21,7 +21,7 @@ from gpt.model import GPT
 from gpt.pretrained import Trained, fill
 
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-         "direction")
+         "direction", "window")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 

@@ -17,6 +17,7 @@ from gpt.stitch import freeze
 from kernels import Choice, load, resolve
 from train import compiling, memory, optim, parallel
 from train.config import Config, changed
+from train.documents import mask_of
 from train.init_from import InitFrom, complete, in_reading_order, resolve_init_from
 from train.parallel import World
 from train.state import Run
@@ -54,6 +55,7 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         parallel.broadcast_from_rank_0(lambda: held.enter_context(lock), world)
 
     config, init, tokens, meta = read_inputs(config, world)
+    mask = mask_of(config, choice, meta, tokens["train"])
     torch.set_float32_matmul_precision("high")
     model = new_model(config, init, choice, device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
@@ -62,14 +64,15 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         world)
     wrapped = parallel.place(model, config.parallel, world, device, dtype, compiled)
     if config.data.fit_batch:
-        config = memory.fit(config, wrapped, world, device, dtype)
+        config = memory.fit(config, wrapped, world, device, dtype, mask)
     torch.manual_seed(config.run.seed + world.rank)
     run = Run(
         config=config, world=world, device=device, dtype=dtype, choice=choice, model=model,
         wrapped=wrapped, optimizer=optim.build(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), tokens=tokens,
-        batches=loader(tokens["train"], config, world, device), tokenizer=meta or GPT2_META,
-        compiled=compiled, why_compiled=why_compiled, store=store, started=init.name,
+        batches=loader(tokens["train"], config, world, device), mask=mask,
+        tokenizer=meta or GPT2_META, compiled=compiled, why_compiled=why_compiled, store=store,
+        started=init.name,
     )
     if init.resume is not None:
         init.resume(run)

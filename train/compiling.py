@@ -72,13 +72,14 @@ def step_of_a_block(config: Config, kernels: Kernels,
     c = config.model
     block = Block(c, kernels)
     x = torch.randn(config.data.batch_size, c.block_size, c.n_embd, requires_grad=True)
+    documents = (torch.zeros(x.shape[:2], dtype=torch.int32),) * config.data.document_mask
 
     def make(transform: Callable = lambda forward: forward) -> Callable[[], None]:
         forward = transform(block.forward)
 
         def step() -> None:
             with hardware.autocast(torch.device("cpu"), dtype):
-                branch, residual = forward(x, x)
+                branch, residual = forward(x, x, *documents)
             torch.autograd.backward([branch, residual], [branch.detach(), residual.detach()])
             block.zero_grad(set_to_none=True)
 

@@ -42,6 +42,8 @@ class DataConfig:
     fit_batch: bool = False
     """micro-batches as large as the GPU's memory allows, with the tokens per step of batch_size
     times gradient_accumulation_steps; what --batch_size=auto sets"""
+    document_mask: bool = False
+    """attention does not look beyond the document a token is in; for data with end-of-text tokens"""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def flatten(config: Any) -> Iterator[tuple[str, Any]]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from flatten(value)
-        else:
+        elif f.name != "seam":  # no setting: --init_from=stitch makes it, and model.json has it
             yield f.name, value
 
 

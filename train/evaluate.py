@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 from common import cli
 from common.bounds import Must, NotEmpty, Positive
@@ -38,6 +38,8 @@ class Evaluate:
     """any other folder of tokens"""
     split: NotEmpty = "val"
     batch_size: Positive = 8
+    document_mask: bool | Literal["auto"] = "auto"
+    """of a split: attention does not look beyond a document; auto: as out_dir was trained"""
     hellaswag: str = ""
     """hellaswag_val.jsonl: lines with ctx, endings, label"""
     lambada: str = ""
@@ -54,15 +56,18 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     from gpt.run_folder import reading
     from train import parallel
     from train.config import ParallelConfig
+    from train.documents import Mask, mask_at, no_mask, trained_with_mask
 
     if not (c.dataset or c.data_dir or c.hellaswag or c.lambada):
         raise ValueError("nothing to evaluate on; give --dataset=, --data_dir=, --hellaswag=FILE "
                          "or --lambada=FILE")
     world = parallel.world()
     device = hardware.resolve_device(c.device, world.local_rank)
+    masked = c.document_mask is True
     if c.init_from == "resume":
         with reading(c.out_dir) as folder:
             model, tokenizer = load_model(folder, device), load_tokenizer(read_tokenizer(folder))
+            masked |= c.document_mask == "auto" and trained_with_mask(folder)
     else:
         trained = read_source(c.init_from)
         model, tokenizer = model_of(trained).to(device), tokenizer_of(trained)
@@ -73,22 +78,28 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     figures: dict[str, float] = {}
     with hardware.autocast(device, hardware.resolve_dtype(c.dtype, device)):
         if c.dataset or c.data_dir:
-            figures |= whole_split(c, model, tokenizer, world)
+            mask: Mask = no_mask
+            if masked:
+                mask = mask_at(tokenizer.end_of_text, model.config.direction, c.data_dir or c.dataset)
+            figures |= whole_split(c, model, tokenizer, world, mask)
         if c.hellaswag:
             figures |= hellaswag(read_lines(c.hellaswag, HellaSwag), model, tokenizer, world)
         if c.lambada:
             figures |= lambada(read_lines(c.lambada, Lambada), model, tokenizer, world)
     if world.rank == 0:
+        if masked:
+            print("document_mask: True")
         for name, value in figures.items():
             print(f"{name}: {value:.6g}")
     parallel.stop()
     return figures
 
 
-def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
+def whole_split(c: Evaluate, model, tokenizer, world, mask=lambda idx: {}) -> dict[str, float]:
     """Predict every token of the split but the first, once, from at most block_size before it.
 
-    End-of-text tokens count with their loss and with 0 bytes.
+    `mask` may hide other documents (train/documents.py). End-of-text tokens count with their loss
+    and with 0 bytes.
     """
     import numpy as np
     import torch
@@ -119,7 +130,7 @@ def whole_split(c: Evaluate, model, tokenizer, world) -> dict[str, float]:
             ids = torch.from_numpy(windows).to(device)
             idx, targets = ids[:, :-1], ids[:, 1:]
             with torch.no_grad():
-                total[0] += model(idx, targets, reduction="sum")
+                total[0] += model(idx, targets, reduction="sum", **mask(idx))
             total[1:] += torch.tensor([targets.numel(), bytes_of[targets].sum()], device=device)
     loss, count, n_bytes = sum_over_ranks(total).tolist()
     return {"loss": loss / count, "perplexity": perplexity(loss / count),

@@ -31,7 +31,7 @@ from train.parallel import World
 from train.state import Run
 
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-                "tie_weights", "direction", "seam")
+                "tie_weights", "direction", "window", "seam")
 GPT2_PADDED_VOCAB = 50304  # GPT-2's 50,257 ids, padded to a multiple of 64, as in nanoGPT
 
 

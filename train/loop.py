@@ -139,7 +139,7 @@ def accumulate(run: Run) -> Tensor:
         tokens, targets = next(run.batches)
         run.progress.begins(f"step {run.step}, forward and backward {i + 1} of {steps}")
         with hardware.autocast(run.device, run.dtype):
-            loss = run.wrapped(tokens, targets, reduction="sum") * share
+            loss = run.wrapped(tokens, targets, reduction="sum", **run.mask(tokens)) * share
         run.progress.begins(f"step {run.step}, backward {i + 1} of {steps}")
         run.scaler.scale(loss * run.world.size).backward()
         total += loss.detach()
@@ -164,7 +164,7 @@ def evaluate(run: Run) -> dict[str, float]:
         ):
             run.progress.begins(f"evaluation after step {run.step}")
             with hardware.autocast(run.device, run.dtype):
-                total[0] += run.model(inputs, targets, reduction="sum")
+                total[0] += run.model(inputs, targets, reduction="sum", **run.mask(inputs))
             total[1] += (targets >= 0).sum()
         loss_sum, count = parallel.sum_over_ranks(total).tolist()
         losses[split] = loss_sum / count

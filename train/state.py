@@ -12,6 +12,7 @@ from data.tokens import Tokens
 from gpt import GPT
 from kernels import Choice
 from train.config import Config
+from train.documents import Mask
 from train.parallel import World
 from train.signals import StopRequest
 from train.watchdog import Progress
@@ -36,6 +37,8 @@ class Run:
     tokens: dict[str, Tokens]
     """train and val, in the order in which the model reads them"""
     batches: Loader
+    mask: Mask
+    """what attention is told of documents (train/documents.py)"""
     tokenizer: dict[str, Any]
     """its meta, as data.tokenizer.load_tokenizer takes it"""
     compiled: bool

@@ -1,0 +1,62 @@
+"""--document_mask=True: attention does not look beyond the document that a token is in."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data.documents import doc_start
+from data.manifest import recorded_max_id
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokens import Tokens
+from gpt.run_folder import read_state
+from kernels import Choice
+from train.config import Config
+
+# From ids (B, T), as the model reads them, to what its forward is told of documents, by keyword.
+Mask = Callable[[Tensor], dict[str, Tensor]]
+UNABLE = ("flash_attn",)  # backends whose attention takes no doc_start
+
+
+def no_mask(idx: Tensor) -> dict[str, Tensor]:
+    """One document, as far as attention knows."""
+    return {}
+
+
+def mask_at(end_of_text: int | None, direction: str, name: str) -> Mask:
+    """A mask for documents that end in the token `end_of_text`.
+
+    Raises ValueError, with `name` as the data's, where there is no such token.
+    """
+    if end_of_text is None:
+        raise ValueError(f"--document_mask=True: {name} has characters or bytes, and no end-of-text "
+                         "token that tells documents apart; prepare the text with "
+                         "data/text/prepare.py")
+    return lambda idx: {"doc_start": doc_start(idx, end_of_text, direction == "backward")}
+
+
+def mask_of(config: Config, choice: Choice, meta: dict[str, Any] | None, tokens: Tokens) -> Mask:
+    """The mask that the config asks for, of data with this meta.json and these training tokens.
+
+    Raises ValueError where the data has no boundaries, or the backend of attention cannot see them.
+    """
+    if not config.data.document_mask:
+        return no_mask
+    backend, end_of_text = choice.backends["attention"], load_tokenizer(meta).end_of_text
+    if backend in UNABLE:
+        raise ValueError(f"--document_mask=True: --attention={backend} cannot tell documents apart; "
+                         "choose --attention=triton or torch")
+    largest = recorded_max_id(tokens.paths)
+    if end_of_text is not None and largest is not None and largest < end_of_text:
+        raise ValueError(f"--document_mask=True: {tokens.name} holds no end-of-text token "
+                         f"({end_of_text}), so it is one document; prepare documents with "
+                         "data/text/prepare.py")
+    return mask_at(end_of_text, config.model.direction, str(config.data_dir))
+
+
+def trained_with_mask(checkpoint: Path) -> bool:
+    """Whether a run of ours, with --document_mask=True, saved it. An export does not say: False."""
+    if not (checkpoint / "state.json").exists():
+        return False
+    return bool(read_state(checkpoint)["config"].get("document_mask"))
