@@ -17,7 +17,6 @@ from data.tokenizer import read_meta
 from data.tokens import Tokens, check_vocabulary, check_window, open_split
 from gpt import GPT, run_folder
 from gpt.pretrained import fill
-from gpt.stitch import freeze
 from kernels import Choice, load, resolve
 from train import compiling, memory, optim, parallel
 from train.config import Config, changed
@@ -117,8 +116,6 @@ def new_model(config: Config, origin: InitFrom, choice: Choice, device: torch.de
     model = GPT(config.model, load(**choice.backends)).to(device)
     if origin.weights is not None:
         fill(model, origin.weights)
-    if config.model.seam >= 0:
-        freeze(model)
     return model
 
 
@@ -131,7 +128,7 @@ def describe(run: Run) -> str:
         "compile": run.why_compiled,
         "parallel": parallel.describe(run.wrapped, run.world, c.parallel),
         "model": f"{run.model.num_params():,} parameters"
-        + (f", {trained:,} trained" if c.model.seam >= 0 else ""),
+        + (f", {trained:,} trained" if trained < run.model.num_params() else ""),
         "data": f"{c.data_dir}, {len(run.tokens['train']):,} tokens to train on, "
                 f"{len(run.tokens['val']):,} to validate",
         "tokens per iteration will be": f"{c.tokens_per_iter:,}",

@@ -247,7 +247,7 @@ def _as_type_of(hint: Any, value: Any, said: str) -> Any:
 def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
     """What differs from base (the defaults): leaf -> (base's value, config's value)."""
     before = dict(flatten(base or Config()))
-    return {k: (before[k], v) for k, v in flatten(config) if before[k] != v}
+    return {k: (before.get(k), v) for k, v in flatten(config) if before.get(k) != v}
 
 
 def to_json(config: Config) -> str:

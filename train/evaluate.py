@@ -50,9 +50,7 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     """Print and return the figures, summed over all ranks. Raises ValueError or OSError for what
     the user can mend."""
     from common import hardware
-    from data.tokenizer import load_tokenizer
-    from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
-    from gpt.run_folder import reading
+    from gpt.model import load_with_tokenizer
     from train import parallel
     from train.config import ParallelConfig
 
@@ -61,12 +59,7 @@ def evaluate(c: Evaluate) -> dict[str, float]:
                          "or --lambada=FILE")
     world = parallel.world()
     device = hardware.resolve_device(c.device, world.local_rank)
-    if c.init_from == "resume":
-        with reading(c.out_dir) as folder:
-            model, tokenizer = load_model(folder, device), load_tokenizer(read_tokenizer(folder))
-    else:
-        trained = read_source(c.init_from)
-        model, tokenizer = model_of(trained).to(device), tokenizer_of(trained)
+    model, tokenizer = load_with_tokenizer(c.init_from, c.out_dir, device)
     if model.config.direction == "backward" and (c.hellaswag or c.lambada):
         raise ValueError("--hellaswag and --lambada ask what follows a context; this model has "
                          "--direction=backward")

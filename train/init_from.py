@@ -15,24 +15,24 @@ from data.loader import eval_batches
 from data.tokenizer import load_tokenizer
 from data.tokens import Reversed, Tokens, check_vocabulary, open_split
 from gpt import GPT, SIZES, GPTConfig, nanogpt
+from gpt.checkpoint_files import DONE, read_config, read_state
 from gpt.pretrained import (
     Trained,
+    cropped,
     has_rows_for,
     nanogpt_meta,
-    read_config,
     read_source,
     same_vocabulary,
 )
-from gpt.run_folder import DONE, newest_sound, read_state, reading, whole_checkpoints
+from gpt.run_folder import complete_checkpoints, newest_sound, reading
 from gpt.stitch import merge, stitch
-from gpt.tensors import POSITIONS, about
+from gpt.tensors import about
 from train import checkpoint, optim, parallel
 from train.config import Config, flatten
 from train.parallel import World
 
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-                "tie_weights",
-                "direction", "seam")
+                "tie_weights", "direction")
 GPT2_PADDED_VOCAB = 50304  # its 50,257 ids, up to a multiple of 64, as in nanoGPT
 
 # step, best validation loss, data position, whether the step was evaluated, what to say
@@ -74,7 +74,7 @@ def resolve_init_from(config: Config, w: World) -> InitFrom:
 def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
     """(scratch, resume, join or pretrained; from which folder or whose weights; what to say)."""
     run, out_dir = config.run, Path(config.run.out_dir)
-    there = whole_checkpoints(out_dir)
+    there = complete_checkpoints(out_dir)
     if there and (restarted or run.init_from == "auto"):
         return "resume", *newest(out_dir)
     if run.init_from == "resume":
@@ -90,9 +90,6 @@ def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
         )
     if run.init_from in ("merge", "stitch"):
         return "join", "", ""
-    if config.model.seam >= 0:
-        raise ValueError(f"--seam={config.model.seam}: it is made by --init_from=stitch "
-                         "--stitch_layer_index=LAYER")
     if run.init_from in ("scratch", "auto"):
         return "scratch", "", ""
     if run.init_from not in SIZES and not Path(run.init_from).is_dir():
@@ -103,7 +100,7 @@ def choose(config: Config, restarted: bool) -> tuple[str, str, str]:
 
 def resumable(path: Path) -> tuple[str, str]:
     """What at `path` can be resumed, nanoGPT's checkpoint or our newest sound one; what to say."""
-    if (path / nanogpt.FILE).exists() and not whole_checkpoints(path):
+    if (path / nanogpt.FILE).exists() and not complete_checkpoints(path):
         return str(path), ""
     return newest(path)
 
@@ -115,12 +112,7 @@ def newest(path: Path) -> tuple[str, str]:
 
 def pretrained(source: str, asked: GPTConfig) -> Trained:
     """Someone's weights, with fewer positions where fewer are asked for."""
-    trained = told(read_source(source), asked)
-    if asked.block_size >= trained.config.block_size:
-        return trained
-    cropped = {POSITIONS: trained.weights[POSITIONS][: asked.block_size]}
-    model = replace(trained.config, block_size=asked.block_size)
-    return trained._replace(config=model, weights=trained.weights | cropped)
+    return cropped(told(read_source(source), asked), asked.block_size)
 
 
 def told(trained: Trained, asked: GPTConfig) -> Trained:
