@@ -19,7 +19,7 @@ from common import cli
 from common.bounds import NotEmpty, Positive
 from data.shakespeare_char.prepare import main as prepare
 from gpt.config import Depth, Width
-from gpt.run_folder import whole_checkpoints
+from gpt.run_folder import complete_checkpoints
 from train import loop, optim
 from train.build import Run, build
 from train.command_line import parse
@@ -113,7 +113,7 @@ def trained(o: Options, base: Base) -> dict[str, float]:
         f"--max_iters={o.max_iters}",
         f"--lr_decay_iters={o.max_iters}", f"--eval_interval={o.max_iters}", "--init_from=auto",
     )
-    done = whole_checkpoints(out_dir)
+    done = complete_checkpoints(out_dir)
     if not done or done[-1].name != f"step-{o.max_iters:08d}":
         with contextlib.redirect_stdout(io.StringIO()):
             loop.train(config)

@@ -1,7 +1,7 @@
 """The shape of a GPT, and the four published ones. No torch here: config errors must be instant."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from common.bounds import BelowOne, Must, NonNegative, check
 
@@ -38,9 +38,6 @@ class GPTConfig:
     """backward: the model reads from the end and predicts the token before"""
     window: NonNegative = 0
     """each token attends to itself and the window - 1 tokens before it; 0: to all of them"""
-    seam: Block = -1
-    """a linear layer stands before this block, and is all that is trained; -1: none. Made by
-    --init_from=stitch"""
 
     def __post_init__(self) -> None:
         check(self)
@@ -49,13 +46,28 @@ class GPTConfig:
             near = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; nearest "
                              f"that do: {near}")
-        if self.seam > self.n_layer:
-            raise ValueError(f"seam={self.seam}: must be at most n_layer={self.n_layer}, or -1 for "
-                             "none")
 
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+
+@dataclass(frozen=True)
+class StitchedConfig(GPTConfig):
+    """Two GPT-2s joined by a linear layer, the seam, which alone is trained: --init_from=stitch."""
+
+    seam: Block = 0
+    """the block that the seam stands before; n_layer: it stands before the last norm"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seam <= self.n_layer:
+            raise ValueError(f"seam={self.seam}: must be from 0 to n_layer={self.n_layer}")
+
+
+def make_config(seam: int = -1, **fields: Any) -> GPTConfig:
+    """The config with these fields: a StitchedConfig unless `seam` is -1, as it is in old files."""
+    return GPTConfig(**fields) if seam < 0 else StitchedConfig(**fields, seam=seam)
 
 
 # As published: vocabulary 50257, positions 1024, biases, tanh GELU.

@@ -61,22 +61,23 @@ def export(c: Export) -> Path:
 
 def check_expressible(checkpoint: Path, to: str) -> None:
     """Raise ValueError where the format lacks what the model has."""
-    from gpt.pretrained import read_config
+    from gpt.checkpoint_files import read_config
 
     config = read_config(checkpoint)
     for key, value in PLAIN.items():
-        if to != "safetensors" and getattr(config, key) != value:
-            raise ValueError(f"{checkpoint}: {key}={getattr(config, key)}, which --to={to} cannot "
+        if to != "safetensors" and getattr(config, key, value) != value:
+            raise ValueError(f"{checkpoint}: {key}={getattr(config, key, value)}, which --to={to} cannot "
                              f"express; only a model with {key}={value} can be exported")
 
 
 def to_huggingface(checkpoint: Path, folder: Path) -> list[str]:
     from data.tokenizer import load_tokenizer
     from gpt import huggingface
-    from gpt.pretrained import load_model, read_tokenizer
+    from gpt.checkpoint_files import read_tokenizer
+    from gpt.model import GPT
 
     meta = read_tokenizer(checkpoint)
-    huggingface.write(load_model(checkpoint), folder, load_tokenizer(meta).vocab_size)
+    huggingface.write(GPT.from_checkpoint(checkpoint), folder, load_tokenizer(meta).vocab_size)
     if meta["kind"] == "gpt2":
         from transformers import GPT2TokenizerFast
 
@@ -92,15 +93,16 @@ def to_huggingface(checkpoint: Path, folder: Path) -> list[str]:
 def to_nanogpt(checkpoint: Path, folder: Path) -> list[str]:
     from data.tokenizer import write_meta
     from gpt import nanogpt
-    from gpt.pretrained import load_model, read_optimizer, read_tokenizer
-    from gpt.run_folder import read_state
+    from gpt.checkpoint_files import read_part, read_state, read_tokenizer
+    from gpt.model import GPT
 
-    model, state = load_model(checkpoint), read_state(checkpoint)
+    model, state = GPT.from_checkpoint(checkpoint), read_state(checkpoint)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     settings, meta, notes = state["config"], read_tokenizer(checkpoint), []
     if data_dir := str(settings.get("data_dir", "")):  # nanoGPT knows data by folders' names alone
         settings["dataset"] = Path(data_dir).absolute().name
-    nanogpt.write(folder / nanogpt.FILE, model.config, weights, read_optimizer(checkpoint, model),
+    optimizer = nanogpt.adamw_state(read_part(checkpoint, "optimizer"), weights, settings)
+    nanogpt.write(folder / nanogpt.FILE, model.config, weights, optimizer,
                   state["step"], state["best_val_loss"], settings)
     if settings.get("optimizer") == "sgd":
         notes.append("without sgd's momentum: nanoGPT's AdamW starts afresh")
@@ -116,8 +118,7 @@ def to_safetensors(checkpoint: Path, folder: Path) -> list[str]:
     import json
     import shutil
 
-    from gpt.pretrained import read_part, save_tensors
-    from gpt.run_folder import entry, verify
+    from gpt.checkpoint_files import entry, read_part, save_tensors, verify
 
     verify(checkpoint)
     save_tensors(read_part(checkpoint, "model"), folder / "model.safetensors")

@@ -8,7 +8,8 @@ Without a window these are 12 L d T and 6 L d T. A document mask is not in them:
 depends on the data.
 """
 
-from gpt.config import GPTConfig
+from gpt import seam
+from gpt.config import GPTConfig, StitchedConfig
 
 # Dense bf16 tensor-core peak in TFLOP/s, by the device's name. Source: NVIDIA's data sheets for
 # A100, H100 and H200, whose sparse figures are twice these. A GPU that is not here has no MFU.
@@ -26,23 +27,16 @@ def matmul_params(c: GPTConfig) -> int:
     positions."""
     norms = (2 * c.n_layer + 1) * c.n_embd * (2 if c.bias else 1)
     biases = c.n_layer * 9 * c.n_embd if c.bias else 0
-    seam = c.n_embd**2 + c.n_embd if c.seam >= 0 else 0
-    return c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd + norms + biases + seam
+    return c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd + norms + biases
 
 
 def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
-    """Operations of forward and backward per token, {"palm": ..., "causal": ...}.
-
-    Where a seam alone is trained, the backward pass ends there, and no other weight has a gradient.
-    """
+    """Operations of forward and backward per token, {"palm": ..., "causal": ...}."""
     T = T or c.block_size
     N, w = matmul_params(c), min(T, c.window or T)
     palm, causal = (12.0 * c.n_layer * c.n_embd * keys for keys in (w, w - w**2 / (2 * T)))
-    if c.seam >= 0:
-        frozen_below = c.seam * 12 * c.n_embd**2
-        work = 2.0 * N + 2.0 * (N - frozen_below) + 2.0 * c.n_embd**2
-        share = (1 + 2 * (1 - c.seam / c.n_layer)) / 3
-        return {"palm": work + share * palm, "causal": work + share * causal}
+    if isinstance(c, StitchedConfig):
+        return seam.flops_per_token(c, N, palm, causal)
     return {"palm": 6.0 * N + palm, "causal": 6.0 * (N + c.block_size * c.n_embd) + causal}
 
 

@@ -1,47 +1,12 @@
-"""Sampling with a key-value cache that is allocated once."""
+"""Sampling text from a model, with a key-value cache."""
 
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.model import GPT
-
-
-class KVCache:
-    """Keys and values of all positions so far, for every layer: two tensors (L, B, H, block_size,
-    D)."""
-
-    def __init__(self, model: GPT, batch_size: int, dtype: torch.dtype, device: torch.device):
-        c = model.config
-        shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.head_dim)
-        self.k, self.v = torch.empty(2, *shape, dtype=dtype, device=device)
-        self.length, self.layer, self.window = 0, 0, c.window or c.block_size
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """Causal attention of the new positions qkv (B, T, 3, H, D) over the cached and themselves:
-        (B, T, H, D).
-
-        The layers call it in their order; the length moves on after the last one. New positions
-        come one at a time, or all at once into an empty cache.
-        """
-        T = qkv.shape[1]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        end = self.length + T
-        self.k[self.layer, :, :, self.length : end] = k
-        self.v[self.layer, :, :, self.length : end] = v
-        begin = max(0, self.length + 1 - self.window)  # the first new position sees none before it
-        keys, values = self.k[self.layer, :, :, begin:end], self.v[self.layer, :, :, begin:end]
-        seen = None
-        if T > self.window:
-            seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
-        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=seen,
-                                           is_causal=self.length == 0 and seen is None)
-        self.layer += 1
-        if self.layer == len(self.k):
-            self.length, self.layer = end, 0
-        return y.transpose(1, 2)
+from gpt.gpt2 import GPT2
+from gpt.kv_cache import KVCache
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None,
@@ -66,7 +31,7 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None,
 
 
 @torch.no_grad()
-def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
+def generate(model: GPT2, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None,
              top_p: float | None = None, cached: bool = True,
              n_tokens: int | None = None) -> Iterator[Tensor]:
@@ -87,7 +52,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
     size, V = model.config.block_size, model.config.vocab_size
     n_tokens = n_tokens or (50257 if 50257 < V <= 50304 else V)
     window = (idx.flip(1) if model.config.direction == "backward" else idx)[:, -size:]
-    cache = KVCache(model, len(idx), _compute_dtype(model), idx.device) if cached else None
+    cache = KVCache(model.config, len(idx), _compute_dtype(model), idx.device) if cached else None
     was_training = model.training
     model.eval()
     try:
@@ -104,7 +69,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, temperature: float = 
         model.train(was_training)
 
 
-def _compute_dtype(model: GPT) -> torch.dtype:
+def _compute_dtype(model: GPT2) -> torch.dtype:
     device = model.lm_head.weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(
         device) else model.lm_head.weight.dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.files import read_json, regular
 from gpt.config import GPTConfig
-from gpt.model import GPT
+from gpt.gpt2 import GPT2
 from gpt.tensors import EMBEDDING, HEAD, about, described, fitting, floats, shown
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -125,7 +125,7 @@ def _parsed(theirs: dict[str, Any],
 
 
 @torch.no_grad()
-def write(model: GPT, folder: Path, vocab_size: int) -> None:
+def write(model: GPT2, folder: Path, vocab_size: int) -> None:
     """Save config and weights as a folder for AutoModelForCausalLM, with the first vocab_size rows
     of the vocabulary.
 
@@ -154,7 +154,7 @@ def write(model: GPT, folder: Path, vocab_size: int) -> None:
     idx = torch.randint(vocab_size, (1, min(c.block_size, 32)),
                         generator=torch.Generator().manual_seed(0))
     difference = (again(idx).logits
-                  - model.cpu().eval().predict(idx)[..., :vocab_size]).abs().max().item()
+                  - model.cpu().eval().logits(idx)[..., :vocab_size]).abs().max().item()
     if not difference < 1e-3:
         raise ValueError(f"{folder}: reloaded, its logits differ from the model's by "
                          f"{difference:.2g}; not a usable export")

@@ -1,237 +1,74 @@
-"""GPT-2 as published, on the operators of a kernel suite.
+"""GPT, the model as its users hold it: an architecture that loads its weights and writes text."""
 
-Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`, ...); linear weights are stored
-(out, in). Letters: B batch, T sequence, C = n_embd, H heads, D = C / H, V vocabulary.
-"""
-
-import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import kernels as _kernels
-from gpt.config import GPTConfig
-from gpt.linear import Linear
-
-if not hasattr(_kernels, "Kernels"):  # Hugging Face ships a package of this name, too
-    raise ImportError(
-        f"another package named 'kernels' comes first on the path ({_kernels.__file__}); "
-        "run `pip install -e .` in the RidgeGPT checkout again, or `pip uninstall kernels`"
-    )
-from kernels import Kernels, dropout, load
-
-if TYPE_CHECKING:
-    from gpt.generate import KVCache
+from data.tokenizer import Tokenizer, load_tokenizer
+from gpt.checkpoint_files import read_config, read_part, read_tokenizer, verify
+from gpt.generate import generate
+from gpt.gpt2 import GPT2
+from gpt.pretrained import Trained, fill, read_source, tokenizer_of
+from gpt.run_folder import reading
+from kernels import Kernels
 
 
-class LayerNorm(nn.Module):
-    """Layer norm, alone or with the residual add before it."""
-
-    def __init__(self, config: GPTConfig, kernels: Kernels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
-        self.kernels = kernels
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The residual stream (residual + x, or x itself where it starts) and its norm."""
-        if residual is None:
-            return x, self.kernels.layernorm(x, self.weight, self.bias)
-        return self.kernels.add_layernorm(x, residual, self.weight, self.bias)
-
-
-class Attention(nn.Module):
-    """Causal self-attention from one packed projection."""
-
-    def __init__(self, config: GPTConfig, kernels: Kernels):
-        super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.config, self.kernels = config, kernels
-
-    def forward(self, x: Tensor, doc_start: Tensor | None = None,
-                cache: "KVCache | None" = None) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, self.config.head_dim)
-        options: dict[str, Any] = {"doc_start": doc_start}
-        if 0 < self.config.window < T:  # a longer one hides nothing
-            options["window"] = self.config.window
-        if cache is not None:
-            y = cache.attend(qkv)
-        elif self.training and self.config.dropout > 0:
-            # one draw; the kernels make the mask from it
-            seed = torch.randint(2**62, (), device=x.device)
-            y = self.kernels.attention_qkv(qkv, dropout=self.config.dropout, seed=seed, **options)
-        else:
-            y = self.kernels.attention_qkv(qkv, **options)
-        return dropout(self.c_proj(y.reshape(B, T, C)), self.config.dropout, self.training)
-
-
-class MLP(nn.Module):
-    """Two linear layers, four times as wide between."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.config = config
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.c_fc(x), approximate="tanh" if self.config.activation == "gelu_tanh"
-                   else "none")
-        return dropout(self.c_proj(h), self.config.dropout, self.training)
-
-
-class Block(nn.Module):
-    """One layer. What it adds to the residual stream is handed on, so that the add fuses with the
-    next norm."""
-
-    def __init__(self, config: GPTConfig, kernels: Kernels):
-        super().__init__()
-        self.ln_1, self.attn = LayerNorm(config, kernels), Attention(config, kernels)
-        self.ln_2, self.mlp = LayerNorm(config, kernels), MLP(config)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, doc_start: Tensor | None = None,
-                cache: "KVCache | None" = None) -> tuple[Tensor, Tensor]:
-        """(branch, residual), still to be added, in and out, each (B, T, C)."""
-        residual, x = self.ln_1(x, residual)
-        residual, x = self.ln_2(self.attn(x, doc_start, cache), residual)
-        return self.mlp(x), residual
-
-
-class Transformer(nn.Module):
-    """The embeddings, the blocks and the last norm: all but the head."""
-
-    def __init__(self, config: GPTConfig, kernels: Kernels):
-        super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, kernels) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config, kernels)
-
-
-class GPT(nn.Module):
-    """GPT-2. `forward` gives the loss, `predict` the logits, `generate` text."""
-
-    def __init__(self, config: GPTConfig, kernels: Kernels | None = None):
-        super().__init__()
-        self.config, self.kernels = config, kernels or load("torch")
-        self.transformer = Transformer(config, self.kernels)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.seam >= 0:
-            self.seam = Linear(config.n_embd, config.n_embd)
-        self.tie()
-        self.init_weights()
-
-    def tie(self) -> None:
-        """Make the head the token embedding where the config says so; due again once parameters are
-        replaced."""
-        if self.config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """GPT-2's initialisation: normal(0.02), and the 2 * n_layer projections into the residual
-        stream scaled down."""
-        for name, p in self.named_parameters():
-            if name.endswith(".bias"):
-                p.zero_()
-            elif p.dim() == 2:
-                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer)
-                          if name.endswith("c_proj.weight") else 0.02)
-
-    def num_params(self, non_embedding: bool = False) -> int:
-        """Parameters, shared ones once; `non_embedding` leaves out the positions, and the tokens if
-        not the head."""
-        embeddings = [self.transformer.wpe] if self.config.tie_weights else [self.transformer.wpe,
-                                                                             self.transformer.wte]
-        n = sum(p.numel() for p in self.parameters())
-        return n - sum(e.weight.numel() for e in embeddings) if non_embedding else n
-
-    def features(self, idx: Tensor, doc_start: Tensor | None = None,
-                 cache: "KVCache | None" = None) -> Tensor:
-        """What the head reads, (B, T, C), of token ids idx (B, T)."""
-        start = 0 if cache is None else cache.length
-        if start + idx.shape[1] > self.config.block_size:
-            raise ValueError(f"sequence of {start + idx.shape[1]} tokens, block_size is "
-                             f"{self.config.block_size}: crop it")
-        positions = self.transformer.wpe.weight[start : start + idx.shape[1]]
-        x = dropout(self.transformer.wte(idx) + positions, self.config.dropout, self.training)
-        residual = None
-        for i, block in enumerate(self.transformer.h):
-            x, residual = block(*self.cross_seam(i, x, residual), doc_start, cache)
-        return self.transformer.ln_f(*self.cross_seam(len(self.transformer.h), x, residual))[1]
-
-    def cross_seam(self, i: int, x: Tensor,
-                   residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(branch, residual) as layer i gets them: as they are, or their sum through the seam where
-        that stands there.
-
-        The stream keeps its precision under autocast, which rounds what the seam adds up and not
-        what follows.
-        """
-        if i != self.config.seam:
-            return x, residual
-        x = x if residual is None else residual + x
-        return self.seam(x).to(x.dtype), None
-
-    def forward(self, idx: Tensor, targets: Tensor, *, doc_start: Tensor | None = None,
-                reduction: str = "mean") -> Tensor:
-        """The cross-entropy of predicting targets (B, T) from idx (B, T), in nats; target -1 is
-        ignored.
-
-        Tokens come in the order the model reads them, here and in `features` and `predict`: the
-        last one first where config.direction is backward.
-
-        `doc_start` (B, T) int32: the first position of the document each position is in, which
-        attention will not look beyond. `reduction`: "mean" over the targets, or "sum".
-        """
-        x = self.features(idx, doc_start)
-        return self.kernels.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight,
-                                                 targets.flatten(), reduction=reduction)
+class GPT(GPT2):
+    """GPT-2, with what a user does with a model."""
 
     def predict(self, idx: Tensor, targets: bool = True) -> Tensor:
-        """Next-token logits of idx (B, T): (B, T, V), or the last position's alone, (B, 1, V), with
-        targets=False."""
-        x = self.features(idx)
-        return self.lm_head(x if targets else x[:, -1:])
+        """`logits` by the name that scripts call: of all positions, or with False of the last."""
+        return self.logits(idx, last_only=not targets)
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None,
-                 top_p: float | None = None) -> Tensor:
-        """idx (B, T) with max_new_tokens sampled ones after it, before it in a backward model; see
-        gpt/generate.py."""
-        from gpt.generate import generate
+                 top_k: int | None = None, top_p: float | None = None) -> Tensor:
+        """idx (B, T) with max_new_tokens sampled ones after it, or before it in a backward model.
 
+        gpt/generate.py describes the settings.
+        """
         new = list(generate(self, idx, max_new_tokens, temperature, top_k, top_p))
-        return torch.cat([*reversed(new), idx] if self.config.direction == "backward"
-                         else [idx, *new], dim=1)
+        backward = self.config.direction == "backward"
+        return torch.cat([*reversed(new), idx] if backward else [idx, *new], dim=1)
 
     @classmethod
-    def from_checkpoint(cls, path: str, device: torch.device | str = "cpu",
+    def from_checkpoint(cls, path: str | Path, device: torch.device | str = "cpu",
                         kernels: Kernels | None = None) -> "GPT":
-        """The model saved in a checkpoint folder, or in the newest one of a run's folder."""
-        from gpt.pretrained import load_model
+        """The model of a checkpoint folder, or of the newest one in a run's folder, in eval mode.
 
-        return load_model(path, device, kernels)
+        Its files are compared with their checksums: raises ValueError for damaged ones.
+        """
+        with reading(path) as folder:
+            verify(folder)
+            with torch.device("meta"):
+                model = cls(read_config(folder), kernels)
+            model.to_empty(device=device)
+            model.tie()
+            fill(model, read_part(folder, "model", device))
+        return model.eval()
 
     @classmethod
     def from_pretrained(cls, source: str, kernels: Kernels | None = None) -> "GPT":
-        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a nanoGPT checkpoint's
-        folder, or one of ours."""
-        from gpt.pretrained import from_pretrained
+        """The model of anything that `read_source` reads, on the CPU, in eval mode.
 
-        return from_pretrained(source, kernels)
+        That is gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a nanoGPT
+        checkpoint's folder, or one of ours.
+        """
+        return cls.from_trained(read_source(source), kernels)
 
-    @torch.no_grad()
-    def crop_block_size(self, block_size: int) -> None:
-        """Keep the first `block_size` positions; on sequences that short nothing changes."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size}: the model has {self.config.block_size} "
-                             "positions, and none can be added")
-        self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight[:block_size].clone(), freeze=False)
+    @classmethod
+    def from_trained(cls, trained: Trained, kernels: Kernels | None = None) -> "GPT":
+        """The model of weights that were read, on the CPU, in eval mode."""
+        model = cls(trained.config, kernels)
+        fill(model, trained.weights)
+        return model.eval()
+
+
+def load_with_tokenizer(init_from: str, out_dir: str,
+                        device: torch.device) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer that --init_from names: out_dir's for "resume"."""
+    if init_from != "resume":
+        trained = read_source(init_from)
+        return GPT.from_trained(trained).to(device), tokenizer_of(trained)
+    with reading(out_dir) as folder:
+        return GPT.from_checkpoint(folder, device), load_tokenizer(read_tokenizer(folder))

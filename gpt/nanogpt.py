@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from common.files import regular
-from gpt.config import GPTConfig
+from gpt.config import GPTConfig, make_config
 from gpt.tensors import (
     EMBEDDING,
     HEAD,
     POSITIONS,
     about,
+    decay_groups,
     described,
     finite,
     fitting,
@@ -101,7 +102,7 @@ def _parsed(content: dict[str, Any]) -> NanoGPT:
     seam = args.get("stitching_layer", 0) if args.get("stitching") else -1
     if not -1 <= seam < shape["n_layer"]:
         raise ValueError(f"stitching_layer={seam}: the model has {shape['n_layer']} layers")
-    config = GPTConfig(
+    config = make_config(
         **shape, n_head=args["n_head"], dropout=args.get("dropout", 0.0), tie_weights=tied,
         seam=seam, direction="backward" if args.get("backward") else "forward",
     )
@@ -166,10 +167,10 @@ def layouts(names: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     Stitch-LLMs: the weights of linear layers, then the rest, embeddings included, each sorted. The
     first group has two more in the one than in the other, so their sizes tell them apart.
     """
-    matrices = [name for name, of in names.items() if len(getattr(of, "shape", of)) >= 2]
+    matrices, others = decay_groups(names)
     linear = [name for name in matrices if name not in (EMBEDDING, POSITIONS)]
     return {
-        "dimension": [matrices, [name for name in names if name not in matrices]],
+        "dimension": [matrices, others],
         "module": [sorted(group, key=lambda name: SEAM.get(name, name))
                    for group in (linear, names.keys() - {*linear})],
     }
@@ -254,6 +255,30 @@ def _moments_of(name: str, found: Any, shape: torch.Size, kind: str) -> dict[str
 
 
 # -- out -----------------------------------------------------------------------------
+
+
+def adamw_state(saved: Mapping[str, Tensor], names: Mapping[str, Any],
+                settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An AdamW state_dict in the layout "dimension", from moments saved as NAME:KEY.
+
+    `names`: as for `layouts`. `settings`: the run's. A parameter without moments has no state.
+    """
+    matrices, others = decay_groups(names)
+    state = {}
+    for i, name in enumerate([*matrices, *others]):
+        found = {key: saved[f"{name}:{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                 if f"{name}:{key}" in saved}
+        if found:
+            state[i] = found
+    shared = {"lr": settings["learning_rate"], "betas": (settings["beta1"], settings["beta2"]),
+              "eps": 1e-8, "amsgrad": False, "maximize": False, "foreach": None,
+              "capturable": False, "differentiable": False, "fused": None,
+              "decoupled_weight_decay": True}
+    numbers = [*range(len(names))]
+    decayed, plain = numbers[: len(matrices)], numbers[len(matrices) :]
+    groups = [shared | {"weight_decay": settings["weight_decay"], "params": decayed},
+              shared | {"weight_decay": 0.0, "params": plain}]
+    return {"state": state, "param_groups": groups}
 
 
 def write(path: str | Path, config: GPTConfig, weights: dict[str, Tensor],

@@ -33,16 +33,13 @@ def predict(c: Predict) -> None:
     import torch
 
     from common import hardware
-    from data.tokenizer import load_tokenizer
-    from gpt.pretrained import load_model, read_tokenizer
-    from gpt.run_folder import reading
+    from gpt.model import load_with_tokenizer
     from gpt.scoring import perplexity, token_losses
 
     if bool(c.text) == bool(c.file):
         raise ValueError("give one of --text=TEXT and --file=FILE")
     device = hardware.resolve_device(c.device)
-    with reading(c.out_dir) as folder:
-        tokenizer, model = load_tokenizer(read_tokenizer(folder)), load_model(folder, device)
+    model, tokenizer = load_with_tokenizer("resume", c.out_dir, device)
     text = read_text(Path(c.file)) if c.file else c.text
     ids = torch.tensor(tokenizer.encode(text), device=device)
     if len(ids) == 0:
@@ -54,8 +51,8 @@ def predict(c: Predict) -> None:
         mean = losses.double().mean().item()
         print(f"{len(ids):,} tokens, mean loss {mean:.4f}, perplexity {perplexity(mean):.4f}")
     with torch.no_grad():
-        logits = model.predict(ids[None, -model.config.block_size :],
-                               False)[0, 0, : tokenizer.vocab_size]
+        window = ids[None, -model.config.block_size :]
+        logits = model.logits(window, last_only=True)[0, 0, : tokenizer.vocab_size]
     likeliest = logits.float().softmax(-1).topk(min(c.top, tokenizer.vocab_size))
     print("token before:" if backward else "next token:")
     for p, token in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):

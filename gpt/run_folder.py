@@ -8,7 +8,6 @@ anew, a step is `step-NNNNNNNN.again` until the older folder has made room for i
 """
 
 import fcntl
-import hashlib
 import itertools
 import math
 import os
@@ -18,38 +17,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NotRequired, TypedDict
+from typing import BinaryIO
 
-from safetensors import SafetensorError, safe_open
+from gpt.checkpoint_files import DONE, check_sound, read_state
 
-from common.bounds import NonNegative, Positive
-from common.files import read_json, regular
-
-DONE, AGAIN, TEMPORARY, LOCK = "DONE", ".again", ".unfinished-", ".lock"
+AGAIN, TEMPORARY, LOCK = ".again", ".unfinished-", ".lock"
 _NAME = re.compile(rf"step-(\d{{8,}})({re.escape(AGAIN)})?")
-_REMEDY = "take another checkpoint, or a copy of this one that is whole"
-
-
-class Entry(TypedDict):
-    """What DONE says of a file."""
-
-    bytes: int
-    sha256: str
-
-
-class State(TypedDict):
-    """state.json: what the trainer needs to go on, beside the tensors."""
-
-    step: NonNegative
-    val_loss: float | None
-    best_val_loss: float
-    position: NonNegative
-    config: dict[str, str | float | bool]
-    kernels: dict[str, Any]
-    world_size: Positive
-    scaler: dict[str, Any]
-    torch: str
-    compiled: NotRequired[bool]
 
 
 # -- which -----------------------------------------------------------------------------
@@ -68,7 +41,7 @@ def step_folders(out_dir: Path) -> list[Path]:
     return sorted(found, key=lambda f: (step_of(f), f.name))
 
 
-def whole_checkpoints(out_dir: Path) -> list[Path]:
+def complete_checkpoints(out_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return [f for f in step_folders(out_dir) if (f / DONE).is_file()]
 
@@ -81,7 +54,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / DONE).is_file():
         return path
-    found = whole_checkpoints(path)
+    found = complete_checkpoints(path)
     if not found:
         what = "has no whole checkpoint" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {what}; train one with "
@@ -95,7 +68,7 @@ def newest_sound(path: Path) -> tuple[Path, list[str]]:
     Raises ValueError, with the newest one's fault, if none is sound.
     """
     newest, faults = find_checkpoint(path), list[str]()
-    for folder in [newest] if newest == path else whole_checkpoints(path)[::-1]:
+    for folder in [newest] if newest == path else complete_checkpoints(path)[::-1]:
         try:
             check_sound(folder)
         except ValueError as error:
@@ -124,70 +97,6 @@ def _val_loss(folder: Path) -> float | None:
         return read_state(folder)["val_loss"]
     except ValueError:
         return math.nan
-
-
-# -- whole, and sound ------------------------------------------------------------------
-
-
-def entry(file: Path) -> Entry:
-    """What DONE is to say of a file."""
-    with file.open("rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": sha256}
-
-
-def verify(folder: Path) -> None:
-    """Raise ValueError, naming the file, if one is missing or not what was written."""
-    entries = read_json(folder / DONE, dict[str, Entry], _REMEDY)
-    for name, written in entries.items():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{folder / DONE}: {name!r} is outside of the folder; {_REMEDY}")
-        size = regular(file, _REMEDY).stat().st_size
-        if size != written["bytes"]:
-            raise ValueError(f"{file}: {size} bytes, was written with {written['bytes']}; "
-                             f"{_REMEDY}")
-        if entry(file) != written:
-            raise ValueError(f"{file}: damaged, its sha256 is not the one it was written with; "
-                             f"{_REMEDY}")
-    weights = [f.relative_to(folder).as_posix() for f in tensor_files(folder, "model")]
-    for name in ("model.json", "tokenizer.json", *(weights or ["model.safetensors"])):
-        if name not in entries:
-            raise ValueError(f"{folder / DONE}: does not list {name}; {_REMEDY}")
-
-
-def check_sound(folder: Path) -> None:
-    """Raise ValueError where no run must go on from here: it is damaged, or its loss, a weight or a
-    moment is no finite number."""
-    verify(folder)
-    loss = read_state(folder)["val_loss"]
-    if loss is not None and not math.isfinite(loss):
-        raise ValueError(f"{folder}: its validation loss is {loss}")
-    for part in ("model", "optimizer"):
-        for file in tensor_files(folder, part):
-            with opened(file) as tensors:
-                for name in tensors.keys():
-                    if not tensors.get_tensor(name).isfinite().all():
-                        raise ValueError(f"{file}: {name} is not finite")
-
-
-def tensor_files(folder: Path, part: str) -> list[Path]:
-    """The safetensors of a part ("model", "optimizer", "rng"): one, or a rank's shard each."""
-    return sorted([*folder.glob(f"{part}.safetensors"), *folder.glob(f"{part}/*.safetensors")])
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file. Raises ValueError for what is none."""
-    try:
-        with safe_open(regular(file, _REMEDY), "pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"{file}: {error}; {_REMEDY}") from None
-
-
-def read_state(folder: Path) -> State:
-    return read_json(folder / "state.json", State, _REMEDY)
 
 
 # -- beside others that read or write --------------------------------------------------

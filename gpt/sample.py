@@ -55,18 +55,11 @@ def sample(c: Sample) -> None:
     import torch
 
     from common import hardware
-    from data.tokenizer import load_tokenizer
     from gpt.generate import generate
-    from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
-    from gpt.run_folder import reading
+    from gpt.model import load_with_tokenizer
 
     device = hardware.resolve_device(c.device)
-    if c.init_from == "resume":
-        with reading(c.out_dir) as folder:
-            model, tokenizer = load_model(folder, device), load_tokenizer(read_tokenizer(folder))
-    else:
-        trained = read_source(c.init_from)
-        model, tokenizer = model_of(trained).to(device), tokenizer_of(trained)
+    model, tokenizer = load_with_tokenizer(c.init_from, c.out_dir, device)
     prompt = read_text(Path(c.start[5:])) if c.start.startswith("FILE:") else c.start
     model.to(weights_dtype(c, model, len(tokenizer.encode(prompt))))
     idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)

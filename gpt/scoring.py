@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.model import GPT
+from gpt.gpt2 import GPT2
 
 
 def perplexity(loss: float) -> float:
@@ -26,17 +26,17 @@ def spans(n: int, block_size: int) -> Iterator[tuple[int, int]]:
 
 
 @torch.no_grad()
-def token_losses(model: GPT, ids: Tensor) -> Tensor:
+def token_losses(model: GPT2, ids: Tensor) -> Tensor:
     """-log p of ids[1:] in nats, fp32, for ids (n,); nothing is seen beyond a block's beginning."""
     losses = [torch.zeros(0, device=ids.device)]
     for start, end in spans(len(ids), model.config.block_size):
-        logits = model.predict(ids[None, start:end])[0].float()
+        logits = model.logits(ids[None, start:end])[0].float()
         losses.append(F.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none"))
     return torch.cat(losses)
 
 
 @torch.no_grad()
-def continuation_losses(model: GPT, context: list[int],
+def continuation_losses(model: GPT2, context: list[int],
                         endings: list[list[int]]) -> list[tuple[Tensor, bool]]:
     """For each ending of a context its tokens' losses (n,), and whether greedy decoding would have
     written it.
@@ -50,7 +50,7 @@ def continuation_losses(model: GPT, context: list[int],
             raise ValueError(f"an ending of {len(ending)} tokens does not fit a model with "
                              f"block_size={size}")
         ids = torch.tensor((context + ending)[-size - 1 :], device=device)
-        logits = model.predict(ids[None, :-1])[0, -len(ending):].float()
+        logits = model.logits(ids[None, :-1])[0, -len(ending):].float()
         wanted = ids[-len(ending):]
         results.append((F.cross_entropy(logits, wanted, reduction="none"),
                         bool((logits.argmax(-1) == wanted).all())))

@@ -11,14 +11,15 @@ compare neural representations", 2021. The least-squares start: Csiszarik et al.
 matching of neural network representations", 2021.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
-from gpt.config import GPTConfig
-from gpt.model import GPT
+from gpt.config import GPTConfig, StitchedConfig
+from gpt.gpt2 import GPT2
 from gpt.pretrained import Trained, fill
+from gpt.seam import residual_stream
 
 SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
          "direction", "window")
@@ -57,7 +58,8 @@ def stitch(a: Trained, b: Trained, i: int, original_head: bool,
     else:
         assert idx is not None
         weight, bias = least_squares(*(stream(trained, idx, i) for trained in (a, b)))
-    return replace(model, seam=i), weights | {"seam.weight": weight, "seam.bias": bias}
+    config = StitchedConfig(**asdict(model), seam=i)
+    return config, weights | {"seam.weight": weight, "seam.bias": bias}
 
 
 def _check(a: Trained, b: Trained, i: int) -> None:
@@ -67,7 +69,7 @@ def _check(a: Trained, b: Trained, i: int) -> None:
     if differ:
         raise ValueError(f"two models of one architecture are needed: {', '.join(differ)}")
     for trained in (a, b):
-        if trained.config.seam >= 0:
+        if isinstance(trained.config, StitchedConfig):
             raise ValueError(f"{trained.name} is stitched itself, at layer {trained.config.seam}; "
                              "take the two it was made of")
     if not 0 <= i <= a.config.n_layer:
@@ -85,15 +87,13 @@ def _above(name: str, i: int, original_head: bool) -> bool:
 @torch.no_grad()
 def stream(trained: Trained, idx: Tensor, i: int) -> Tensor:
     """The model's stream at i on sequences idx (B, T): (B * T, C), fp32, on idx's device."""
-    model = GPT(trained.config).float()
+    model = GPT2(trained.config).float()
     fill(model, trained.weights)
     model.to(idx.device).eval()
     seen: list[Tensor] = []
 
     def look(_module: torch.nn.Module, args: tuple) -> None:
-        # the last branch and the stream before it, still to be added
-        x, residual = (*args, None)[:2]
-        seen.append(x if residual is None else residual + x)
+        seen.append(residual_stream(args))
 
     layer = [*model.transformer.h, model.transformer.ln_f][i]
     with layer.register_forward_pre_hook(look), torch.autocast(idx.device.type, enabled=False):
@@ -115,9 +115,3 @@ def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     # by SVD: streams may lack rank
     solution = torch.linalg.lstsq(x1, y.cpu().double(), driver="gelsd").solution
     return solution[:C].T.float().contiguous(), solution[C].float()
-
-
-def freeze(model: GPT) -> None:
-    """Leave the seam alone to be trained: C^2 + C parameters."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith("seam."))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import GPTConfig
-from gpt.model import GPT
+from gpt.gpt2 import GPT2
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EMBEDDING, POSITIONS, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
@@ -38,7 +38,16 @@ def dtype_of(tensor: Tensor) -> str:
 def shapes_of(config: GPTConfig) -> dict[str, torch.Size]:
     """The shape of each parameter of such a model, in its order; no memory is taken."""
     with torch.device("meta"):
-        return {name: p.shape for name, p in GPT(config).named_parameters()}
+        return {name: p.shape for name, p in GPT2(config).named_parameters()}
+
+
+def decay_groups(names: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The parameters that weight decay shrinks, matrices and embeddings, and the others.
+
+    `names`: in the model's order, each with its shape or its tensor.
+    """
+    matrices = [name for name, of in names.items() if len(getattr(of, "shape", of)) >= 2]
+    return matrices, [name for name in names if name not in matrices]
 
 
 def floats(tensor: Any, name: str) -> Tensor:

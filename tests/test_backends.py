@@ -1,11 +1,12 @@
 """The suites inside the model: the same training whichever operators run, eager and compiled."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from gpt import GPT, GPTConfig
+from gpt.config import make_config
 from kernels import load
 from tests.numerics import DEVICE
 from train import optim, run
@@ -19,6 +20,7 @@ def losses(suite, steps, *, config=CONFIG, backend=None, **families):
     """Loss of each step from the same start on the same batches: count upwards, by one or two."""
     torch.manual_seed(0)
     model = GPT(config, load(suite, **families)).to(DEVICE)
+    model.requires_grad_(True)  # of a stitched model, too
     if backend:
         model.compile(backend=backend, fullgraph=True)
     optimizer = optim.build(model, OptimConfig(learning_rate=1e-2))
@@ -71,7 +73,7 @@ def test_triton_inside_inductor():
 
 @pytest.mark.parametrize("suite", ["torch", "triton"])
 def test_a_seam_and_a_head_of_its_own_change_nothing_in_a_suite(suite):
-    config = replace(CONFIG, seam=1, tie_weights=False)
+    config = make_config(1, **asdict(replace(CONFIG, tie_weights=False)))
     torch._dynamo.reset()
     stitched = losses(suite, 3, config=config, backend="aot_eager")
     torch.testing.assert_close(stitched, losses("reference", 3, config=config),

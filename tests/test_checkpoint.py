@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from gpt import GPT
-from gpt.pretrained import read_part
-from gpt.run_folder import LOCK, TEMPORARY, find_checkpoint, read_state, verify, whole_checkpoints
+from gpt.checkpoint_files import read_part, read_state, verify
+from gpt.run_folder import LOCK, TEMPORARY, complete_checkpoints, find_checkpoint
 from tests import ranks
 from train import checkpoint, loop, run
 
@@ -200,7 +200,7 @@ def test_what_changed_is_named_on_resume(trained, capsys):
 
 def test_the_last_the_best_and_every_mth_are_kept(tiny_flags, tmp_path):
     assert run.main([*tiny_flags, "--eval_interval=1", "--keep_last=2", "--keep_every=5"]) == 0
-    kept = {int(f.name[5:]) for f in whole_checkpoints(tmp_path / "out")}
+    kept = {int(f.name[5:]) for f in complete_checkpoints(tmp_path / "out")}
     losses = {e["iter"]: e["val/loss"]
               for e in map(json.loads,
                            (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
@@ -213,7 +213,7 @@ def test_only_better_ones_are_saved_when_asked(tiny_flags, tmp_path, monkeypatch
     losses = iter([3.0, 2.5, 2.7, 2.4])
     monkeypatch.setattr("train.loop.evaluate", lambda run: {"train": 1.0, "val": next(losses)})
     assert run.main([*tiny_flags, "--always_save_checkpoint=False", "--keep_last=9"]) == 0
-    saved = [f.name for f in whole_checkpoints(tmp_path / "out")]
+    saved = [f.name for f in complete_checkpoints(tmp_path / "out")]
     assert saved == ["step-00000004", "step-00000012"]
 
 

@@ -91,7 +91,7 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys, tmp_path, 
 @pytest.mark.parametrize("flag", [
     "min_lr=-1", "weight_decay=-1", "weight_decay=nan", "learning_rate=inf", "beta1=1",
     "beta2=-0.1", "momentum=nan", "dropout=nan", "grad_clip=-1", "seed=-1", "max_iters=-1",
-    "seed=18446744073709551616", "eval_iters=0", "n_embd=1000000000000", "n_layer=0", "seam=-2",
+    "seed=18446744073709551616", "eval_iters=0", "n_embd=1000000000000", "n_layer=0",
     "vocab_size=-1", "hang_timeout=99999999999", "out_dir=", "init_from=", "lr_decay_iters=-1",
     "stitch_layer_index=-2",
 ])

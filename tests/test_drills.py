@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.pretrained import read_part
-from gpt.run_folder import find_checkpoint, newest_sound, read_state, step_of, whole_checkpoints
+from gpt.checkpoint_files import read_part, read_state
+from gpt.run_folder import complete_checkpoints, find_checkpoint, newest_sound, step_of
 from tests import ranks
 from train import loop, run
 from train.report import read_metrics
@@ -69,7 +69,7 @@ def end_somehow(how, flags, folder, rng, logs):
     """One attempt at the run, ended like `how`; its exit code."""
     flags = [*flags, f"--out_dir={folder}", "--init_from=auto"]
     if how == "back":
-        earlier = whole_checkpoints(folder)[0]
+        earlier = complete_checkpoints(folder)[0]
         flags = [f for f in flags if f != "--init_from=auto"] + ["--init_from=resume",
                                                                  f"--resume_dir={earlier}"]
     target, args = (diverging,
@@ -105,7 +105,7 @@ def test_however_often_it_is_ended_the_run_is_the_one_that_never_was(attempts, f
     folder, rng, done = tmp_path / "out", random.Random(attempts), 0
     hows = [*ENDS] * (attempts // len(ENDS) + 1)
     for number, how in enumerate(hows[:attempts]):
-        there = whole_checkpoints(folder) if folder.exists() else []
+        there = complete_checkpoints(folder) if folder.exists() else []
         if (there and step_of(there[-1]) >= STEPS - 60) or (how == "back" and not there):
             shutil.rmtree(folder, ignore_errors=True)  # the end was near: begin anew
             there, how = [], "SIGKILL"
@@ -115,7 +115,7 @@ def test_however_often_it_is_ended_the_run_is_the_one_that_never_was(attempts, f
         at_the_end = code == 0 and find_checkpoint(folder).name == f"step-{STEPS:08d}"
         assert (code in ENDS[how]
                 or at_the_end) and "Traceback" not in said, (how, code, said[-2000:])
-        if whole_checkpoints(folder):
+        if complete_checkpoints(folder):
             newest, faults = newest_sound(folder)
             assert not faults and (how == "back"
                                    or read_state(newest)["step"] >= reached), (how, faults)
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_read_in_part(damages, fin
         how, file = cases[number % len(cases)]
         both, out = number % 4 == 3, tmp_path / str(number)
         shutil.copytree(whole, out)
-        for folder in whole_checkpoints(out)[0 if both else -1:]:
+        for folder in complete_checkpoints(out)[0 if both else -1:]:
             DAMAGES[how](folder / file, rng)
         before = sorted(p.relative_to(out) for p in out.rglob("*"))
         code = run.main([*flags, f"--out_dir={out}", "--init_from=resume"])

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from gpt import run_folder
-from gpt.pretrained import read_part
-from gpt.run_folder import find_checkpoint, verify, whole_checkpoints
+from gpt.checkpoint_files import read_part, verify
+from gpt.run_folder import complete_checkpoints, find_checkpoint
 from tests import ranks
 from train import build, doctor, loop, run, watchdog
 from train.command_line import parse
@@ -37,7 +37,7 @@ def flags(tiny_flags):
 
 
 def weights(folder):
-    newest = whole_checkpoints(folder)[-1]
+    newest = complete_checkpoints(folder)[-1]
     parts = [read_part(newest, part) for part in ("model", "optimizer", "rng")]
     return newest.name, {f"{i}:{k}": v for i, part in enumerate(parts) for k, v in part.items()}
 
@@ -62,10 +62,10 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_nothing_is_lost(flags, tmp_
                      tmp_path / "logs") == [0, 0]
     asked = tmp_path / "asked"
     for rank, number in ((1, signal.SIGTERM), (0, signal.SIGUSR1)):
-        saves = len(whole_checkpoints(asked)) and int(find_checkpoint(asked).name[5:])
+        saves = len(complete_checkpoints(asked)) and int(find_checkpoint(asked).name[5:])
         processes = ranks.start(ranks.train, ([*flags, f"--out_dir={asked}"],), 2,
                                 tmp_path / "logs")
-        until(lambda saves=saves: whole_checkpoints(asked)
+        until(lambda saves=saves: complete_checkpoints(asked)
               and int(find_checkpoint(asked).name[5:]) > saves)
         os.kill(processes[rank].pid, number)
         assert ranks.wait(processes) == [0, 0]
@@ -92,7 +92,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(
         tiny_flags, tmp_path, capsys):
     assert run.main(tiny_flags) == 0
     before = {k: v.clone() for k, v in weights(tmp_path / "out")[1].items()}
-    file = whole_checkpoints(tmp_path / "out")[-1] / "optimizer.safetensors"
+    file = complete_checkpoints(tmp_path / "out")[-1] / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert run.main([*tiny_flags, "--init_from=resume"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines()
@@ -260,7 +260,7 @@ def test_a_run_killed_again_and_again_ends_as_if_never_killed(flags, tmp_path, r
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen(torchrun([*flags, f"--out_dir={killed}"], *options), stdout=log,
                                  stderr=log, cwd="/", env=os.environ | {"OMP_NUM_THREADS": "1"})
-        until(lambda: whole_checkpoints(killed) or agent.poll() is not None)
+        until(lambda: complete_checkpoints(killed) or agent.poll() is not None)
         while done < kills and agent.poll() is None:
             time.sleep(random.uniform(0.0, 0.5) if done == 0 else random.uniform(0.0, 15.0))
             if agent.poll() is None and (alive := children(agent.pid)):

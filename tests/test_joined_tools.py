@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from gpt import GPT, GPTConfig, export, predict
+from gpt import GPT, export, predict
+from gpt.config import StitchedConfig
 from gpt.flops import flops_per_token
 from gpt.run_folder import find_checkpoint
 from train import evaluate, run
@@ -47,7 +48,7 @@ def test_a_backward_model_is_scored_from_the_end(tiny_flags, tiny_data, tmp_path
 def test_a_frozen_model_needs_fewer_operations():
     """By hand: forward everywhere, gradients of activations above the seam, the seam's own weight
     gradient."""
-    c = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=10, seam=1)
+    c = StitchedConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=10, seam=1)
     block, head, norms, seam = 12 * 64, 80, 40, 72
     work = 2 * (2 * block + head + norms + seam) + 2 * (block + head + norms + seam) + 2 * 64
     attention = 4 * 2 * 8 * 4 + 8 * 1 * 8 * 4

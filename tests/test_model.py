@@ -1,12 +1,15 @@
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from gpt import GPT, SIZES, GPTConfig, linear
+from gpt.config import make_config
 from gpt.flops import matmul_params
-from gpt.generate import KVCache, generate, sample_token
+from gpt.generate import generate, sample_token
+from gpt.kv_cache import KVCache
+from gpt.pretrained import Trained, cropped
 from kernels import load
 
 PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
@@ -112,7 +115,8 @@ def test_every_product_of_a_new_token_is_one_of_a_row(monkeypatch):
     rows = []
     spy = lambda x, w: (rows.append(tuple(w.shape)), x @ w.T)[1]  # noqa: E731
     monkeypatch.setattr(linear, "row_times", spy)
-    list(generate(tiny(seam=1), torch.randint(65, (1, 3)), 5))
+    stitched = GPT(make_config(1, **asdict(TINY)))
+    list(generate(stitched, torch.randint(65, (1, 3)), 5))
     assert len(rows) == 5 + 4 * (4 * 3 + 1) and rows.count((65, 32)) == 5
 
 
@@ -162,9 +166,10 @@ def test_bad_sampling_and_lengths_are_named():
 
 def test_cropping_leaves_short_inputs_alone():
     model, idx = tiny(), torch.randint(65, (2, 8))
-    before = model.predict(idx)
-    model.crop_block_size(8)
-    assert model.config.block_size == 8
-    torch.testing.assert_close(model.predict(idx), before, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="block_size=9: the model has 8"):
-        model.crop_block_size(9)
+    trained = Trained("A", model.config, dict(model.named_parameters()))
+    short = GPT.from_trained(cropped(trained, 8))
+    assert short.config.block_size == 8 and short.transformer.wpe.weight.shape == (8, 32)
+    torch.testing.assert_close(short.logits(idx), model.logits(idx), rtol=0, atol=0)
+    assert cropped(trained, 16) is cropped(trained, 17) is trained
+    with pytest.raises(ValueError, match="9 tokens, block_size is 8"):
+        short.logits(torch.zeros(1, 9, dtype=torch.long))

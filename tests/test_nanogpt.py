@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from gpt import GPT, GPTConfig, nanogpt
+from gpt import GPT, nanogpt
+from gpt.config import StitchedConfig, make_config
 from gpt.tensors import shapes_of
 from train import build, loop, run
 from train.command_line import parse
@@ -19,7 +20,7 @@ LAYERS = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "lm_head.weight")
 def made(layout="dimension", kind="adamw", bias=False, weight_decay=0.1, seam=None):
     """(content of a ckpt.pt, its model, its optimizer) after two steps, without our reader."""
     torch.manual_seed(5)
-    model = GPT(GPTConfig(**SHAPE, bias=bias, seam=-1 if seam is None else seam))
+    model = GPT(make_config(-1 if seam is None else seam, **SHAPE, bias=bias))
     named = {
         name.replace("seam.", "transformer.stitching.stitching."): p
         for name, p in model.named_parameters()
@@ -74,7 +75,8 @@ def moments(content, kind="adamw"):
     """As a run reads them."""
     found = nanogpt._parsed(content)
     shapes = shapes_of(found.config)
-    trained = [name for name in shapes if found.config.seam < 0 or name.startswith("seam.")]
+    stitched = isinstance(found.config, StitchedConfig)
+    trained = [name for name in shapes if not stitched or name.startswith("seam.")]
     nanogpt.progress(content)
     return nanogpt.moments(content.get("optimizer"), shapes, trained, kind)
 

@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 import torch
 
-from gpt import export
-from gpt.pretrained import load_model, read_part, saved_shapes
-from gpt.run_folder import verify, whole_checkpoints
+from gpt import GPT, export
+from gpt.checkpoint_files import read_part, saved_shapes, verify
+from gpt.run_folder import complete_checkpoints
 from tests import ranks
 from tests.conftest import TINY, write_tiny_data
 from train import build, loop, parallel, run
@@ -149,9 +149,9 @@ def outcome(folder):
     """Losses by step, evaluations by step, and the last checkpoint's tensors."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = {e["iter"]: (e["train/loss"], e["val/loss"]) for e in entries if "val/loss" in e}
-    if not whole_checkpoints(folder):
+    if not complete_checkpoints(folder):
         return {}, evaluations, {}
-    newest = whole_checkpoints(folder)[-1]
+    newest = complete_checkpoints(folder)[-1]
     tensors = {f"{part}:{k}": v for part in ("model", "optimizer")
                for k, v in read_part(newest, part).items()}
     return {e["iter"]: e["loss"] for e in entries if "loss" in e}, evaluations, tensors
@@ -270,22 +270,22 @@ def test_compiling_and_recomputing_change_no_key_and_no_number(done, name):
 
 def test_shards_are_read_as_the_model_that_was_trained(done):
     """fsdpwhole was saved by two ranks; what each part holds is listed without reading it."""
-    folder = whole_checkpoints(done / "fsdpwhole")[-1]
+    folder = complete_checkpoints(done / "fsdpwhole")[-1]
     assert len(list((folder / "model").iterdir())) == 2
     assert not (folder / "model.safetensors").exists()
-    model = load_model(folder)
+    model = GPT.from_checkpoint(folder)
     shards, names = read_part(folder, "model"), sorted(name for name, _ in model.named_parameters())
     assert sorted(shards) == sorted(saved_shapes(folder, "model")) == names
     assert all(torch.equal(p, shards[name]) for name, p in model.named_parameters())
     assert export.main([f"--out_dir={folder}", "--to=safetensors",
                         f"--folder={done / 'gathered'}"]) == 0
-    gathered = load_model(done / "gathered")
+    gathered = GPT.from_checkpoint(done / "gathered")
     assert all(torch.equal(p, shards[name]) for name, p in gathered.named_parameters())
 
 
 def test_a_flipped_byte_in_a_shard_is_found(done, tmp_path):
     folder = tmp_path / "copy"
-    shutil.copytree(whole_checkpoints(done / "fsdpwhole")[-1], folder)
+    shutil.copytree(complete_checkpoints(done / "fsdpwhole")[-1], folder)
     verify(folder)
     shard = sorted((folder / "optimizer").iterdir())[1]
     content = bytearray(shard.read_bytes())

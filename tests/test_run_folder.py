@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import export, run_folder, sample
-from gpt.pretrained import read_part, save_tensors
+from gpt import checkpoint_files, export, run_folder, sample
+from gpt.checkpoint_files import read_part, read_state, save_tensors
 from gpt.run_folder import (
     AGAIN,
     LOCK,
+    complete_checkpoints,
     find_checkpoint,
     lock,
     newest_sound,
-    read_state,
     reading,
-    whole_checkpoints,
 )
 from tests import ranks
 from train import build, checkpoint, loop, run
@@ -42,7 +41,7 @@ def folder(flags, tmp_path):
 
 
 def names(folder):
-    return [f.name.removeprefix("step-000000") for f in whole_checkpoints(folder)]
+    return [f.name.removeprefix("step-000000") for f in complete_checkpoints(folder)]
 
 
 def evaluations(folder):
@@ -54,7 +53,7 @@ def edit_state(folder, **values):
     checksum."""
     file, done = folder / "state.json", folder / "DONE"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
-    done.write_text(json.dumps(json.loads(done.read_text()) | {file.name: run_folder.entry(file)}))
+    done.write_text(json.dumps(json.loads(done.read_text()) | {file.name: checkpoint_files.entry(file)}))
 
 
 # -- going back -----------------------------------------------------------------------
@@ -142,7 +141,7 @@ def test_a_run_does_not_go_on_from_what_is_not_finite(what, flags, folder, capsy
         save_tensors(tensors, newest / f"{part}.safetensors")
         edit_state(newest)
         done = json.loads((newest / "DONE").read_text())
-        done[f"{part}.safetensors"] = run_folder.entry(newest / f"{part}.safetensors")
+        done[f"{part}.safetensors"] = checkpoint_files.entry(newest / f"{part}.safetensors")
         (newest / "DONE").write_text(json.dumps(done))
     assert run.main([*flags, "--init_from=resume", "--max_iters=12"]) == 0
     assert "step-00000010, step 10; not from" in capsys.readouterr().out
@@ -302,7 +301,7 @@ def test_text_is_sampled_beside_a_run_that_prunes_at_every_step(flags, tmp_path,
                           ([*flags, "--eval_interval=1", "--keep_last=1", "--max_iters=4000",
                             "--eval_iters=1",
                             "--log_interval=4000"],), 1, tmp_path / "logs")
-    while not whole_checkpoints(tmp_path / "out"):
+    while not complete_checkpoints(tmp_path / "out"):
         assert busy.is_alive()
     ask = [f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--dtype=float32", "--num_samples=1",
            "--max_new_tokens=2", "--start=a"]

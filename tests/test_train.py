@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from data.loader import eval_batches, windows_per_epoch
 from data.manifest import shard_entry, write_manifest
-from gpt.run_folder import whole_checkpoints
+from gpt.run_folder import complete_checkpoints
 from tests import ranks
 from train import build, loop, run
 from train.command_line import parse
@@ -30,7 +30,7 @@ def out(flags):
 
 def final(folder):
     """Everything a finished run left that the next step would depend on."""
-    newest = whole_checkpoints(folder)[-1]
+    newest = complete_checkpoints(folder)[-1]
     tensors = {}
     for name in ("model", "optimizer", "rng"):
         tensors |= {f"{name}:{k}": v for k, v in load_file(newest / f"{name}.safetensors").items()}
@@ -63,7 +63,7 @@ def test_a_run_leaves_what_scripts_rely_on(tiny_flags, capsys):
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 29
     # should one be damaged
-    assert [c.name for c in whole_checkpoints(folder)] == ["step-00000008", "step-00000012"]
+    assert [c.name for c in complete_checkpoints(folder)] == ["step-00000008", "step-00000012"]
     assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pt")]
 
 
@@ -109,12 +109,12 @@ def test_a_killed_run_resumes_bit_equal(delay, tiny_flags, tmp_path):
     killed = [f for f in flags if not f.startswith("--out_dir")]
     killed += [f"--out_dir={tmp_path / 'killed'}", "--init_from=auto"]
     (process,) = ranks.start(ranks.train, (killed,), 1, tmp_path / "logs")
-    while not whole_checkpoints(tmp_path / "killed") and process.is_alive():
+    while not complete_checkpoints(tmp_path / "killed") and process.is_alive():
         time.sleep(0.002)
     time.sleep(delay)
     process.kill()
     process.join()
-    survived = whole_checkpoints(tmp_path / "killed")
+    survived = complete_checkpoints(tmp_path / "killed")
     assert survived
     assert ranks.run(ranks.train, (killed,), 1, tmp_path / "logs") == [0]
     assert_same_run(out(flags), tmp_path / "killed")

@@ -10,7 +10,8 @@ import torch
 
 from data.tokenizer import write_meta
 from gpt import GPT, GPTConfig, export, nanogpt, predict, sample
-from gpt.pretrained import read_config, read_source, tokenizer_of
+from gpt.checkpoint_files import read_config
+from gpt.pretrained import read_source, tokenizer_of
 from gpt.run_folder import find_checkpoint
 from train import build, evaluate, run
 from train.command_line import load_file, parse

@@ -13,7 +13,6 @@ from data.tokenizer import read_meta
 from data.tokens import Tokens, check_vocabulary, check_window, open_split
 from gpt import GPT, GPTConfig, run_folder
 from gpt.pretrained import fill
-from gpt.stitch import freeze
 from kernels import Choice, load, resolve
 from train import compiling, memory, optim, parallel
 from train.config import Config, changed
@@ -110,21 +109,19 @@ def new_model(config: Config, init: InitFrom, choice: Choice, device: torch.devi
     model = GPT(config.model, load(**choice.backends)).to(device)
     if init.weights is not None:
         fill(model, init.weights)
-    if config.model.seam >= 0:
-        freeze(model)
     return model
 
 
 def describe(run: Run) -> str:
     """The first lines of a run: what was chosen, and what differs from the defaults."""
-    c, seam = run.config, run.config.model.seam >= 0
+    c, n_params = run.config, run.model.num_params()
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lines: dict[str, Any] = {
         "device": f"{hardware.device_name(run.device)}, {str(run.dtype).removeprefix('torch.')}",
         "kernels": run.choice,
         "compile": run.why_compiled,
         "parallel": parallel.describe(run.wrapped, run.world, c.parallel),
-        "model": f"{run.model.num_params():,} parameters" + f", {trained:,} trained" * seam,
+        "model": f"{n_params:,} parameters" + f", {trained:,} trained" * (trained < n_params),
         "data": (f"{c.data_dir}, {len(run.tokens['train']):,} tokens to train on, "
                  f"{len(run.tokens['val']):,} to validate"),
         "tokens per iteration will be": f"{c.tokens_per_iter:,}",

@@ -25,19 +25,24 @@ from torch.distributed.tensor import DTensor
 
 from common.files import sync
 from gpt import GPT, GPTConfig
-from gpt.pretrained import config_json, read_into, save_tensors, saved_shapes
+from gpt.checkpoint_files import (
+    DONE,
+    Entry,
+    config_json,
+    entry,
+    read_into,
+    save_tensors,
+    saved_shapes,
+)
 from gpt.run_folder import (
     AGAIN,
-    DONE,
     TEMPORARY,
-    Entry,
+    complete_checkpoints,
     discard,
-    entry,
     free_name,
     remove,
     step_folders,
     step_of,
-    whole_checkpoints,
     worth_keeping,
 )
 from gpt.tensors import about
@@ -149,7 +154,7 @@ def save(out_dir: Path, snapshot: Snapshot, w: World,
     except OSError as error:
         if w.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        kept = whole_checkpoints(out_dir)
+        kept = complete_checkpoints(out_dir)
         rest = f"the last whole one is {kept[-1]}" if kept else "there is none before it"
         raise OSError(f"checkpoint of step {snapshot.step} in {out_dir} not written: {error}; "
                       f"{rest}") from error
@@ -230,7 +235,7 @@ def _make_room(out_dir: Path) -> None:
 
     At every moment a whole checkpoint of that step stands under a name that counts.
     """
-    for newer in whole_checkpoints(out_dir):
+    for newer in complete_checkpoints(out_dir):
         place = newer.with_name(newer.name.removesuffix(AGAIN))
         if place == newer:
             continue
@@ -244,7 +249,7 @@ def prune(out_dir: Path, keep_last: int, keep_every: int) -> None:
 
     One that is being read is removed the next time. A symbolic link is never removed.
     """
-    folders = whole_checkpoints(out_dir)
+    folders = complete_checkpoints(out_dir)
     kept = worth_keeping(folders, keep_last)
     kept |= {f for f in folders if keep_every and step_of(f) % keep_every == 0}
     for folder in folders:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from common import hardware
-from gpt.model import Block
+from gpt.gpt2 import Block
 from kernels import Kernels
 from train.config import Config
 

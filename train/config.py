@@ -43,7 +43,7 @@ class DataConfig:
     """micro-batches as large as the GPU's memory allows, with the tokens per step of batch_size
     times gradient_accumulation_steps; what --batch_size=auto sets"""
     document_mask: bool = False
-    """attention does not look beyond the document a token is in; for data with end-of-text tokens"""
+    """attention stays within the document a token is in; for data with end-of-text tokens"""
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def flatten(config: Any) -> Iterator[tuple[str, Any]]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             yield from flatten(value)
-        elif f.name != "seam":  # no setting: --init_from=stitch makes it, and model.json has it
+        else:
             yield f.name, value
 
 
@@ -249,7 +249,7 @@ def _as_type_of(hint: Any, value: Any, setting: str) -> Any:
 def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
     """The leaves that differ from `base` (the defaults): name -> (value in base, in config)."""
     before = dict(flatten(base or Config()))
-    return {k: (before[k], v) for k, v in flatten(config) if before[k] != v}
+    return {k: (before.get(k), v) for k, v in flatten(config) if before.get(k) != v}
 
 
 def to_json(config: Config) -> str:

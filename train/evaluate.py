@@ -51,8 +51,7 @@ class Evaluate:
 def evaluate(c: Evaluate) -> dict[str, float]:
     """Print and return the figures of all ranks. Raises ValueError or OSError for bad input."""
     from common import hardware
-    from data.tokenizer import load_tokenizer
-    from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
+    from gpt.model import load_with_tokenizer
     from gpt.run_folder import reading
     from train import parallel
     from train.config import ParallelConfig
@@ -63,14 +62,11 @@ def evaluate(c: Evaluate) -> dict[str, float]:
                          "or --lambada=FILE")
     world = parallel.world()
     device = hardware.resolve_device(c.device, world.local_rank)
+    model, tokenizer = load_with_tokenizer(c.init_from, c.out_dir, device)
     masked = c.document_mask is True
-    if c.init_from == "resume":
+    if c.document_mask == "auto" and c.init_from == "resume":
         with reading(c.out_dir) as folder:
-            model, tokenizer = load_model(folder, device), load_tokenizer(read_tokenizer(folder))
-            masked |= c.document_mask == "auto" and trained_with_mask(folder)
-    else:
-        trained = read_source(c.init_from)
-        model, tokenizer = model_of(trained).to(device), tokenizer_of(trained)
+            masked = trained_with_mask(folder)
     if model.config.direction == "backward" and (c.hellaswag or c.lambada):
         raise ValueError("--hellaswag and --lambada ask what follows a context; this model has "
                          "--direction=backward")
@@ -80,7 +76,8 @@ def evaluate(c: Evaluate) -> dict[str, float]:
         if c.dataset or c.data_dir:
             mask: Mask = no_mask
             if masked:
-                mask = mask_at(tokenizer.end_of_text, model.config.direction, c.data_dir or c.dataset)
+                data = c.data_dir or c.dataset
+                mask = mask_at(tokenizer.end_of_text, model.config.direction, data)
             figures |= whole_split(c, model, tokenizer, world, mask)
         if c.hellaswag:
             figures |= hellaswag(read_lines(c.hellaswag, HellaSwag), model, tokenizer, world)

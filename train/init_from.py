@@ -14,24 +14,24 @@ from data.loader import eval_batches
 from data.tokenizer import load_tokenizer
 from data.tokens import Reversed, Tokens, check_vocabulary, open_split
 from gpt import SIZES, GPTConfig, nanogpt
+from gpt.checkpoint_files import DONE, read_config, read_state
 from gpt.pretrained import (
     Trained,
+    cropped,
     has_rows_for,
     nanogpt_meta,
-    read_config,
     read_source,
     same_vocabulary,
 )
-from gpt.run_folder import DONE, newest_sound, read_state, reading, whole_checkpoints
+from gpt.run_folder import complete_checkpoints, newest_sound, reading
 from gpt.stitch import merge, stitch
-from gpt.tensors import POSITIONS
 from train import parallel, resume
 from train.config import Config
 from train.parallel import World
 from train.state import Run
 
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-                "tie_weights", "direction", "window", "seam")
+                "tie_weights", "direction", "window")
 GPT2_PADDED_VOCAB = 50304  # GPT-2's 50,257 ids, padded to a multiple of 64, as in nanoGPT
 
 
@@ -85,7 +85,7 @@ def resolve_init_from(config: Config, w: World) -> InitFrom:
 def choose(config: Config, restarted: bool) -> Source:
     """Decide from --init_from and what the run's folder holds."""
     run, out_dir = config.run, Path(config.run.out_dir)
-    existing = whole_checkpoints(out_dir)
+    existing = complete_checkpoints(out_dir)
     if existing and (restarted or run.init_from == "auto"):
         return newest(out_dir)
     if run.init_from == "resume":
@@ -101,9 +101,6 @@ def choose(config: Config, restarted: bool) -> Source:
                          "one)")
     if run.init_from in ("merge", "stitch"):
         return Source("join")
-    if config.model.seam >= 0:
-        raise ValueError(f"--seam={config.model.seam}: it is made by --init_from=stitch "
-                         "--stitch_layer_index=LAYER")
     if run.init_from in ("scratch", "auto"):
         return Source("scratch")
     if run.init_from not in SIZES and not Path(run.init_from).is_dir():
@@ -114,7 +111,7 @@ def choose(config: Config, restarted: bool) -> Source:
 
 def resumable(path: Path) -> Source:
     """The checkpoint to resume at `path`: nanoGPT's ckpt.pt, or else our newest sound one."""
-    if (path / nanogpt.FILE).exists() and not whole_checkpoints(path):
+    if (path / nanogpt.FILE).exists() and not complete_checkpoints(path):
         return Source("resume", str(path))
     return newest(path)
 
@@ -150,12 +147,7 @@ def resumed(path: Path, skipped: str, asked: GPTConfig, w: World) -> InitFrom:
 
 def pretrained(source: str, asked: GPTConfig) -> Trained:
     """The weights at `source`, cropped to `asked.block_size` positions where they have more."""
-    trained = with_untold(read_source(source), asked)
-    if asked.block_size >= trained.config.block_size:
-        return trained
-    cropped = {POSITIONS: trained.weights[POSITIONS][: asked.block_size]}
-    model = replace(trained.config, block_size=asked.block_size)
-    return trained._replace(config=model, weights=trained.weights | cropped)
+    return cropped(with_untold(read_source(source), asked), asked.block_size)
 
 
 def with_untold(trained: Trained, asked: GPTConfig) -> Trained:

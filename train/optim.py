@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gpt.tensors import decay_groups
 from train.config import OptimConfig
 
 # The state of each parameter. AdamW is a subclass of Adam.
@@ -17,16 +18,14 @@ def build(model: nn.Module, c: OptimConfig) -> torch.optim.Optimizer:
 
     Weight decay (adamw, sgd) is for matrices and embeddings, not for norms and biases.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": c.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": [trained[name] for name in names], "weight_decay": decay}
+              for names, decay in zip(decay_groups(trained), (c.weight_decay, 0.0), strict=True)
+              if names]
     if c.optimizer == "sgd":
         sgd = torch.optim.SGD(groups, lr=c.learning_rate, momentum=c.momentum, fused=True)
         # Otherwise the first step allocates them, and leaves them unfilled if it is skipped.
-        for p in trained if c.momentum else ():
+        for p in trained.values() if c.momentum else ():
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return sgd
     if c.optimizer == "adam":

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gpt import nanogpt
-from gpt.run_folder import read_state
+from gpt.checkpoint_files import read_state
 from gpt.tensors import about
 from train import checkpoint, optim, parallel
 from train.config import flatten
