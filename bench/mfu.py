@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from bench import peers
-from bench.cases import GPT2
-from bench.peers import Peer
-from bench.profile_step import profile_all
+from bench.ops.cases import GPT2
+from bench.steps import peers
+from bench.steps.peers import Peer
+from bench.steps.profile_step import profile_all
 from bench.timing import ROOT, environment, machine, measure, write_result
 from common import cli, hardware
 from common.bounds import Must, Positive

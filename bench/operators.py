@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from bench import cases, floors, traffic
-from bench.cases import Case
+from bench import floors
+from bench.aot import traffic
 from bench.floors import Rates, Work
-from bench.operator_peers import OURS, implementations
+from bench.ops import cases
+from bench.ops.cases import Case
+from bench.ops.peers import OURS, implementations
 from bench.timing import ROOT, Timing, environment, measure, write_result
 from common import cli, hardware
 from common.bounds import NonNegativeFloat, Positive

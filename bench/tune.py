@@ -25,8 +25,8 @@ from unittest.mock import patch
 
 import torch
 
-from bench import cases
-from bench.cases import Case
+from bench.ops import cases
+from bench.ops.cases import Case
 from bench.timing import Timing, environment, measure, write_result
 from common import cli
 from common.bounds import Positive

@@ -8,9 +8,10 @@ import pytest
 import torch
 import triton
 
-from bench import cases, tune
-from bench.cases import Case
-from bench.offline import offline
+from bench import tune
+from bench.aot.offline import offline
+from bench.ops import cases
+from bench.ops.cases import Case
 from bench.timing import Timing, write_result
 from bench.tune import Call, candidates, choose, fastest
 from kernels import launch

@@ -1,8 +1,8 @@
 """The same run on two kernel suites: do they learn the same? 200 steps of GPT-2 124M on real text;
 a small model on a CPU.
 
-    python bench/parity.py                            # torch against triton on a GPU, reference against torch on a CPU
-    python bench/parity.py --steps=50 --out=parity.json
+    python bench/curves/parity.py                            # torch against triton on a GPU, reference against torch on a CPU
+    python bench/curves/parity.py --steps=50 --out=parity.json
 
 Both start from one seed, so from the same weights, and read the same batches; they are train/run.py
 as users run it. The text is the source of Python's standard library: in GPT-2's tokens where its

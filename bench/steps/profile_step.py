@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import floors
 from bench.floors import Rates
 from bench.operators import measure_rates
-from bench.peers import Peer
+from bench.steps.peers import Peer
 from gpt.config import GPTConfig
 
 # What a kernel or operator belongs to: the first of these that its name has. A name that has none

@@ -1,7 +1,7 @@
 """MB/s of text preparation beside tiktoken's own batch encoder, on the same text and the same
 cores, in turns.
 
-    python bench/tokenizing.py --text=FILE
+    python bench/steps/tokenizing.py --text=FILE
 
 `prepare` reads the text from the disk, encodes it, and writes ids, checksums and manifest; tiktoken
 encodes a list of documents that is already in memory, with a thread a core. The ids must be equal
@@ -34,7 +34,7 @@ class Options:
     megabytes: Positive = 64
     workers: Processes = 2
     repeats: Positive = 3
-    out: NotEmpty = str(Path(__file__).parent / "results" / "tokenizing.json")
+    out: NotEmpty = str(Path(__file__).parents[1] / "results" / "tokenizing.json")
 
 
 def main(options: Options) -> dict:

@@ -1,7 +1,7 @@
 """What decides how attention and dropout run on a CPU: each form's error, then its time, forward
 and backward, in turns.
 
-    python bench/cpu_forms.py
+    python bench/ops/cpu_forms.py
 
 Attention of packed qkv: PyTorch's fused operator, its unfused one (which it takes where there is
 dropout), and our blocks (kernels/cpu_attention.py), with dropout and without. Errors are against

@@ -1,16 +1,16 @@
 """Compile every kernel ahead of time, for GPUs that need not be there, and report what the compiler
 made of it.
 
-    python bench/ahead.py                          every case of bench/cases.py, for sm_80, sm_86, sm_90 and sm_100
-    python bench/ahead.py --quick=True --arch=90   GPT-2's four sizes, for Hopper
+    python bench/aot/ahead.py                          every case of bench/ops/cases.py, for sm_80, sm_86, sm_90 and sm_100
+    python bench/aot/ahead.py --quick=True --arch=90   GPT-2's four sizes, for Hopper
 
 For each kernel, launch setting and architecture: registers, spills, shared memory, resident blocks,
-matrix instructions, the width of global loads and stores (bench/sass.py). For each memory-bound
-operator: the bytes it moves over the fewest possible (bench/traffic.py). A table goes to stdout,
+matrix instructions, the width of global loads and stores (bench/aot/sass.py). For each memory-bound
+operator: the bytes it moves over the fewest possible (bench/aot/traffic.py). A table goes to stdout,
 everything to a JSON file.
 
 The kernels are compiled by Triton's own launch path: the operators run on tensors without data
-(bench/offline.py), and what they would launch is specialised and compiled exactly as on the device,
+(bench/aot/offline.py), and what they would launch is specialised and compiled exactly as on the device,
 for a target named by a stand-in driver.
 """
 
@@ -26,9 +26,10 @@ from io import StringIO
 from multiprocessing import get_context, parent_process
 from unittest.mock import patch
 
-from bench import cases, sass, traffic
-from bench.cases import Case
-from bench.offline import name_of, offline
+from bench.aot import sass, traffic
+from bench.aot.offline import name_of, offline
+from bench.ops import cases
+from bench.ops.cases import Case
 from bench.timing import ROOT, environment, write_result
 from common import cli
 from common.bounds import NotEmpty, Processes
@@ -169,7 +170,7 @@ def report(chosen: Iterable[Case], archs: list[int], processes: int) -> dict:
     capabilities = [divmod(arch, 10) for arch in archs]
     # its processes begin without triton, and share one import of torch
     workers = get_context("forkserver")
-    workers.set_forkserver_preload(["bench.traffic"])
+    workers.set_forkserver_preload(["bench.aot.traffic"])
     with ProcessPoolExecutor(processes, mp_context=workers, initializer=_become_compiler) as pool:
         kernels = [row for rows in pool.map(compile_cases, *zip(*batches)) for row in rows]
     with ProcessPoolExecutor(processes, mp_context=workers,

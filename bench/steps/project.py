@@ -1,7 +1,7 @@
 """A projection, not a measurement: the time of an optimizer step on 1 to 1024 GPUs, from floors,
 fractions and bandwidths.
 
-    python bench/project.py --case=124M --node_gbs=300 --network_gbs=40 --matmul_fraction=0.86 --attention_fraction=0.7
+    python bench/steps/project.py --case=124M --node_gbs=300 --network_gbs=40 --matmul_fraction=0.86 --attention_fraction=0.7
 
 Compute is bench/floors.py's parts of a step, each divided by the fraction of its floor that was
 measured for its kind (1: the floor itself). Communication goes over nodes of `gpus_per_node` GPUs,
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.cases import GPT2
 from bench.floors import Rates, parameters, step_parts
+from bench.ops.cases import GPT2
 from bench.timing import ROOT
 from common import cli
 from common.bounds import Fraction, Positive, PositiveFloat, Share, check

@@ -23,8 +23,8 @@ from unittest.mock import patch
 
 import numpy as np
 
-from bench.cases import Case, arguments, operator, options, run
-from bench.offline import MULTIPROCESSORS, STORAGE_BITS, Pointer, name_of, offline
+from bench.aot.offline import MULTIPROCESSORS, STORAGE_BITS, Pointer, name_of, offline
+from bench.ops.cases import Case, arguments, operator, options, run
 
 SECTOR = 32  # bytes: what L2 fetches and writes back
 # of the GPUs in MULTIPROCESSORS

@@ -1,4 +1,4 @@
-"""What the trainer itself costs: `python bench/overhead.py` [CONFIG] [--key=value ...], the
+"""What the trainer itself costs: `python bench/steps/overhead.py` [CONFIG] [--key=value ...], the
 quickstart on a CPU by default.
 
 Of each step of the real loop (batches, learning rate, loss over ranks, report, progress line,

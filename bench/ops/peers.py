@@ -1,4 +1,4 @@
-"""Who else computes an operator: every implementation of one case of bench/cases.py that this
+"""Who else computes an operator: every implementation of one case of bench/ops/cases.py that this
 machine could have.
 
 An implementation takes the arguments of our operator. One that cannot run here is a sentence that
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import Case, operator
+from bench.ops.cases import Case, operator
 
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,

@@ -1,7 +1,7 @@
 """Tokens/s of text generation, one sequence at a time: ours beside transformers' and a nanoGPT
 checkout's.
 
-    python bench/generation.py --device=cpu --nanogpt=DIR
+    python bench/steps/generation.py --device=cpu --nanogpt=DIR
 
 Greedy text must agree in fp32 before anything is timed.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import peers
+from bench.steps import peers
 from bench.timing import ROOT, environment, machine, measure, write_result
 from common import cli, hardware
 from common.bounds import Positive

@@ -110,7 +110,7 @@ def arguments(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
         case "linear_cross_entropy", (M, N, v):
             return [normal(M, N), normal(v, N, dtype=torch.float32),
                     torch.randint(v, (M,), device=device)]
-    raise ValueError(f"no case for {case.operator} of shape {case.shape}; see bench/cases.py")
+    raise ValueError(f"no case for {case.operator} of shape {case.shape}; see bench/ops/cases.py")
 
 
 def options(case: Case, device: torch.device | str = "cpu") -> dict:

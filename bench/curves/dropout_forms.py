@@ -1,7 +1,7 @@
 """Does a model learn with our attention dropout as it does with PyTorch's? Validation loss of a
 small model that overfits.
 
-    python bench/dropout_forms.py --data_dir=data/shakespeare_char
+    python bench/curves/dropout_forms.py --data_dir=data/shakespeare_char
 
 On a CPU the masks of our dropout come from few random words (kernels/cpu_dropout.py) and those of the
 attention are drawn block by block (kernels/cpu_attention.py). Here the same runs are made with

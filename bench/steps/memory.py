@@ -1,8 +1,8 @@
 """Peak memory of a training step by batch size, on each kernel suite, up to the largest power of
 two that fits.
 
-    python bench/memory.py                     # GPT-2 124M, torch and triton
-    python bench/memory.py --case=1558M
+    python bench/steps/memory.py                     # GPT-2 124M, torch and triton
+    python bench/steps/memory.py --case=1558M
 
 A step is that of bench/mfu.py, uncompiled, so that no size waits for a compiler. What counts is the
 most that PyTorch had allocated at once: weights, optimizer and activations; the CUDA context is not
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from bench import peers
 from bench.mfu import GPU_CASES
+from bench.steps import peers
 from bench.timing import ROOT, environment, write_result
 from common import cli, hardware
 from gpt import GPT, GPTConfig
@@ -44,7 +44,7 @@ def main(options: Options) -> None:
     alone keeps such a count."""
     device = hardware.resolve_device("auto")
     if device.type != "cuda":
-        raise ValueError("bench/memory.py needs a CUDA device, whose allocator counts; this is "
+        raise ValueError("bench/steps/memory.py needs a CUDA device, whose allocator counts; this is "
                          f"{device.type}")
     if options.case not in GPU_CASES:
         raise ValueError(f"--case={options.case}: there are {', '.join(GPU_CASES)}")
