@@ -122,19 +122,23 @@ class Tally:
 # -- the interpreter -----------------------------------------------------------
 
 
+def _ones(ptrs):
+    """The value of a load: the interpreter keeps bf16 as raw bits, of which 0x3F80 is 1."""
+    from triton.runtime import interpreter
+
+    kind = ptrs.get_element_ty()
+    one = 0x3F80 if kind.is_bf16() else 1
+    data = np.full(ptrs.data.shape, one, interpreter._get_np_dtype(kind))
+    return interpreter.TensorHandle(data, kind)
+
+
 @contextmanager
 def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
     """Triton's interpreter for the `chosen` programs of a grid: it counts loads and stores only."""
     from triton.runtime import interpreter
 
-    builder = interpreter.interpreter_builder
+    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
-
-    def ones(ptrs):
-        kind = ptrs.get_element_ty()
-        bits = 0x3F80 if kind.is_bf16() else 1  # the interpreter keeps bf16 as raw bits
-        data = np.full(ptrs.data.shape, bits, interpreter._get_np_dtype(kind))
-        return interpreter.TensorHandle(data, kind)
 
     def access(ptrs, mask, direction):
         nbytes = ptrs.get_element_ty().primitive_bitwidth // 8
@@ -142,7 +146,7 @@ def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
 
     def load(ptrs, mask, other, *hints):
         access(ptrs, mask, "r")
-        return ones(ptrs)
+        return _ones(ptrs)
 
     def store(ptrs, value, mask, *hints):
         access(ptrs, mask, "w")
@@ -155,14 +159,13 @@ def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
         tally.next_program()
         set_idx(*(int(c) for c in np.unravel_index(chosen[i], grid)))
 
-    def arguments(self, args, kwargs):
-        return list(args), kwargs  # as they are: there is no device to copy them from
+    def as_they_are(self, args, kwargs):
+        return list(args), kwargs  # there is no device to copy them from
 
-    executor = interpreter.GridExecutor
     with (patch.multiple(builder, create_masked_load=load, create_masked_store=store,
                          create_atomic_rmw=atomic, set_grid_idx=next_program,
                          set_grid_dim=lambda *_: set_dim(*grid)),
-          patch.multiple(executor, _init_args_hst=arguments,
+          patch.multiple(executor, _init_args_hst=as_they_are,
                          _restore_args_dev=lambda self, *_: None)):
         yield executor
 

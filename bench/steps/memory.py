@@ -1,12 +1,11 @@
-"""Peak memory of a training step by batch size, on each kernel suite, up to the largest power of
-two that fits.
+"""Peak memory of a training step by batch size and backend, up to the largest that fits.
 
     python bench/steps/memory.py                     # GPT-2 124M, torch and triton
     python bench/steps/memory.py --case=1558M
 
-A step is that of bench/mfu.py, uncompiled, so that no size waits for a compiler. What counts is the
-most that PyTorch had allocated at once: weights, optimizer and activations; the CUDA context is not
-in it.
+Batch sizes are powers of two. A step is that of bench/mfu.py, not compiled, so that no size waits
+for a compiler. The peak is the most that PyTorch had allocated at once: weights, optimizer and
+activations, without the CUDA context.
 """
 
 import gc
@@ -14,13 +13,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from bench.mfu import GPU_CASES
 from bench.steps import peers
-from bench.timing import ROOT, environment, write_result
+from bench.timing import environment, result_path, write_result
 from common import cli, hardware
 from gpt import GPT, GPTConfig
 
@@ -33,36 +31,35 @@ class Options:
 
     case: str = "124M"
     """124M, 350M, 774M or 1558M"""
-    suites: str = "torch,triton"
+    backends: str = "torch,triton"
     """with commas"""
     out: str = ""
     """JSON file for the result; empty: bench/results/memory-cuda.json"""
 
 
 def main(options: Options) -> None:
-    """Measure, print, and write the JSON as each suite ends. Raises ValueError without a GPU, which
-    alone keeps such a count."""
+    """Measure and print; write the JSON after each backend. Raises ValueError without a GPU."""
     device = hardware.resolve_device("auto")
     if device.type != "cuda":
-        raise ValueError("bench/steps/memory.py needs a CUDA device, whose allocator counts; this is "
-                         f"{device.type}")
+        raise ValueError("bench/steps/memory.py needs a CUDA device, whose allocator counts; this "
+                         f"is {device.type}")
     if options.case not in GPU_CASES:
         raise ValueError(f"--case={options.case}: there are {', '.join(GPU_CASES)}")
     config, _ = GPU_CASES[options.case]
-    out = Path(options.out) if options.out else ROOT / "bench" / "results" / "memory-cuda.json"
-    result: dict = {"benchmark": "memory", "case": options.case, "config": config, "suites": {}}
-    for suite in options.suites.split(","):
-        peaks = sweep(partial(peak_bytes, config, suite, device))
-        result["suites"][suite] = {"peak_bytes": peaks, "largest_batch": max(peaks, default=0)}
+    out = result_path(options.out, "memory-cuda")
+    result: dict = {"benchmark": "memory", "case": options.case, "config": config, "backends": {}}
+    for backend in options.backends.split(","):
+        peaks = sweep(partial(peak_bytes, config, backend, device))
+        result["backends"][backend] = {"peak_bytes": peaks, "largest_batch": max(peaks, default=0)}
         result["environment"] = environment(device)
         write_result(out, result)
         for batch, peak in peaks.items():
-            print(f"{options.case} {suite:10} batch {batch:5}: {peak / 2**30:7.2f} GiB")
+            print(f"{options.case} {backend:10} batch {batch:5}: {peak / 2**30:7.2f} GiB")
     print(f"written to {out}")
 
 
 def sweep(peak: Callable[[int], int | None]) -> dict[int, int]:
-    """Batch size -> peak bytes, doubling until `peak` says None: it does not fit."""
+    """Peak bytes by batch size, doubled until `peak` returns None: it does not fit."""
     found: dict[int, int] = {}
     batch = 1
     while batch <= MOST and (measured := peak(batch)) is not None:
@@ -71,12 +68,11 @@ def sweep(peak: Callable[[int], int | None]) -> dict[int, int]:
     return found
 
 
-def peak_bytes(config: GPTConfig, suite: str, device: torch.device, batch: int) -> int | None:
-    """The most allocated in the second of two steps, when the optimizer has its state; None where
-    memory runs out."""
+def peak_bytes(config: GPTConfig, backend: str, device: torch.device, batch: int) -> int | None:
+    """The peak of the second step, when the optimizer has its state; None where memory runs out."""
     torch.manual_seed(0)
     try:
-        return _two_steps(config, suite, batch, device)
+        return _two_steps(config, backend, batch, device)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -84,9 +80,9 @@ def peak_bytes(config: GPTConfig, suite: str, device: torch.device, batch: int) 
         torch.cuda.empty_cache()
 
 
-def _two_steps(config: GPTConfig, suite: str, batch: int, device: torch.device) -> int:
+def _two_steps(config: GPTConfig, backend: str, batch: int, device: torch.device) -> int:
     weights = GPT(config).state_dict()
-    peer = peers.ours(config, weights, device, torch.bfloat16, kernels=suite)
+    peer = peers.ours(config, weights, device, torch.bfloat16, kernels=backend)
     idx, targets = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
     peer.step(idx, targets)
     torch.cuda.reset_peak_memory_stats(device)
