@@ -2,7 +2,8 @@
 
 from setuptools import setup
 
-PACKAGES = ["common", "kernels", "gpt", "train", "bench", "data", "configs"]
+PACKAGES = ["common", "kernels", "gpt", "train", "data", "configs",
+            "bench", "bench.aot", "bench.curves", "bench.ops", "bench.steps"]
 
 setup(
     name="ridgegpt",

@@ -1,20 +1,19 @@
-"""Tokens/s, both MFUs, memory and compile time of training steps, ours beside the peers',
-interleaved in one process.
+"""Training steps of ours and of peers: tokens/s, both MFUs, memory, compile time.
 
-    python bench/mfu.py                                   # what this machine has: a GPU's four sizes, or a CPU's small ones
-    python bench/mfu.py --device=cpu --nanogpt=DIR        # against a nanoGPT checkout
-    python bench/mfu.py --cases=124M --batch_size=auto    # the largest batch that fits
-    python bench/mfu.py --suites=torch,triton,triton+attention=torch
+    python bench/mfu.py                                 # a GPU's four sizes, or a CPU's small ones
+    python bench/mfu.py --device=cpu --nanogpt=DIR      # against a nanoGPT checkout
+    python bench/mfu.py --cases=124M --batch_size=auto  # the largest batch that fits
+    python bench/mfu.py --backends=torch,triton,triton+attention=torch
 
-A step is forward, backward, gradient clipping and the optimizer, on a fixed batch. The peers'
-losses on the same weights and batch must agree before anything is timed. A suite is one of
-kernels.load, with single families from another one after plus signs: what `triton+attention=torch`
-takes longer than `triton` is the share of the attention kernel.
+A step is forward, backward, gradient clipping and the optimizer, on a fixed batch. All variants run
+in one process, in turns. Before anything is timed, their losses on the same weights and batch must
+agree. A backend is one of kernels.load, followed by single families from another one after plus
+signs: the difference between `triton+attention=torch` and `triton` is the share of the attention.
 
-The cold start of a compiled variant is its first step with an empty compiler cache; the warm one is
-the first step after forgetting the compiled code but not the cache. Triton kernels of our own stay
-loaded, so only a variant that is the first to use one pays for it. Memory is that of the variant
-alone: weights, optimizer state, and the most a step adds.
+The cold start of a compiled variant is its first step with an empty compiler cache; the warm start
+is the first step after forgetting the compiled code but not the cache. Our own Triton kernels stay
+loaded, so only the first variant to use one pays for it. Memory is that of the variant alone:
+weights, optimizer state, and the most a step adds.
 """
 
 import gc
@@ -31,11 +30,11 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from bench import peers
-from bench.cases import GPT2
-from bench.peers import Peer
-from bench.profile_step import profile_all
-from bench.timing import ROOT, environment, machine, measure, write_result
+from bench.ops.cases import GPT2
+from bench.steps import peers
+from bench.steps.peers import Peer
+from bench.steps.profile_step import profile_all
+from bench.timing import environment, machine, measure, result_path, write_result
 from common import cli, hardware
 from common.bounds import Must, Positive
 from gpt import GPT, GPTConfig
@@ -43,8 +42,8 @@ from gpt.flops import mfu
 from kernels import FAMILIES, resolve
 
 # name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run
-# there: the "macbook" command of nanoGPT's README, its shakespeare_char, of which its own code
-# takes 12 to 16 s a step, and one sequence of GPT-2.
+# there: the "macbook" command of nanoGPT's README, its shakespeare_char (12 to 16 s a step in
+# nanoGPT), and one sequence of GPT-2.
 GPU_CASES = {
     name: (replace(shape, vocab_size=50304, bias=False, activation="gelu"), 16)
     for name, shape in GPT2.items()
@@ -56,7 +55,7 @@ CPU_CASES = {
     "124M_one": (GPU_CASES["124M"][0], 1),
 }
 CASES = GPU_CASES | CPU_CASES
-
+PEERS = ("transformers", "liger")
 
 BatchSize = Annotated[int | Literal["auto"],
                       Must("be auto or at least 0", lambda n: n == "auto" or n >= 0)]
@@ -68,16 +67,15 @@ class Options:
 
     device: str = "auto"
     dtype: str = "auto"
-    """of our matrix multiplications; a peer is measured in this one, and in its own default where
-    that differs"""
+    """of our matrix products; a peer is measured in this one, and also in its own default"""
     cases: str = ""
     """names, with commas: 124M 350M 774M 1558M, macbook, shakespeare_char, 124M_one; empty: those
     for the device"""
-    suites: str = ""
-    """kernel suites of ours, with commas; empty: on a GPU torch, triton and each family's
-    replacement, on a CPU torch"""
+    backends: str = ""
+    """ours, with commas; empty: torch, and on a GPU also triton, whole and with each family
+    replaced by PyTorch's"""
     peers: str = "transformers,liger"
-    """what else is measured where it is installed, with commas; empty: nothing"""
+    """others to measure where they are installed, with commas; empty: none"""
     batch_size: BatchSize = 0
     """sequences in a step; 0: the case's own; auto: on a GPU the most that every eager variant can
     hold"""
@@ -88,19 +86,19 @@ class Options:
     compile: bool = True
     """measure compiled variants, too"""
     profile: bool = False
-    """also where a step of each goes, with Chrome traces beside the result"""
+    """also measure where a step of each goes; writes Chrome traces beside the result"""
     out: str = ""
     """JSON file for the result; empty: bench/results/mfu-MACHINE.json"""
 
 
 def main(options: Options) -> dict:
-    """Measure every case, print a table, and write the JSON as each case ends."""
+    """Measure every case and print a table; write the JSON after each case."""
     device = hardware.resolve_device(options.device)
     if device.type == "cpu":
         hardware.keep_freed_memory()  # as the trainer does; the peers gain by it, too
     dtype = hardware.resolve_dtype(options.dtype, device)
-    names = options.cases.split(",") if options.cases else list(GPU_CASES if device.type == "cuda"
-                                                                else CPU_CASES)
+    default = GPU_CASES if device.type == "cuda" else CPU_CASES
+    names = options.cases.split(",") if options.cases else list(default)
     if unknown := [name for name in names if name not in CASES]:
         raise ValueError(f"--cases={options.cases}: no case {unknown[0]!r}; there are "
                          f"{', '.join(CASES)}")
@@ -111,8 +109,7 @@ def main(options: Options) -> dict:
     result: dict = {"benchmark": "mfu", "environment": environment(device), "cases": {}}
     for name in names:
         config, own = CASES[name]
-        batch = options.batch_size if isinstance(options.batch_size,
-                                                 int) and options.batch_size else own
+        batch = own if options.batch_size in ("auto", 0) else int(options.batch_size)
         result["cases"][name] = measure_case(config, batch, device, dtype, options)
         result["environment"] = environment(device)
         write_result(out, result)
@@ -123,14 +120,12 @@ def main(options: Options) -> dict:
 
 def result_file(options: Options, device: torch.device) -> Path:
     """Where the result goes."""
-    return Path(
-        options.out) if options.out else ROOT / "bench" / "results" / f"mfu-{machine(device)}.json"
+    return result_path(options.out, f"mfu-{machine(device)}")
 
 
 def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype,
                  options: Options) -> dict:
-    """One shape: all variants built on the same weights, checked against each other, then timed in
-    turns."""
+    """One shape: all variants, with the same weights, checked and then timed in turns."""
     torch.manual_seed(0)
     weights = {k: v.detach().clone() for k, v in GPT(config).state_dict().items()}
     runners = variants(config, weights, device, dtype, options)
@@ -138,6 +133,7 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
     if options.batch_size == "auto":
         batch = largest_batch(partial(fits, runners, config), limit=512)
     idx, targets = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
+    profiled = None
     # Dynamo counts the variants of all modules of one class together, and runs those above its
     # limit uncompiled.
     with fresh_cache(), torch._dynamo.config.patch(recompile_limit=256,
@@ -149,28 +145,27 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
         memory = {peer.name: peak_memory_bytes(peer, idx, targets) for peer in runners}
         steps = {peer.name: (lambda peer=peer: peer.step(idx, targets).item()) for peer in runners}
         timings = measure(steps, device=device, warmup=1, repeats=options.steps)
-        profiled = profile_all(runners, config, idx, targets,
-                               result_file(options, device).parent) if options.profile else None
+        if options.profile:
+            folder = result_file(options, device).parent
+            profiled = profile_all(runners, config, idx, targets, folder)
     rows = {}
     for peer in runners:
-        tokens_per_s = batch * config.block_size / timings[peer.name].median_ms * 1e3
-        rows[peer.name] = {
+        name, tokens_per_s = peer.name, idx.numel() / timings[peer.name].median_ms * 1e3
+        rows[name] = {
             "dtype": str(peer.dtype).removeprefix("torch."), "compiled": peer.compiled,
-            "suite": peer.suite,
-            "loss": losses[peer.name], "step": timings[peer.name], "tokens_per_s": tokens_per_s,
+            "backend": peer.backend, "loss": losses[name], "step": timings[name],
+            "tokens_per_s": tokens_per_s,
             **mfu(config, tokens_per_s, hardware.device_name(device)),
-            "peak_memory_bytes": memory[peer.name],
-            "cold_start_s": cold[peer.name], "warm_start_s": warm.get(peer.name),
-        }
-    result = {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows),
-              "profile": profiled}
+            "peak_memory_bytes": memory[name], "cold_start_s": cold[name],
+            "warm_start_s": warm.get(name)}
     del runners, steps
     gc.collect()
-    return result
+    return {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows),
+            "profile": profiled}
 
 
 def first_steps(runners: list[Peer], idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """Seconds of a rehearsed step of each, which compiles what is not compiled yet."""
+    """Seconds of a rehearsed step of each; it compiles what is not compiled yet."""
     seconds = {}
     for peer in runners:
         start = time.perf_counter()
@@ -180,7 +175,7 @@ def first_steps(runners: list[Peer], idx: Tensor, targets: Tensor) -> dict[str, 
 
 
 def peak_memory_bytes(peer: Peer, idx: Tensor, targets: Tensor) -> int | None:
-    """What the peer holds and the most that a step adds; None where the device does not count."""
+    """The bytes a peer holds, and the most that a step adds; None where they are not counted."""
     if peer.device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(peer.device)
@@ -190,11 +185,13 @@ def peak_memory_bytes(peer: Peer, idx: Tensor, targets: Tensor) -> int | None:
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest batch up to `limit` that fits: doubled until one does not, then bisected. Raises
-    ValueError if 1 does not."""
+    """The largest batch up to `limit` that fits, by doubling, then bisection.
+
+    Raises ValueError if not even 1 fits.
+    """
     if not fits(1):
         raise ValueError("--batch_size=auto: not even one sequence fits; choose a smaller --cases, "
-                         "or fewer --suites and --peers")
+                         "or fewer --backends and --peers")
     good, bad = 1, 2
     while bad <= limit and fits(bad):
         good, bad = bad, 2 * bad
@@ -206,8 +203,7 @@ def largest_batch(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def fits(runners: list[Peer], config: GPTConfig, batch: int) -> bool:
-    """Whether every eager variant can take a step of `batch` sequences with all the others' weights
-    in memory."""
+    """Whether every eager variant can take a step of `batch` sequences, with all of them loaded."""
     try:
         idx, targets = torch.randint(config.vocab_size, (2, batch, config.block_size),
                                      device=runners[0].device)
@@ -226,105 +222,122 @@ def fits(runners: list[Peer], config: GPTConfig, batch: int) -> bool:
 
 
 def shares(rows: dict[str, dict]) -> list[dict]:
-    """For every suite that replaces single families of another one measured alike: the milliseconds
-    a step takes more."""
+    """What single families cost: how many milliseconds more a step takes when they are replaced.
+
+    One row for each variant with replaced families whose base was measured compiled alike and in
+    the same dtype.
+    """
     found = []
     for name, row in rows.items():
-        base, plus, change = (row["suite"] or "").partition("+")
+        base, plus, change = (row["backend"] or "").partition("+")
         for other in rows.values():
-            if plus and other["suite"] == base and (other["compiled"],
-                                                    other["dtype"]) == (row["compiled"],
-                                                                        row["dtype"]):
+            alike = all(other[key] == row[key] for key in ("compiled", "dtype"))
+            if plus and other["backend"] == base and alike:
                 more = row["step"].median_ms - other["step"].median_ms
-                found.append({"variant": name, "suite": base, "change": change, "more_ms": more,
+                found.append({"variant": name, "backend": base, "change": change, "more_ms": more,
                               "more_of_step": more / other["step"].median_ms})
     return found
 
 
-def suites(options: Options, device: torch.device) -> list[tuple[str, str, dict[str, str]]]:
-    """(name, suite, families from elsewhere) of each of --suites. Raises ValueError for one that is
-    none, or cannot run here."""
-    every = ["torch", "triton",
-             *(f"triton+{family}=torch"
-               for family in FAMILIES)] if device.type == "cuda" else ["torch"]
+def backends(options: Options, device: torch.device) -> list[tuple[str, str, dict[str, str]]]:
+    """(name, backend, families from elsewhere) of each of --backends.
+
+    Raises ValueError for one that is not known, or cannot run here.
+    """
+    names = options.backends.split(",") if options.backends else ["torch"]
+    if not options.backends and device.type == "cuda":
+        names += ["triton", *(f"triton+{family}=torch" for family in FAMILIES)]
     found = []
-    for name in options.suites.split(",") if options.suites else every:
-        suite, *changes = name.split("+")
+    for name in names:
+        backend, *changes = name.split("+")
         families = dict(change.partition("=")[::2] for change in changes)
         if unknown := families.keys() - FAMILIES.keys():
-            raise ValueError(f"--suites={name}: no family {min(unknown)!r}; write "
-                             f"SUITE+FAMILY=SUITE with {', '.join(FAMILIES)}")
-        resolve(suite, device, **families)
-        found.append((name, suite, families))
+            raise ValueError(f"--backends={name}: no family {min(unknown)!r}; write "
+                             f"BACKEND+FAMILY=BACKEND with {', '.join(FAMILIES)}")
+        resolve(backend, device, **families)
+        found.append((name, backend, families))
     return found
+
+
+class Variants:
+    """Collects the peers of one case, all built on the same weights."""
+
+    def __init__(self, config: GPTConfig, weights: dict, device: torch.device,
+                 ways: list[bool]) -> None:
+        self.here, self.ways = (config, weights, device), ways
+        self.found: list[Peer] = []
+
+    def add(self, make: Callable[..., Peer], name: str, dtype: torch.dtype, compiled: bool,
+            like: Peer | None = None, **more: Any) -> Peer:
+        """Build a peer that shares the weights of `like`."""
+        label = name + ", compiled" * compiled
+        peer = make(*self.here, dtype, name=label, compiled=compiled, like=like, **more)
+        peer.compiled = compiled
+        self.found.append(peer)
+        return peer
+
+    def both(self, make: Callable[..., Peer], name: str, dtype: torch.dtype,
+             like: Peer | None = None, **more: Any) -> None:
+        """Build a peer eager and, where compiled ones are measured, compiled."""
+        for compiled in self.ways:
+            like = self.add(make, name, dtype, compiled, like, **more)
 
 
 def variants(config: GPTConfig, weights: dict, device: torch.device, dtype: torch.dtype,
              options: Options) -> list[Peer]:
-    """Ours first, on each suite; then whatever peer is at hand, in our dtype and, where it differs,
-    as it comes by default.
+    """Ours first, on each backend; then the peers, in our dtype and in their own default.
 
-    A suite with a replacement is measured compiled only, unless nothing is compiled.
+    A backend with replaced families is measured compiled only, unless nothing is compiled. Raises
+    ValueError for a peer that is not known.
     """
-    here, chosen = (config, weights, device), suites(options, device)
-    ways = [False, True] if options.compile else [False]
-    found: list[Peer] = []
-
-    def add(make: Callable[..., Peer], name: str, dtype: torch.dtype, compiled: bool,
-            like: Peer | None, **more: Any) -> Peer:
-        found.append(make(*here, dtype, name=name + ", compiled" * compiled, compiled=compiled,
-                          like=like, **more))
-        found[-1].compiled = compiled
-        return found[-1]
-
-    def both(make: Callable[..., Peer], name: str, dtype: torch.dtype, like: Peer | None = None,
-             **more: Any) -> None:
-        for compiled in ways:
-            like = add(make, name, dtype, compiled, like, **more)
-
-    for name, suite, families in chosen:
-        for compiled in ways[-1:] if families else ways:
-            label = "ours" if len(chosen) == 1 else f"ours, {name}"
-            add(peers.ours, label, dtype, compiled, found[0] if found else None, kernels=suite,
-                **families).suite = name
+    chosen = backends(options, device)
     wanted = [name for name in options.peers.split(",") if name]
-    if strangers := set(wanted) - {"transformers", "liger"}:
+    if strangers := set(wanted) - set(PEERS):
         raise ValueError(f"--peers={options.peers}: no peer {min(strangers)!r}; there are "
-                         "transformers, liger, and --nanogpt=DIR")
+                         f"{', '.join(PEERS)}, and --nanogpt=DIR")
+    ways = [False, True] if options.compile else [False]
+    built = Variants(config, weights, device, ways)
+    first: Peer | None = None
+    for name, backend, families in chosen:
+        label = "ours" if len(chosen) == 1 else f"ours, {name}"
+        for compiled in ways[-1:] if families else ways:
+            peer = built.add(peers.ours, label, dtype, compiled, first, kernels=backend, **families)
+            peer.backend = name
+            first = first or peer
     if options.nanogpt:
         default = dtype if device.type == "cuda" else torch.float32  # it has no autocast on a CPU
         make = partial(peers.nanogpt, options.nanogpt)
         if dtype != default:
-            add(make, f"nanoGPT, {str(dtype).removeprefix('torch.')}", dtype, False, None)
-        both(make, "nanoGPT", default)
+            built.add(make, f"nanoGPT, {str(dtype).removeprefix('torch.')}", dtype, False)
+        built.both(make, "nanoGPT", default)
     if "transformers" in wanted and importlib.util.find_spec("transformers"):
-        both(peers.transformers_gpt2, "transformers", dtype)
+        built.both(peers.transformers_gpt2, "transformers", dtype)
     if "liger" in wanted and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        both(peers.ours, "Liger's kernels in ours", dtype, found[0], kernels=peers.liger_kernels())
-    return found
+        built.both(peers.ours, "Liger's kernels in ours", dtype, first,
+                   kernels=peers.liger_kernels())
+    return built.found
 
 
 def show(name: str, case: dict) -> None:
-    """A table of one case, each variant's speed as a multiple of the last-named peer's default."""
+    """Print a table of one case, with each speed as a multiple of nanoGPT's, where it is there."""
     rows = case["variants"]
-    base = rows.get("nanoGPT") or rows.get("transformers") or next(iter(rows.values()))
-    against = next(k for k, v in rows.items() if v is base)
-    print(f"\n{name}: batch {case['batch_size']} x {case['config'].block_size} tokens")
-    print(
-        f"{'':40}{'tokens/s':>10}{'ms/step':>10}{'mfu palm':>10}{'causal':>8}{'GiB':>7}{'cold s':>8}{'warm s':>8}{'loss':>9}  "
-          f"x {against}")
+    against = next((peer for peer in ("nanoGPT", "transformers") if peer in rows), next(iter(rows)))
+    print(f"\n{name}: batch {case['batch_size']} x {case['config'].block_size} tokens\n"
+          f"{'':40}{'tokens/s':>10}{'ms/step':>10}{'mfu palm':>10}{'causal':>8}{'GiB':>7}"
+          f"{'cold s':>8}{'warm s':>8}{'loss':>9}  x {against}")
     for label, row in rows.items():
-        used = [f"{100 * row[k]:.1f}%" if row[k] is not None else "n/a"
-                for k in ("mfu_palm", "mfu_causal")]
-        memory = "n/a" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:.1f}"
-        starts = [f"{row[k]:.1f}" if row["compiled"] else ""
-                  for k in ("cold_start_s", "warm_start_s")]
-        print(
-            f"{label + ', ' + row['dtype'] if row['dtype'] not in label else label:40}{row['tokens_per_s']:10,.0f}"
-              f"{row['step'].median_ms:10.1f}{used[0]:>10}{used[1]:>8}{memory:>7}{starts[0]:>8}{starts[1]:>8}{row['loss']:9.4f}  "
-              f"{base['step'].median_ms / row['step'].median_ms:.2f}")
+        title = label if row["dtype"] in label else f"{label}, {row['dtype']}"
+        palm, causal = ("n/a" if row[k] is None else f"{100 * row[k]:.1f}%"
+                        for k in ("mfu_palm", "mfu_causal"))
+        peak = row["peak_memory_bytes"]
+        memory = "n/a" if peak is None else f"{peak / 2**30:.1f}"
+        cold, warm = (f"{row[k]:.1f}" if row["compiled"] else ""
+                      for k in ("cold_start_s", "warm_start_s"))
+        ms = row["step"].median_ms
+        print(f"{title:40}{row['tokens_per_s']:10,.0f}{ms:10.1f}{palm:>10}{causal:>8}{memory:>7}"
+              f"{cold:>8}{warm:>8}{row['loss']:9.4f}  {rows[against]['step'].median_ms / ms:.2f}")
     for share in case["shares"]:
-        print(f"{share['suite']} with {share['change']}: {share['more_ms']:+.2f} ms a step, "
+        print(f"{share['backend']} with {share['change']}: {share['more_ms']:+.2f} ms a step, "
               f"{100 * share['more_of_step']:+.1f} %")
 
 

@@ -1,43 +1,45 @@
-"""Each operator, forward and backward apart, against its peers and the floor: checked first, then
-timed in turns.
+"""Each operator against its peers and the floor: checked first, then timed in turns.
 
-    python bench/operators.py                              # GPT-2's sizes and attention from T = 512 to 16384; small on a CPU
+    python bench/operators.py     # GPT-2's sizes, attention from T = 512 to 16384; small on a CPU
     python bench/operators.py --sizes=124M --sweep=False
 
-The floor is operations over the rate of a large matrix product, or bytes over that of a large copy,
-both measured in this run; attention's operations are counted once per score that is used. Every
-implementation runs at the full shape first and is compared, where a slice of it can be, with
-kernels/reference.py in fp64; one that is wrong is refused with its value and the right one, and has
-no time. Peers that are not installed, or cannot run here, are named.
+Forward and backward are timed apart and together. The floor is operations over the rate of a large
+matrix product, or bytes over that of a large copy, both measured in this run; attention's
+operations count only the scores that are used. Every implementation first runs at the full shape
+and is compared, where a slice can be, with kernels/reference.py in fp64. A wrong one is refused,
+with its value and the right one, and is not timed. Peers that are not installed, or cannot run
+here, are named.
 """
 
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from bench import cases, floors, traffic
-from bench.cases import Case
+from bench import floors
+from bench.accuracy import in_fp64, inaccuracy
+from bench.aot import traffic
 from bench.floors import Rates, Work
-from bench.operator_peers import OURS, implementations
-from bench.timing import ROOT, Timing, environment, measure, write_result
+from bench.ops import cases
+from bench.ops.cases import Case
+from bench.ops.peers import OURS, implementations
+from bench.timing import Timing, environment, measure, result_path, write_result
 from common import cli, hardware
 from common.bounds import NonNegativeFloat, Positive
 
 # sequence lengths, with cases.ROWS tokens in each batch
 SWEEP = (512, 1024, 2048, 4096, 8192, 16384)
-# of the losses: the other rows' targets are ignored while checking, which leaves them out of the
-# gradient
+# a loss is checked in these rows; the targets of the others are ignored, so they have no gradient
 CHECKED_ROWS = 64
-# Reads alone may run a little faster than a copy (data sheets are about 12 % above one). More is a
-# wrong clock or floor.
+# Reads alone may run a little faster than a copy (data sheets are about 12 % above one). Anything
+# faster shows that the clock or the floor is wrong.
 IMPOSSIBLE = 1.15
-# where one has no kernel for a shape, dtype or device
+# what a peer raises that has no kernel for a shape, dtype or device
 PEERS_FAIL_WITH = (RuntimeError, TypeError, ValueError)
 PHASES = ("forward", "backward", "both")
 
@@ -62,13 +64,14 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Measure, print, and write the JSON as each case ends. 1 where ours is wrong, or a time is
-    impossible; else 0."""
+    """Measure and print; write the JSON after each case. 1 if ours is wrong or a time impossible.
+
+    Raises ValueError for bad input.
+    """
     began = time.perf_counter()
     device = hardware.resolve_device(options.device)
     chosen = chosen_cases(options, device)
-    out = Path(
-        options.out) if options.out else ROOT / "bench" / "results" / f"operators-{device.type}.json"
+    out = result_path(options.out, f"operators-{device.type}")
     rates, ceilings = measure_rates(device)
     result: dict = {"benchmark": "operators", "environment": environment(device),
                     "rates": ceilings, "cases": {}, "left_out": []}
@@ -89,30 +92,37 @@ def main(options: Options) -> int:
 
 
 def chosen_cases(options: Options, device: torch.device) -> list[Case]:
-    """The cases in order of worth. Raises ValueError for a size that is none."""
+    """The cases, the most important first. Raises ValueError for an unknown size."""
     if device.type == "cpu":
-        small = [Case("attention_qkv", (2, 128, 4, 64)), Case("add_layernorm", (256, 256)),
-                 Case("layernorm", (256, 256)),
-                 Case("cross_entropy", (128, 1000)), Case("linear_cross_entropy", (128, 64, 1000))]
-        swept = [Case("attention", (1, T, 4, 64)) for T in SWEEP[:2]] if options.sweep else []
-        return [Case(case.operator, case.shape, torch.float32) for case in small + swept]
+        return small_cases(options.sweep)
     names = options.sizes.split(",")
     if unknown := [name for name in names if name not in cases.GPT2]:
         raise ValueError(f"--sizes={options.sizes}: no size {unknown[0]!r}; there are "
                          f"{', '.join(cases.GPT2)}")
-    sizes = [cases.gpt2(name, options.batch_size) for name in names]
-    swept = [Case("attention", (max(1, cases.ROWS // T), T, 768 // D, D)) for D in (64, 128)
-             for T in SWEEP]
-    return list(dict.fromkeys([*sizes[0], *(swept if options.sweep else []),
-                               *(case for size in sizes[1:] for case in size)]))
+    first, *others = (cases.gpt2(name, options.batch_size) for name in names)
+    swept = [Case("attention", (max(1, cases.ROWS // T), T, 768 // D, D))
+             for D in (64, 128) for T in SWEEP] if options.sweep else []
+    return list(dict.fromkeys([*first, *swept, *(case for size in others for case in size)]))
+
+
+def small_cases(sweep: bool) -> list[Case]:
+    """What a CPU measures, in fp32."""
+    shapes = {"attention_qkv": (2, 128, 4, 64), "add_layernorm": (256, 256),
+              "layernorm": (256, 256), "cross_entropy": (128, 1000),
+              "linear_cross_entropy": (128, 64, 1000)}
+    swept = [("attention", (1, T, 4, 64)) for T in SWEEP[:2]] if sweep else []
+    return [Case(operator, shape, torch.float32) for operator, shape in [*shapes.items(), *swept]]
 
 
 # -- the floor -------------------------------------------------------------------
 
 
 def measure_rates(device: torch.device) -> tuple[Rates, dict]:
-    """The ceilings of this device, on random data: a copy well beyond the cache, and a large matrix
-    product in the dtype that the cases have; with their timings, for the JSON."""
+    """The ceilings of this device, and a row for the JSON with their timings.
+
+    On random data: a copy far larger than the cache, and a large matrix product in the dtype of the
+    cases.
+    """
     cuda = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
     source = torch.randn(2**28 if cuda else 2**23, device=device)
@@ -124,14 +134,16 @@ def measure_rates(device: torch.device) -> tuple[Rates, dict]:
     rates = Rates(matmul_tflops=2 * n**3 / times["matmul"].median_ms * 1e-9,
                   copy_gbs=copied / times["copy"].median_ms * 1e-6)
     return rates, {"matmul_tflops": rates.matmul_tflops, "copy_gbs": rates.copy_gbs,
-                   "matmul": times["matmul"],
-                   "matmul_shape": [n, n, n], "dtype": dtype, "copy": times["copy"],
-                   "copied_bytes": copied}
+                   "matmul": times["matmul"], "matmul_shape": [n, n, n], "dtype": dtype,
+                   "copy": times["copy"], "copied_bytes": copied}
 
 
 def work(case: Case) -> dict[str, Work | None]:
-    """The least each phase must do. A loss may write its gradient while it is read for the forward:
-    then the backward has nothing left to do, and only the two together have a floor."""
+    """The least work of each phase; None for the backward of a loss.
+
+    A loss may write its gradient in its forward, while it reads the logits: then its backward has
+    no work left, and only both together have a floor.
+    """
     size, shape = case.dtype.itemsize, case.shape
     if case.family == "attention":
         apart = floors.attention(shape[0], shape[1], shape[2], shape[3], size)
@@ -143,12 +155,12 @@ def work(case: Case) -> dict[str, Work | None]:
     if case.operator == "cross_entropy":
         # the logits are read once
         both = Work(bytes=both.bytes - case.shape[0] * case.shape[1] * size)
-    return {"forward": apart["forward"], "backward": None if case.family == "cross_entropy"
-            else apart["backward"], "both": both}
+    backward = None if case.family == "cross_entropy" else apart["backward"]
+    return {"forward": apart["forward"], "backward": backward, "both": both}
 
 
 def speed(timing: Timing, least: Work | None, rates: Rates) -> dict:
-    """A timing with what it comes to: TFLOP/s or GB/s, and the fraction of the floor."""
+    """A timing with its speed, in TFLOP/s or GB/s, and the fraction of the floor it reaches."""
     row: dict = {"timing": timing, "tflops": None, "gbs": None, "of_floor": None}
     if least is None:
         return row
@@ -161,7 +173,7 @@ def speed(timing: Timing, least: Work | None, rates: Rates) -> dict:
 
 
 def refuse_impossible(name: str, phase: str, row: dict) -> None:
-    """Raises ValueError for a time that no device could have: the clock, or the floor, is wrong."""
+    """Raise ValueError for a time below the floor by far: the clock, or the floor, is wrong."""
     if row["of_floor"] is not None and row["of_floor"] > IMPOSSIBLE:
         raise ValueError(f"{name}, {phase}: {row['timing'].median_ms:.4g} ms is "
                          f"{100 * row['of_floor']:.0f} % of what this device can do; nothing is "
@@ -172,40 +184,31 @@ def refuse_impossible(name: str, phase: str, row: dict) -> None:
 
 
 def wrong(fn: Callable, case: Case, device: torch.device) -> str:
-    """What is wrong with `fn` at the full shape, or "": in norm, a result or gradient may be twice
-    as far from the definition in fp64 as PyTorch's operator is, and four units in the last place.
-    The worst element is told with both values.
+    """Why `fn` is not accurate at the full shape, or "".
 
     Attention is compared in its last sequence and head, norms everywhere, losses with all but
-    CHECKED_ROWS rows ignored.
+    CHECKED_ROWS rows ignored. Sizes are Euclidean norms, so that one unlucky rounding among
+    millions of elements refuses no peer. Four units in the last place of x are allowed, because a
+    loss is a single number, in which PyTorch's own error may be 0 by chance.
     """
     torch.manual_seed(0)
     args = cases.arguments(case, device)
     kept = torch.arange(case.shape[0], device=device) % max(1, case.shape[0] // CHECKED_ROWS) == 0
     if case.family == "cross_entropy":
         args[-1] = args[-1].where(kept, -1)
-    gradients = dict(cases.run(cases.operator(case, "torch"), _again(args), {}))["gradients"]
-    got, yard = (_results(f, _again(args), gradients) for f in (fn, cases.operator(case, "torch")))
+    yardstick = cases.operator(case, "torch")
+    gradients = dict(cases.run(yardstick, _again(args), {}))["gradients"]
+    got, theirs = (_results(f, _again(args), gradients) for f in (fn, yardstick))
     here = _slice(case, kept)
-    exact = _results(cases.operator(case, "reference"), [_wide(here(a)) for a in args],
+    exact = _results(cases.operator(case, "reference"), [in_fp64(here(a)) for a in args],
                      [here(g).double() for g in gradients])
-    for i, (g, y, t) in enumerate(zip(got, yard, exact, strict=True)):
-        g, y = here(g).double(), here(y).double()
-        allowed = 2 * (y - t).norm().item() + 4 * torch.finfo(case.dtype).eps * t.norm().item()
-        if not (error := (g - t).norm().item()) <= allowed:  # also when it is nan
-            at = (g - t).abs().nan_to_num(nan=float("inf")).flatten().argmax()
-            return (f"tensor {i}: {g.flatten()[at].item():.6g} where {t.flatten()[at].item():.6g} "
-                    f"is right; error in norm {error:.3g}, allowed {allowed:.3g}")
-    return ""
+    rounding = 4 * torch.finfo(case.dtype).eps
+    return inaccuracy(map(here, got), map(here, theirs), exact, rounding=rounding, order=2)
 
 
 def _again(args: list[Tensor]) -> list[Tensor]:
     """Copies of arguments: some peers write over theirs."""
     return [a.detach().clone().requires_grad_(a.requires_grad) for a in args]
-
-
-def _wide(a: Tensor) -> Tensor:
-    return a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a
 
 
 def _results(fn: Callable, args: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
@@ -214,24 +217,28 @@ def _results(fn: Callable, args: list[Tensor], gradients: list[Tensor]) -> list[
 
 
 def _slice(case: Case, kept: Tensor) -> Callable[[Tensor], Tensor]:
-    """What of a tensor is compared: of attention the last sequence and head, which depend on no
-    other; of a loss the rows that count, where a tensor has rows."""
+    """The part of a tensor that is compared.
+
+    Of attention, the last sequence and head, which depend on no other; of a loss, the `kept` rows
+    where a tensor has rows; of a norm, all.
+    """
     def last(t: Tensor) -> Tensor:
         return t[-1:, ..., -1:, :].detach().requires_grad_(t.requires_grad)
 
     def counted(t: Tensor) -> Tensor:
         return t[kept].detach().requires_grad_(t.requires_grad) if t.shape[:1] == kept.shape else t
 
-    assert case.family != "cross_entropy" or case.shape[0] != case.shape[-1], f"{case}: rows and columns cannot be told apart"
-    return {"attention": last, "cross_entropy": counted}.get(case.family, lambda t: t)
+    if case.family == "cross_entropy":
+        assert case.shape[0] != case.shape[-1], f"{case}: rows and columns cannot be told apart"
+        return counted
+    return last if case.family == "attention" else lambda t: t
 
 
 # -- then time -------------------------------------------------------------------
 
 
 def phases(fn: Callable, args: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """What is timed of an implementation: forward as in training, backward on a graph that is kept,
-    and both."""
+    """What is timed: forward as in training, backward on a graph that is kept, and both."""
     kept = dict(cases.run(fn, args, {}))  # also warms up what compiles
     gradients = kept["gradients"]
     outputs = fn(*args)
@@ -242,14 +249,20 @@ def phases(fn: Callable, args: list[Tensor]) -> dict[str, Callable[[], object]]:
             "both": lambda: dict(cases.run(fn, args, {}, gradients))}
 
 
-def admit(case: Case, device: torch.device) -> tuple[dict[str, Callable], dict[str, str],
-                                                     dict[str, str]]:
-    """(implementations that are right, why others were left out, what is wrong with the
-    refused)."""
-    right, skipped, refused = {}, {}, {}
+class Admitted(NamedTuple):
+    """The implementations of a case by what became of them; a sentence says why."""
+
+    right: dict[str, Callable]
+    skipped: dict[str, str]  # not installed, or no kernel here
+    refused: dict[str, str]  # wrong
+
+
+def admit(case: Case, device: torch.device) -> Admitted:
+    """Check every implementation of a case. Raises ValueError where memory runs out."""
+    found = Admitted({}, {}, {})
     for name, fn in implementations(case, device).items():
         if isinstance(fn, str):
-            skipped[name] = fn
+            found.skipped[name] = fn
             continue
         try:
             fault = wrong(fn, case, device)
@@ -259,25 +272,25 @@ def admit(case: Case, device: torch.device) -> tuple[dict[str, Callable], dict[s
                                  "--batch_size") from error
             if name == OURS:
                 raise
-            skipped[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = str(error).strip().partition("\n")[0]
+            found.skipped[name] = f"{type(error).__name__}: {reason}"
             continue
         if fault:
-            refused[name] = fault
+            found.refused[name] = fault
         else:
-            right[name] = fn
-    return right, skipped, refused
+            found.right[name] = fn
+    return found
 
 
 def measure_case(case: Case, rates: Rates, device: torch.device, repeats: int) -> dict:
-    """All implementations of one case: checked, then timed interleaved, phase by phase."""
+    """All implementations of one case: checked, then timed in turns, phase by phase."""
     # A compiled backward otherwise reuses its saved tensors' memory, and then it runs only once.
     with functorch_config.patch(donated_buffer=False):
         right, skipped, refused = admit(case, device)
         args = cases.arguments(case, device)
         runs = {name: phases(fn, _again(args)) for name, fn in right.items()}
         times = {phase: measure({name: run[phase] for name, run in runs.items()}, device=device,
-                                repeats=repeats,
-                                min_time_ms=1.0) for phase in PHASES}
+                                repeats=repeats, min_time_ms=1.0) for phase in PHASES}
     least = work(case)
     variants: dict[str, dict] = {name: {} for name in right}
     impossible = []
@@ -294,14 +307,13 @@ def measure_case(case: Case, rates: Rates, device: torch.device, repeats: int) -
     floor = {phase: w and {"flops": w.flops, "bytes": w.bytes, "ms": w.ns(rates) * 1e-6}
              for phase, w in least.items()}
     return {"operator": case.operator, "shape": case.shape, "dtype": case.dtype, "floor": floor,
-            "variants": variants,
-            "skipped": skipped, "refused": refused, "impossible": impossible}
+            "variants": variants, "skipped": skipped, "refused": refused, "impossible": impossible}
 
 
 def show(case: Case, found: dict) -> None:
-    """A table of one case."""
-    print(f"\n{case}\n{'':18}" + "".join(f"{phase + ' ms':>14}{'rate':>14}{'of floor':>10}"
-                                         for phase in PHASES))
+    """Print a table of one case."""
+    heads = (f"{phase + ' ms':>14}{'rate':>14}{'of floor':>10}" for phase in PHASES)
+    print(f"\n{case}\n{'':18}" + "".join(heads))
     for name, row in found["variants"].items():
         print(f"{name:18}" + "".join(_cells(row[phase]) for phase in PHASES))
     for what in ("skipped", "refused"):
@@ -319,9 +331,9 @@ def _cells(row: dict | None) -> str:
 
 
 def rate(row: dict) -> str:
-    """The speed of a row as a reader wants it."""
-    if row["tflops"]:
-        return f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] >= 10 else f"{1e3 * row['tflops']:.0f} GFLOP/s"
+    """The speed of a row with its unit."""
+    if tflops := row["tflops"]:
+        return f"{tflops:.0f} TFLOP/s" if tflops >= 10 else f"{1e3 * tflops:.0f} GFLOP/s"
     return f"{row['gbs']:.4g} GB/s" if row["gbs"] else ""
 
 

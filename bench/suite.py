@@ -84,8 +84,8 @@ def parts(device: str) -> list[Part]:
             Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 1.5,
                  20),
             *sizes,
-            Part("parity", ("bench/parity.py", "--out={out}"), 1, 60),
-            Part("memory", ("bench/memory.py", "--out={out}"), 0.5, 15),
+            Part("parity", ("bench/curves/parity.py", "--out={out}"), 1, 60),
+            Part("memory", ("bench/steps/memory.py", "--out={out}"), 0.5, 15),
         ]
     none, here = f"needs a CUDA device, this is {device}", f"--device={device}"
     return [
@@ -96,7 +96,7 @@ def parts(device: str) -> list[Part]:
         Part("mfu-macbook",
              ("bench/mfu.py", here, "--cases=macbook", "--steps=5", "--compile=False",
                "--profile=True", "--out={out}"), 1, 10, merge_into="mfu"),
-        Part("parity", ("bench/parity.py", here, "--out={out}"), 1, 10),
+        Part("parity", ("bench/curves/parity.py", here, "--out={out}"), 1, 10),
         Part("memory", (), 0, 0, skip=none),
     ]
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from bench import cases, operators
-from bench.operator_peers import implementations
+from bench import operators
+from bench.ops import cases
+from bench.ops.peers import implementations
 from common import hardware
 
 

@@ -1,16 +1,15 @@
-"""Clocks, interleaved measurement, and what a result must say about where it was measured.
+"""Clocks, interleaved measurement, and what a result says about the machine it comes from.
 
     timings = measure({"ours": f, "theirs": g}, device="cuda")
     write_result("bench/results/x.json", {"environment": environment("cuda"), "timings": timings})
 
 The variants of one call to `measure` take turns in one process, so that a GPU that warms up or a
-machine that gets busy slows them all alike. Times are milliseconds. Checking that the variants
-agree comes before, and is the caller's.
+machine that gets busy slows them all alike. Times are milliseconds. The caller checks first that
+the variants agree.
 """
 
 import json
 import math
-import os
 import platform
 import re
 import shlex
@@ -28,14 +27,16 @@ from typing import Protocol
 
 import torch
 
+from common.files import whole
 from common.hardware import cpu_has_bf16_units, cpu_units
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 FLUSH_BYTES = 256 * 2**20  # written between samples: twice the largest L2 (B200, 126 MB)
-# a list of numbers in indented JSON: samples and curves go on one line
-NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")
 # about 0.5 ms at 2 GHz: longer than the host needs to enqueue an operator
 HEAD_START_CYCLES = 1_000_000
+# a list of numbers in indented JSON: samples and curves go on one line
+NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Timing:
 
 
 class Clock(Protocol):
-    """Times one call at a time: `start`, `stop` around it, then `elapsed_ms` for all of them at
-    once."""
+    """Times calls: `prepare`, `start` and `stop` around each, then `elapsed_ms` for all at once."""
 
     def prepare(self) -> None:
         """Put the machine in the state that every sample starts from."""
@@ -88,8 +88,7 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """perf_counter. Nothing is flushed: on a CPU the caches between two calls are part of what is
-    measured."""
+    """perf_counter. Caches are not flushed: on a CPU they are part of what is measured."""
 
     def __init__(self) -> None:
         self._samples: list[float] = []
@@ -109,12 +108,11 @@ class CpuClock:
 
 
 class CudaClock:
-    """Events on the device's current stream, read only after a whole round, so that no sample waits
-    for the host.
+    """Events on the device's current stream. They time the device's own work, without launch gaps.
 
     Before each sample the L2 cache is overwritten, and the device is kept busy while the host
-    enqueues the call: what is timed is the device's own work without launch gaps. End-to-end speed,
-    gaps included, is bench/mfu.py's.
+    enqueues the call. Events are read after a whole round, so that no sample waits for the host.
+    bench/mfu.py measures end-to-end speed, with the gaps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -154,15 +152,13 @@ def clock(device: torch.device | str) -> Clock:
 
 
 def measure(variants: Mapping[str, Callable[[], object]], *, device: torch.device | str,
-            warmup: int = 3,
-            repeats: int = 20, min_time_ms: float = 0.0) -> dict[str, Timing]:
-    """Time each callable `repeats` times, in rounds in which each runs once, after `warmup` rounds
-    untimed.
+            warmup: int = 3, repeats: int = 20, min_time_ms: float = 0.0) -> dict[str, Timing]:
+    """Time each callable `repeats` times, in rounds that call each once, after `warmup` rounds.
 
     The order rotates from round to round, so that no variant always runs after the same other one.
-    On a CPU a sample calls its variant as often as it takes to last `min_time_ms`, and is divided
-    by that number; on a GPU events resolve half a microsecond, and a second call would find its
-    data in the cache, so a sample is one call.
+    On a CPU a sample repeats its call until it lasts `min_time_ms`, and is divided by the number of
+    calls. On a GPU a sample is one call: events resolve half a microsecond, and a second call would
+    find its data in the cache. Raises ValueError for repeats < 1 or warmup < 0.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(
@@ -173,8 +169,7 @@ def measure(variants: Mapping[str, Callable[[], object]], *, device: torch.devic
 
 
 def _measure(variants: Mapping[str, Callable[[], object]], device: torch.device, warmup: int,
-             repeats: int,
-             min_time_ms: float) -> dict[str, Timing]:
+             repeats: int, min_time_ms: float) -> dict[str, Timing]:
     stopwatch = clock(device)
     names = list(variants)
     for _ in range(warmup):
@@ -211,18 +206,18 @@ def _once(stopwatch: Clock, fn: Callable[[], object]) -> float:
 
 
 def environment(device: torch.device | str = "cpu") -> dict:
-    """What a reader needs to judge or repeat a result: hardware, clocks and power, versions,
-    commit, command, date.
+    """Hardware, clocks, power, versions, commit, command and date, to judge or repeat a result.
 
-    What cannot be found out (no nvidia-smi, not a git checkout) is None. Ask right after measuring:
-    clocks and power are those of that moment.
+    What cannot be found out (no nvidia-smi, not a git checkout) is None. Call it right after
+    measuring: clocks and power are those of that moment.
     """
     device = torch.device(device)
+    status = _git("status", "--porcelain")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (status := _git("status", "--porcelain")) is None else status != "",
+        "dirty": None if status is None else status != "",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -233,8 +228,7 @@ def environment(device: torch.device | str = "cpu") -> dict:
 
 
 def machine(device: torch.device) -> str:
-    """What the files of a result are named after: cuda, cpu, or cpu-bf16, whose figures are those
-    of another machine."""
+    """The machine in a result's file name: cuda, cpu, or cpu-bf16 (a CPU with bf16 units)."""
     return "cpu-bf16" if device.type == "cpu" and cpu_has_bf16_units() else device.type
 
 
@@ -274,36 +268,34 @@ def _cpu_model() -> str:
 def _gpu(device: torch.device) -> dict:
     properties = torch.cuda.get_device_properties(device)
     keys = {"clocks.sm": "sm_clock_mhz", "clocks.max.sm": "max_sm_clock_mhz",
-            "clocks.mem": "memory_clock_mhz",
-            "power.limit": "power_limit_w", "power.draw": "power_draw_w",
-            "temperature.gpu": "temperature_c",
+            "clocks.mem": "memory_clock_mhz", "power.limit": "power_limit_w",
+            "power.draw": "power_draw_w", "temperature.gpu": "temperature_c",
             "driver_version": "driver"}
     answer = _run("nvidia-smi", "-i", f"GPU-{properties.uuid}", f"--query-gpu={','.join(keys)}",
                   "--format=csv,noheader,nounits")
-    values = answer.split(", ") if answer else []
-    smi = dict(zip(keys.values(), values,
-                   strict=True)) if len(values) == len(keys) else dict.fromkeys(keys.values())
+    values: list[str | None] = [*answer.split(", ")] if answer else []
+    if len(values) != len(keys):
+        values = [None] * len(keys)
     return {"name": properties.name, "capability": list(torch.cuda.get_device_capability(device)),
             "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda, **smi}
+            "memory_bytes": properties.total_memory, "cuda": torch.version.cuda,
+            **dict(zip(keys.values(), values, strict=True))}
+
+
+# -- result files --------------------------------------------------------------
+
+
+def result_path(given: str, name: str) -> Path:
+    """Where a result goes: the file `given` as --out, or NAME.json in bench/results."""
+    return Path(given) if given else RESULTS / f"{name}.json"
 
 
 def write_result(path: str | Path, result: dict) -> None:
-    """Write a result as JSON, whole or not at all: a killed benchmark leaves the last file as it
-    was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w") as file:
-            text = json.dumps(result, indent=1, default=_encode, allow_nan=False)
-            file.write(NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a result as JSON, whole or not at all, with each list of numbers on one line."""
+    text = json.dumps(result, indent=1, default=_encode, allow_nan=False)
+    text = NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
+    with whole(Path(path)) as file:
+        file.write(text.encode() + b"\n")
 
 
 def _encode(value: object) -> object:

@@ -12,7 +12,6 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from common.bounds import Must
 from common.files import read_json, write_json
+from common.processes import end_with_parent
 from data.gpt2 import END_OF_TEXT, encode_ordinary
 from data.manifest import NAME as MANIFEST
 from data.manifest import (
@@ -159,16 +159,7 @@ def _encoded(tasks: Iterable[Task], pool: ProcessPoolExecutor | None, ahead: int
 def _begin_worker() -> None:
     """Leave Ctrl-C to the parent, and end when it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks for ever: it holds both ends of their
-    pipe."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 # -- preparation ---------------------------------------------------------------------

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.accuracy import in_fp64, inaccuracy
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -31,15 +33,10 @@ def assert_as_accurate(fn: Callable, definition: Callable, args: tuple,
     The yardstick is PyTorch's own operator where that rounds inside (attention in bf16), else the
     definition itself. One unit in the last place of the largest value is always allowed.
     """
-    def wide(a):
-        return a.detach().double().requires_grad_(a.requires_grad) if isinstance(
-            a, Tensor) and a.is_floating_point() else a
-
-    exact = grads(definition, tuple(wide(a) for a in args))
+    exact = grads(definition, tuple(map(in_fp64, args)))
     theirs = grads(yardstick or definition, args)
-    for i, (got, ref, true) in enumerate(zip(grads(fn, args), theirs, exact, strict=True)):
-        assert got.dtype == ref.dtype and got.shape == ref.shape, f"tensor {i}: {got.dtype} {tuple(got.shape)}"
-        error, allowed = (got.double() - true).abs().max(), slack * (ref.double()
-                                                                     - true).abs().max()
-        rounding = torch.finfo(got.dtype).eps * true.abs().max()
-        assert error <= allowed + rounding, f"tensor {i}: error {error:.2e}, allowed {allowed + rounding:.2e}"
+    got = grads(fn, args)
+    for i, (one, ref) in enumerate(zip(got, theirs, strict=True)):
+        assert (one.dtype, one.shape) == (ref.dtype, ref.shape), f"tensor {i}: {one.dtype}"
+    fault = inaccuracy(got, theirs, exact, slack=slack)
+    assert not fault, fault

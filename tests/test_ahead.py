@@ -1,7 +1,7 @@
 """Ring 2: every kernel at GPT-2's shapes, compiled for GPUs that are not here; and the report's own
 parts.
 
-The whole report comes from one `python bench/ahead.py --quick=True`, a process of its own: the
+The whole report comes from one `python bench/aot/ahead.py --quick=True`, a process of its own: the
 tests' process has TRITON_INTERPRET set, in which nothing can be compiled.
 """
 
@@ -16,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from bench import ahead, cases, sass
-from bench.cases import Case
-from bench.offline import offline
-from bench.traffic import Window, cache_share, floor_bytes, traffic
+from bench.aot import ahead, sass
+from bench.aot.offline import offline
+from bench.aot.traffic import Window, cache_share, floor_bytes, traffic
+from bench.ops import cases
+from bench.ops.cases import Case
 from kernels import launch
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ def python(*arguments, **environment):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("ahead") / "ahead.json"
-    printed = python("bench/ahead.py", "--quick=True", "--arch=80,90,100", f"--out={out}")
+    printed = python("bench/aot/ahead.py", "--quick=True", "--arch=80,90,100", f"--out={out}")
     return json.loads(out.read_text()) | {"printed": printed}
 
 

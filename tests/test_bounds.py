@@ -64,7 +64,7 @@ def test_sections_lists_and_dicts_are_gone_through():
 
 def commands():
     for path in [
-        *ROOT.glob("bench/*.py"),
+        *ROOT.glob("bench/**/*.py"),
         *ROOT.glob("data/*/prepare.py"),
         *ROOT.glob("train/*.py"),
         *ROOT.glob("gpt/*.py"),

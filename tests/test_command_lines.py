@@ -11,7 +11,8 @@ from typing import get_args, get_origin
 import pytest
 from tyro.conf import PositionalRequiredArgs
 
-from bench import compare_run, project
+from bench import compare_run
+from bench.steps import project
 from common import cli
 from common.cli import types_of
 from data import small
@@ -87,13 +88,15 @@ def entries(trained, data):
 def measurements(trained):
     """The commands of bench/: parsed and checked; what costs nothing is also run."""
     found = {}
-    for path in sorted((Path(__file__).parents[1] / "bench").glob("*.py")):
+    root = Path(__file__).parents[1]
+    for path in sorted((root / "bench").rglob("*.py")):
         if "cli.run(" in path.read_text():
-            options = importlib.import_module(f"bench.{path.stem}").Options
-            found[f"bench/{path.name}"] = Entry(parsed(options), options)
-    found["bench/project.py"].base = ["--node_gbs=300", "--network_gbs=40"]
+            name = path.relative_to(root)
+            options = importlib.import_module(".".join(name.with_suffix("").parts)).Options
+            found[name.as_posix()] = Entry(parsed(options), options)
+    found["bench/steps/project.py"].base = ["--node_gbs=300", "--network_gbs=40"]
     found["bench/compare_run.py"].base = [str(trained), str(trained)]
-    found["bench/project.py"].main = partial(
+    found["bench/steps/project.py"].main = partial(
         cli.run, lambda options: print(project.table(options)), project.Options)
     found["bench/compare_run.py"].main = partial(
         cli.run, compare_run.main, compare_run.Options, markers=(PositionalRequiredArgs,))

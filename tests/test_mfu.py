@@ -1,4 +1,4 @@
-"""Training steps of ours and of peers (bench/mfu.py, bench/peers.py)."""
+"""Training steps of ours and of peers (bench/mfu.py, bench/steps/peers.py)."""
 
 import importlib.machinery
 import json
@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import mfu, peers
+from bench import mfu
 from bench.mfu import Options
+from bench.steps import peers
 from bench.timing import Timing
 from common import hardware
 from gpt import GPT, GPTConfig

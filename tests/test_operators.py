@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from bench import cases, operators
-from bench.cases import Case
+from bench import operators
 from bench.floors import Rates, Work
-from bench.operator_peers import OURS, implementations
+from bench.ops import cases
+from bench.ops.cases import Case
+from bench.ops.peers import OURS, implementations
 from bench.timing import Timing
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Where a step goes (bench/profile_step.py)."""
+"""Where a step goes (bench/steps/profile_step.py)."""
 
 import gzip
 import json
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import peers, profile_step
 from bench.floors import Rates, ns_per_token
-from bench.profile_step import STEPS, kind
+from bench.steps import peers, profile_step
+from bench.steps.profile_step import STEPS, kind
 from gpt import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=32)

@@ -1,4 +1,4 @@
-"""The projection onto many GPUs (bench/project.py), by hand."""
+"""The projection onto many GPUs (bench/steps/project.py), by hand."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from bench import floors
-from bench.project import GPUS, Options, measured, model, project, ring_ms, table
+from bench.steps.project import GPUS, Options, measured, model, project, ring_ms, table
 
 GIVEN = Options(node_gbs=300.0, network_gbs=40.0, results="nowhere.json")
 

@@ -1,6 +1,7 @@
 """One command for all measurements (bench/suite.py), and the parts that are its own: parity and
 memory."""
 
+import importlib
 import json
 import math
 import time
@@ -8,7 +9,9 @@ import time
 import pytest
 import torch
 
-from bench import memory, parity, suite
+from bench import suite
+from bench.curves import parity
+from bench.steps import memory
 from bench.suite import Part
 from train.command_line import parse
 
@@ -85,8 +88,8 @@ def test_time_that_a_part_leaves_goes_to_those_after_it(tmp_path, monkeypatch):
 def test_every_part_is_a_file_of_this_checkout_with_flags_it_knows(device):
     for part in suite.parts(device):
         if part.command and part.command[0] != "-m":
-            module = (suite.ROOT / part.command[0]).stem
-            options = __import__(f"bench.{module}", fromlist=["Options"]).Options
+            module = part.command[0].removesuffix(".py").replace("/", ".")
+            options = importlib.import_module(module).Options
             flags = {word[2:].partition("=")[0] for word in part.command[1:]}
             assert flags <= set(options.__dataclass_fields__), part.name
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench import tokenizing
+from bench.steps import tokenizing
 
 pytest.importorskip("tiktoken", reason="tiktoken is not installed")
 

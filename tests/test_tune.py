@@ -8,9 +8,10 @@ import pytest
 import torch
 import triton
 
-from bench import cases, tune
-from bench.cases import Case
-from bench.offline import offline
+from bench import tune
+from bench.aot.offline import offline
+from bench.ops import cases
+from bench.ops.cases import Case
 from bench.timing import Timing, write_result
 from bench.tune import Call, candidates, choose, fastest
 from kernels import launch
@@ -122,9 +123,9 @@ def test_inaccurate_operators_are_told():
     def off(*args):
         return cases.operator(SMALL, "reference")(*args) * 1.001
 
-    assert cases.inaccuracy(cases.operator(SMALL, "triton"), SMALL, DEVICE) == ""
-    assert "forward tensor 0: error" in cases.inaccuracy(off, SMALL, DEVICE)
-    assert "error nan" in cases.inaccuracy(lambda *args: off(*args) * float("nan"), SMALL, DEVICE)
+    assert cases.fault(cases.operator(SMALL, "triton"), SMALL, DEVICE) == ""
+    assert "forward tensor 0: error" in cases.fault(off, SMALL, DEVICE)
+    assert "error nan" in cases.fault(lambda *args: off(*args) * float("nan"), SMALL, DEVICE)
 
 
 @needs_kernels

@@ -1,23 +1,26 @@
-"""What the trainer itself costs: `python bench/overhead.py` [CONFIG] [--key=value ...], the
-quickstart on a CPU by default.
+"""The time of a training step that is the trainer's own.
 
-Of each step of the real loop (batches, learning rate, loss over ranks, report, progress line,
-metrics.jsonl) the time that is not in forward, backward, clipping, optimizer step or zero_grad.
-Those calls are timed where the loop makes them, so a CPU, where they return when they are done, is
-what this measures; on a GPU the loop runs ahead and waits for nothing.
+    python bench/steps/overhead.py [CONFIG] [--key=value ...] [--out=FILE]
+
+Without CONFIG it is the quickstart's, always on a CPU. A step is one of the real loop, with
+batches, learning rate, loss over ranks, report, progress line and metrics.jsonl. The time in
+forward, backward, clipping, optimizer step and zero_grad is subtracted. Those calls are timed where
+the loop makes them, which is right on a CPU, where they return when they are done; on a GPU the
+loop runs ahead. --out is the JSON file, bench/results/overhead-cpu.json if not given.
 """
 
 import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from bench.timing import ROOT, Timing, environment, write_result
+from bench.timing import Timing, environment, result_path, write_result
 from common.cli import exit_code
 from train import loop, optim, parallel
 from train.build import Run, build
@@ -29,7 +32,7 @@ STEPS, WARMUP = 100, 10
 
 
 class Stopwatch:
-    """Seconds inside the calls it wraps, since it was last read."""
+    """Seconds spent in the calls it wraps, since it was last read."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -48,36 +51,37 @@ class Stopwatch:
 
 
 def measure(config: Config) -> tuple[Timing, Timing, Run]:
-    """Milliseconds of whole steps, and of what in them is the trainer's own."""
+    """Milliseconds of whole steps, and of the trainer's own part of them."""
     with tempfile.TemporaryDirectory() as folder:
-        config = dataclasses.replace(config,
-                                     run=dataclasses.replace(config.run, out_dir=folder,
-                                                             init_from="scratch"))
-        run, watch = build(config), Stopwatch()
+        run_config = dataclasses.replace(config.run, out_dir=folder, init_from="scratch")
+        run = build(dataclasses.replace(config, run=run_config))
         if run.device.type != "cpu":
             raise ValueError(f"--device={run.device.type}: calls return before their work is done "
                              "there; use --device=cpu")
         report = Report(run.config, run.world, run.device, run.stop_request)
         report.begin(run.step, run.evaluated)
-        run.wrapped.forward = watch.timed(run.wrapped.forward)
-        before, timed = torch.Tensor.backward, watch.timed(torch.Tensor.backward)
-        torch.Tensor.backward = timed  # type: ignore[method-assign]
-        run.optimizer.step = watch.timed(run.optimizer.step)  # type: ignore[method-assign]
-        zero_grad = watch.timed(run.optimizer.zero_grad)
-        run.optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
-        clip, parallel.clip = parallel.clip, watch.timed(parallel.clip)
-        try:
+        with timed_calls(run) as watch:
             steps = [one(run, report, watch) for _ in range(WARMUP + STEPS)][WARMUP:]
-        finally:
-            torch.Tensor.backward, parallel.clip = before, clip  # type: ignore[method-assign]
         report.finish()
     whole, inside = zip(*steps, strict=True)
     return Timing(whole), Timing(tuple(w - i for w, i in zip(whole, inside, strict=True))), run
 
 
+@contextmanager
+def timed_calls(run: Run) -> Iterator[Stopwatch]:
+    """While the block runs, a Stopwatch times the calls that do the training."""
+    watch = Stopwatch()
+    calls = [(run.wrapped, "forward"), (torch.Tensor, "backward"), (run.optimizer, "step"),
+             (run.optimizer, "zero_grad"), (parallel, "clip")]
+    with ExitStack() as stack:
+        for owner, name in calls:
+            timed = watch.timed(getattr(owner, name))
+            stack.enter_context(patch.object(owner, name, timed))
+        yield watch
+
+
 def one(run: Run, report: Report, watch: Stopwatch) -> tuple[float, float]:
-    """A step as train_until_done takes it: milliseconds of it all, and of what is not the
-    trainer's."""
+    """A step as the loop takes it: milliseconds of all of it, and of the timed calls in it."""
     start = time.perf_counter()
     lr = optim.learning_rate(run.step, run.config.optim)
     report.step(run.step, lr, loop.train_step(run, lr), run.batches)
@@ -86,21 +90,23 @@ def one(run: Run, report: Report, watch: Stopwatch) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 2 after one line on stderr for what the user can mend."""
-    return exit_code(lambda: report(sys.argv[1:] if argv is None else argv))
+    """0, or 2 after one line on stderr for bad input."""
+    return exit_code(lambda: overhead(sys.argv[1:] if argv is None else argv))
 
 
-def report(given: list[str]) -> None:
+def overhead(given: list[str]) -> None:
     """Measure, print, and write the JSON."""
+    out = next((word.partition("=")[2] for word in given if word.startswith("--out=")), "")
+    given = [word for word in given if not word.startswith("--out=")]
     config = given if given and not given[0].startswith("-") else ["configs/quickstart.py", *given]
     whole, own, run = measure(parse([*config, "--device=cpu"]))
     fraction = sum(own.samples) / sum(whole.samples)
-    print(f"step {whole}, of it the trainer {own}: {100 * fraction:.2f} % of all time over {STEPS} "
-          "steps")
+    print(f"step {whole}; the trainer's own part {own}: {100 * fraction:.2f} % of all time in "
+          f"{STEPS} steps")
     result = {"benchmark": "overhead", "environment": environment("cpu"), "config": config[0],
               "batch_size": run.config.data.batch_size, "step": whole.as_json(),
               "trainer": own.as_json(), "fraction": fraction}
-    write_result(Path(ROOT / "bench" / "results" / "overhead-cpu.json"), result)
+    write_result(result_path(out, "overhead-cpu"), result)
 
 
 if __name__ == "__main__":

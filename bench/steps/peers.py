@@ -1,8 +1,7 @@
-"""Models that train the same GPT: ours, and others' with the same weights, as something the bench
-can step.
+"""Models that train the same GPT, ours and others', each as something the bench can step.
 
-Every peer starts from the same tensors, named as in gpt/model.py, and is asked for its loss on the
-same batch before anything is timed: one that disagrees is refused.
+Every peer starts from the same tensors, named as in gpt/model.py. Before anything is timed all
+compute the loss of one batch, and a peer whose loss differs is refused.
 """
 
 import contextlib
@@ -30,8 +29,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # 
 
 @dataclass
 class Peer:
-    """A model with its optimizer; `loss(idx, targets)` is the mean cross-entropy, before
-    autocast."""
+    """A model with its optimizer; `step` calls `loss`, the mean cross-entropy, under autocast."""
 
     name: str
     module: nn.Module
@@ -40,11 +38,10 @@ class Peer:
     device: torch.device
     dtype: torch.dtype
     compiled: bool = False
-    suite: str = ""
+    backend: str = ""
 
     def rehearse(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """A step that leaves the weights as they are: AdamW's learning rate and decay are 0 in
-        it."""
+        """A step that leaves the weights as they are, with a learning rate and decay of 0."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -54,15 +51,13 @@ class Peer:
         return loss
 
     def bytes_held(self) -> int:
-        """Of weights and optimizer state, which stay between steps; another peer may hold the same
-        ones."""
+        """Bytes of weights and optimizer state; another peer may share them."""
         states = (t for state in self.optimizer.state.values()
                   for t in state.values() if isinstance(t, Tensor))
         return sum(t.nbytes for t in [*self.module.parameters(), *states])
 
     def step(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Forward, backward, clipping and the optimizer: one step of training; the loss, on the
-        device."""
+        """One training step: forward, backward, clipping, optimizer. The loss, on the device."""
         with hardware.autocast(self.device, self.dtype):
             loss = self.loss(idx, targets)
         loss.backward()
@@ -73,7 +68,7 @@ class Peer:
 
     @torch.no_grad()
     def evaluate(self, idx: Tensor, targets: Tensor) -> float:
-        """The loss without dropout, which is what peers must agree in."""
+        """The loss without dropout, in which peers must agree."""
         self.module.eval()
         with hardware.autocast(self.device, self.dtype):
             loss = self.loss(idx, targets).item()
@@ -82,11 +77,9 @@ class Peer:
 
 
 def ours(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype,
-         *, name: str = "ours",
-         kernels: str | Kernels = "torch", compiled: bool = False, like: Peer | None = None,
-         **families: str) -> Peer:
-    """Our model on a kernel suite; `families` replace single ones, as in kernels.load. Or on any
-    Kernels.
+         *, name: str = "ours", kernels: str | Kernels = "torch", compiled: bool = False,
+         like: Peer | None = None, **families: str) -> Peer:
+    """Our model on a backend, or on any Kernels; `families` replace single ones (kernels.load).
 
     It shares the parameters and the optimizer of the peer `like`, so that many variants of a large
     model fit a GPU.
@@ -98,12 +91,12 @@ def ours(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dt
         model.to(device)
     if compiled:
         model.compile()
-    return Peer(name, model, model, like.optimizer if like else optim.build(model, OPTIM),
-                device, dtype)
+    optimizer = like.optimizer if like else optim.build(model, OPTIM)
+    return Peer(name, model, model, optimizer, device, dtype)
 
 
 def shared(make: Callable[..., nn.Module], like: Peer | None, *arguments: Any) -> Any:
-    """make(*arguments), with the very parameters of `like` where there is one."""
+    """make(*arguments), which shares the parameters of `like` where there is one."""
     if like is None:
         return make(*arguments)
     with torch.device("meta"):
@@ -113,11 +106,10 @@ def shared(make: Callable[..., nn.Module], like: Peer | None, *arguments: Any) -
 
 
 def liger_kernels() -> Kernels:
-    """Liger's layer norm and fused linear cross-entropy among PyTorch's operators; written for
-    liger-kernel 0.8.
+    """Liger's layer norm and losses among PyTorch's operators; written for liger-kernel 0.8.
 
     It has no residual add beside a layer norm (only beside RMSNorm) and no attention. Its norm
-    wants a bias: zeros.
+    needs a bias, which is zero here where ours has none.
     """
     from liger_kernel.transformers.functional import (
         liger_cross_entropy,
@@ -148,12 +140,11 @@ def liger_kernels() -> Kernels:
 
 
 def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor],
-            device: torch.device, dtype: torch.dtype, *,
-            name: str = "nanoGPT", compiled: bool = False, like: Peer | None = None) -> Peer:
-    """A nanoGPT checkout's own model.py and optimizer. Raises ValueError if `folder` is none, or
-    for a tanh GELU.
+            device: torch.device, dtype: torch.dtype, *, name: str = "nanoGPT",
+            compiled: bool = False, like: Peer | None = None) -> Peer:
+    """The model.py and optimizer of a nanoGPT checkout; `like` as in `ours`.
 
-    `like`: as in `ours`.
+    Raises ValueError if `folder` has no model.py, or for a tanh GELU.
     """
     file = Path(folder) / "model.py"
     if not file.is_file():
@@ -166,9 +157,8 @@ def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor],
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
-    arguments = {k: getattr(config, k)
-                 for k in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd",
-                           "dropout", "bias")}
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    arguments = {k: getattr(config, k) for k in names}
     with contextlib.redirect_stdout(io.StringIO()):
         model = shared(module.GPT, like, module.GPTConfig(**arguments))
         if like is None:
@@ -185,28 +175,23 @@ def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor],
 
 
 def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: torch.device,
-                      dtype: torch.dtype, *,
-                      name: str = "transformers", compiled: bool = False,
+                      dtype: torch.dtype, *, name: str = "transformers", compiled: bool = False,
                       like: Peer | None = None) -> Peer:
-    """Hugging Face's GPT2LMHeadModel with PyTorch's fused attention, and PyTorch's fused AdamW.
-    `like`: as in `ours`."""
+    """transformers' GPT2LMHeadModel, PyTorch's fused attention and AdamW; `like` as in `ours`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    activation = "gelu_new" if config.activation == "gelu_tanh" else "gelu"
     model = shared(GPT2LMHeadModel, like, GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head, activation_function="gelu_new" if config.activation == "gelu_tanh"
-        else "gelu",
+        n_layer=config.n_layer, n_head=config.n_head, activation_function=activation,
         resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
-        use_cache=False,
-        attn_implementation="sdpa", bos_token_id=None, eos_token_id=None,
-    ))
+        use_cache=False, attn_implementation="sdpa", bos_token_id=None, eos_token_id=None))
     if like is None:
         # stored (in, out) there
         turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
                   "mlp.c_proj.weight")
         state = {k: v.T if k.endswith(turned) else v for k, v in weights.items()}
-        # biases config has not: 0
+        # biases that config has not are zero
         theirs = {k: state.get(k, torch.zeros_like(v)) for k, v in model.state_dict().items()}
         model.load_state_dict(theirs)
         model.to(device)
@@ -216,13 +201,12 @@ def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: tor
     def loss(idx: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(idx).logits.float().flatten(0, 1), targets.flatten())
 
-    return Peer(name, model, loss, like.optimizer if like else optim.build(model, OPTIM),
-                device, dtype)
+    optimizer = like.optimizer if like else optim.build(model, OPTIM)
+    return Peer(name, model, loss, optimizer, device, dtype)
 
 
 def agree(peers: list[Peer], idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """The losses of all peers on one batch. Raises ValueError, with both values, for one that is
-    not the first one's."""
+    """The losses of all peers on one batch. Raises ValueError where one is not like the first."""
     losses = {peer.name: peer.evaluate(idx, targets) for peer in peers}
     first = peers[0]
     for peer in peers:

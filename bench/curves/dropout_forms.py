@@ -1,16 +1,17 @@
-"""Does a model learn with our attention dropout as it does with PyTorch's? Validation loss of a
-small model that overfits.
+"""Does a model learn with our attention dropout as it does with PyTorch's?
 
-    python bench/dropout_forms.py --data_dir=data/shakespeare_char
+    python bench/curves/dropout_forms.py --data_dir=data/shakespeare_char
 
-On a CPU the masks of our dropout come from few random words (kernels/cpu_dropout.py) and those of the
-attention are drawn block by block (kernels/cpu_attention.py). Here the same runs are made with
-PyTorch's own dropout of the probabilities, and with none in the attention, from the same seeds: on
-a slice of the text short enough that dropout matters.
+On a CPU the masks of our dropout are made from few random words (kernels/cpu_dropout.py), and those
+of the attention are drawn block by block (kernels/cpu_attention.py). Here small models train with
+these, with PyTorch's own dropout of the probabilities, and with none in the attention, from the
+same seeds, on a slice of the text so short that they overfit and dropout matters. Their validation
+losses are compared.
 """
 
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.timing import ROOT, environment, write_result
+from bench.timing import RESULTS, environment, write_result
 from common import cli
 from common.bounds import BelowOne, NotEmpty, Positive
 from data.loader import Loader, eval_batches
@@ -39,18 +40,18 @@ class Options:
     dropout: BelowOne = 0.2
     max_iters: Positive = 800
     seeds: Positive = 3
-    out: NotEmpty = str(ROOT / "bench" / "results" / "dropout-forms.json")
+    out: NotEmpty = str(RESULTS / "dropout-forms.json")
 
 
 def on_probabilities(qkv: Tensor, *, dropout: float = 0.0, **_: object) -> Tensor:
-    """PyTorch's: each probability is dropped on its own."""
+    """PyTorch's dropout: of single probabilities."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout,
                                           is_causal=True).transpose(1, 2)
 
 
 def none(qkv: Tensor, **_: object) -> Tensor:
-    """No dropout in the attention; elsewhere as ever."""
+    """No dropout in the attention; the dropout elsewhere stays."""
     return on_probabilities(qkv)
 
 
@@ -60,19 +61,18 @@ FORMS: dict[str, Callable] = {
 
 
 def run(form: Callable, seed: int, options: Options, data: Path) -> float:
-    """Validation loss at the end."""
+    """Train on the tokens in `data`; the validation loss at the end, in nats."""
     config = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128,
                        dropout=options.dropout)
     c = OptimConfig(learning_rate=1e-3, min_lr=1e-4, max_iters=options.max_iters,
-                    lr_decay_iters=options.max_iters,
-                    warmup_iters=50, beta2=0.99)
+                    lr_decay_iters=options.max_iters, warmup_iters=50, beta2=0.99)
     torch.manual_seed(seed)
     model = GPT(config, load("torch")._replace(attention_qkv=form))
     optimizer = optim.build(model, c)
     batches = Loader(open_tokens(data), block_size=64, batch_size=12, seed=seed)
     for step in range(options.max_iters):
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = optim.learning_rate(
-            step, c)
+        rate = optim.learning_rate(step, c)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
         model(*next(batches)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
@@ -85,19 +85,17 @@ def run(form: Callable, seed: int, options: Options, data: Path) -> float:
 
 
 def main(options: Options) -> None:
-    """All forms from each seed, in turns."""
-    data = Path(options.data_dir) / "slice-for-dropout-forms.bin"
-    whole = open_split(options.data_dir, "train")
-    write_tokens(data, next(whole.chunks())[: options.train_tokens])
+    """Train with each form from each seed, in turns; print and write."""
     losses: dict[str, list[float]] = {name: [] for name in FORMS}
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "slice.bin"
+        whole = open_split(options.data_dir, "train")
+        write_tokens(data, next(whole.chunks())[: options.train_tokens])
         for seed in range(options.seeds):
             for name, form in FORMS.items():
                 losses[name].append(run(form, seed, options, data))
                 print(f"seed {seed}, dropout of {name}: validation loss {losses[name][-1]:.4f}",
                       flush=True)
-    finally:
-        data.unlink()
     for name in FORMS:
         spread = f" +- {statistics.stdev(losses[name]):.4f}" if options.seeds > 1 else ""
         print(f"{name:26}{statistics.mean(losses[name]):.4f}{spread}")

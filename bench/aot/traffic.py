@@ -1,33 +1,34 @@
 """Count the bytes that a memory-bound operator moves, and compare them with the fewest possible.
-Needs no GPU.
 
-Triton's interpreter runs the kernels at their real shapes and launch settings, on tensors without
-data (loads give ones), and only a few programs of each grid, evenly spread; what they load and
-store is scaled to the whole grid. What PyTorch's own operators move on the way (a `.contiguous()`,
-the sum over partial rows) is added.
+Needs no GPU: Triton's interpreter runs the kernels at their real shapes and launch settings, on
+tensors without data (loads give ones). Only a few programs of each grid run, evenly spread; the
+bytes they load and store are scaled to the whole grid. The bytes of PyTorch's own operators on the
+way (a `.contiguous()`, the sum over partial rows) are added.
 
-Two figures, both over the same floor, which is the operator's own: inputs read once, outputs
-written once.
-requested    every byte that loads and stores ask for.
-moved        what reaches DRAM behind an ideal L2, in sectors of 32 bytes: a program finds again what it touched last, up
-             to its share of the cache (all of it, divided by the programs resident at once), and tensors up to SMALL
-             bytes (parameters, statistics per row, partial sums) stay there for all programs.
+There are two figures. Both are divided by the operator's floor: inputs read once, outputs written
+once.
+
+requested  all bytes that loads and stores ask for.
+moved      the bytes that reach DRAM behind an ideal L2 cache, in sectors of 32 bytes. A program
+           finds what it touched last in its share of the cache (L2_BYTES divided by the number of
+           resident programs). Tensors up to SMALL bytes (parameters, statistics per row, partial
+           sums) stay in the cache for all programs.
 """
 
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import numpy as np
 
-from bench.cases import Case, arguments, operator, options, run
-from bench.offline import MULTIPROCESSORS, STORAGE_BITS, Pointer, name_of, offline
+from bench.aot.offline import MULTIPROCESSORS, STORAGE_BITS, Pointer, name_of, offline
+from bench.ops.cases import Case, arguments, operator, options, run
 
 SECTOR = 32  # bytes: what L2 fetches and writes back
-# of the GPUs in MULTIPROCESSORS
+# of the GPUs in offline.MULTIPROCESSORS
 L2_BYTES = {(8, 0): 40e6, (8, 6): 6e6, (8, 9): 96e6, (9, 0): 50e6, (10, 0): 126e6}
 SMALL = 4 * 2**20  # bytes
 PROGRAMS = 3  # how many programs of a grid are run
@@ -36,9 +37,9 @@ PROGRAMS = 3  # how many programs of a grid are run
 def floor_bytes(case: Case) -> dict[str, int]:
     """The fewest bytes each phase can move: its inputs read once, its outputs written once.
 
-    linear_cross_entropy has matrix products between its kernels, which are not memory-bound: only
-    the kernels count, and their floor is one read of the logits and one write of their gradient,
-    both in its forward.
+    linear_cross_entropy runs matrix products between its kernels; these are not memory-bound, so
+    only its kernels count. Their floor is one read of the logits and one write of their gradient,
+    both in the forward.
     """
     s = case.dtype.itemsize
     if case.operator == "linear_cross_entropy":
@@ -54,16 +55,19 @@ def floor_bytes(case: Case) -> dict[str, int]:
         return {"forward": 2 * M * N * s + parameters,
                 "backward": 3 * M * N * s + 4 * N + parameters}
     assert case.operator == "add_layernorm", f"{case} is not memory-bound"
-    # x, residual, total, y; dy, dtotal, total, d (of both, if their dtypes are one)
+    # x, residual, total, y; dy, dtotal, total, and one gradient for x and residual, or two where
+    # their dtypes differ
     backward = M * N * (s + 3 * r + (s if s != r else 0))
     return {"forward": 2 * M * N * (s + r) + parameters, "backward": backward + 4 * N + parameters}
 
 
 def cache_share(capability: tuple[int, int], programs: int, num_warps: int) -> int:
-    """Bytes of L2 per program, when as many are resident as 64 warps per multiprocessor allow
-    (registers may allow fewer, and leave more to each)."""
-    return int(L2_BYTES[capability]
-               / min(programs, MULTIPROCESSORS[capability] * max(1, 64 // num_warps)))
+    """Bytes of L2 per program, with the programs resident that 64 warps per multiprocessor allow.
+
+    Registers may allow fewer programs, and each then has a larger share.
+    """
+    resident = MULTIPROCESSORS[capability] * max(1, 64 // num_warps)
+    return int(L2_BYTES[capability] / min(programs, resident))
 
 
 # -- counting one program ------------------------------------------------------
@@ -78,8 +82,7 @@ class Window:
         self._size = 0
 
     def misses(self, sectors: np.ndarray, elsewhere: "Window | None" = None) -> np.ndarray:
-        """Those of the distinct `sectors` that are not here (nor in `elsewhere`); all of them are
-        from now on."""
+        """Add the distinct `sectors`; returns those that were not here, nor in `elsewhere`."""
         known = [*self._recent, *(elsewhere._recent if elsewhere else ())]
         missing = sectors[~np.isin(sectors, np.concatenate(known))] if known else sectors
         self._recent.append(sectors)
@@ -91,7 +94,7 @@ class Window:
 
 @dataclass
 class Tally:
-    """Bytes of the programs run so far: asked for, and missed per storage and direction."""
+    """Bytes of the programs run so far: requested, and missed per storage and direction."""
 
     share: int  # of the cache, in bytes
     requested: int = 0
@@ -103,12 +106,13 @@ class Tally:
     def access(self, addresses: np.ndarray, mask: np.ndarray, nbytes: int, direction: str) -> None:
         touched = np.broadcast_to(addresses, mask.shape)[mask]
         self.requested += touched.size * nbytes
-        # they come in order, or nearly: fast
+        # a stable sort is fast here: they come in order, or nearly
         sectors = np.sort(touched // SECTOR, axis=None, kind="stable")
         sectors = sectors[np.diff(sectors, prepend=sectors[:1] + 1) != 0]
-        missing = self.reads.misses(sectors,
-                                    self.writes) if direction == "r" else self.writes.misses(
-                                        sectors)
+        if direction == "r":
+            missing = self.reads.misses(sectors, elsewhere=self.writes)
+        else:
+            missing = self.writes.misses(sectors)
         storages, counts = np.unique(missing >> (STORAGE_BITS - int(math.log2(SECTOR))),
                                      return_counts=True)
         for storage, count in zip(storages.tolist(), counts.tolist()):
@@ -118,27 +122,34 @@ class Tally:
 # -- the interpreter -----------------------------------------------------------
 
 
-@contextmanager
-def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
-    """Triton's interpreter, with loads and stores counted instead of done, over the `chosen`
-    programs of the grid."""
+def _ones(ptrs):
+    """The value of a load: the interpreter keeps bf16 as raw bits, of which 0x3F80 is 1."""
     from triton.runtime import interpreter
 
-    builder = interpreter.interpreter_builder
+    kind = ptrs.get_element_ty()
+    one = 0x3F80 if kind.is_bf16() else 1
+    data = np.full(ptrs.data.shape, one, interpreter._get_np_dtype(kind))
+    return interpreter.TensorHandle(data, kind)
+
+
+@contextmanager
+def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
+    """Triton's interpreter for the `chosen` programs of a grid: it counts loads and stores only."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
 
-    def ones(ptrs):
-        kind = ptrs.get_element_ty()
-        bits = 0x3F80 if kind.is_bf16() else 1  # the interpreter keeps bf16 as raw bits
-        return interpreter.TensorHandle(np.full(ptrs.data.shape, bits,
-                                                interpreter._get_np_dtype(kind)), kind)
+    def access(ptrs, mask, direction):
+        nbytes = ptrs.get_element_ty().primitive_bitwidth // 8
+        tally.access(ptrs.data, mask.data, nbytes, direction)
 
     def load(ptrs, mask, other, *hints):
-        tally.access(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8, "r")
-        return ones(ptrs)
+        access(ptrs, mask, "r")
+        return _ones(ptrs)
 
     def store(ptrs, value, mask, *hints):
-        tally.access(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8, "w")
+        access(ptrs, mask, "w")
 
     def atomic(operation, ptrs, value, mask, *semantics):
         store(ptrs, value, mask)
@@ -148,25 +159,23 @@ def _counting(tally: Tally, grid: tuple[int, int, int], chosen: list[int]):
         tally.next_program()
         set_idx(*(int(c) for c in np.unravel_index(chosen[i], grid)))
 
-    executor = interpreter.GridExecutor
-    with ExitStack() as stack:
-        for name, fn in {"create_masked_load": load, "create_masked_store": store,
-                         "create_atomic_rmw": atomic,
-                         "set_grid_dim": lambda *_: set_dim(*grid),
-                         "set_grid_idx": next_program}.items():
-            stack.enter_context(patch.object(builder, name, fn))
-        stack.enter_context(patch.object(executor,
-                                         "_init_args_hst", lambda self, args, kwargs: (list(args),
-                                                                                       kwargs)))
-        stack.enter_context(patch.object(executor, "_restore_args_dev", lambda self, *_: None))
+    def as_they_are(self, args, kwargs):
+        return list(args), kwargs  # there is no device to copy them from
+
+    with (patch.multiple(builder, create_masked_load=load, create_masked_store=store,
+                         create_atomic_rmw=atomic, set_grid_idx=next_program,
+                         set_grid_dim=lambda *_: set_dim(*grid)),
+          patch.multiple(executor, _init_args_hst=as_they_are,
+                         _restore_args_dev=lambda self, *_: None)):
         yield executor
 
 
 def _launch_bytes(kernel, grid: tuple[int, int, int], args: list, kwargs: dict,
-                  nbytes: dict[int, int],
-                  share: int) -> tuple[int, int]:
-    """(requested, moved) bytes of one launch; nbytes are the sizes of the storages, share that of a
-    program in L2."""
+                  nbytes: dict[int, int], share: int) -> tuple[int, int]:
+    """(requested, moved) bytes of one launch.
+
+    `nbytes` is the size of each storage, `share` a program's share of the cache in bytes.
+    """
     programs = math.prod(grid)
     count = min(PROGRAMS, programs)
     chosen = [(2 * i + 1) * programs // (2 * count) for i in range(count)]
@@ -176,21 +185,23 @@ def _launch_bytes(kernel, grid: tuple[int, int, int], args: list, kwargs: dict,
     scale = programs / count
     moved = 0.0
     for (storage, _), missed in tally.missed.items():
-        moved += min(missed * scale,
-                     nbytes[storage]) if nbytes[storage] <= SMALL else missed * scale
+        whole = missed * scale
+        moved += min(whole, nbytes[storage]) if nbytes[storage] <= SMALL else whole
     return round(tally.requested * scale), round(moved)
 
 
 def _key(kernel, grid: tuple, args: list, kwargs: dict, nbytes: dict[int, int], share: int) -> str:
-    """Equal for launches that move equally many bytes: addresses enter by the storage they are in,
-    numbered in order of appearance, and by where in a sector they begin."""
+    """A string that is equal for launches that move equally many bytes.
+
+    Of an address it has the storage, numbered in order of appearance, and the offset in a sector.
+    """
     seen: dict[int, int] = {}
 
     def alike(arg):
         if isinstance(arg, Pointer):
             storage = arg.address >> STORAGE_BITS
-            return arg.dtype, seen.setdefault(storage,
-                                              len(seen)), nbytes[storage], arg.address % SECTOR
+            number = seen.setdefault(storage, len(seen))
+            return arg.dtype, number, nbytes[storage], arg.address % SECTOR
         return arg
 
     return repr((name_of(kernel), grid, [*map(alike, args)],
@@ -199,15 +210,14 @@ def _key(kernel, grid: tuple, args: list, kwargs: dict, nbytes: dict[int, int], 
 
 def traffic(case: Case, capabilities: list[tuple[int, int]],
             fn: Callable | None = None) -> list[dict]:
-    """One row per phase and capability: bytes requested and moved, by kernel, the floor, and their
-    ratios.
+    """One row per phase and capability: bytes requested, bytes moved by kernel, and the floor.
 
     Must run in a process that set TRITON_INTERPRET=1 before it imported triton. `fn` replaces the
     operator.
     """
     import triton
 
-    assert triton.knobs.runtime.interpret, "bytes are counted in the interpreter: set TRITON_INTERPRET=1"
+    assert triton.knobs.runtime.interpret, "bytes are counted with TRITON_INTERPRET=1"
     fn = fn or operator(case, "triton")
     # capabilities often share their settings, and with them the count
     known: dict[str, tuple[int, int]] = {}
@@ -221,7 +231,7 @@ def traffic(case: Case, capabilities: list[tuple[int, int]],
 
 def _phases(case: Case, capability: tuple[int, int], fn: Callable,
             known: dict) -> dict[str, dict[str, tuple[int, int]]]:
-    """Of each phase, the (requested, moved) bytes by kernel."""
+    """The (requested, moved) bytes of each phase, by kernel."""
     counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
 
     def add(name: str, requested: int, moved: int) -> None:
@@ -257,8 +267,8 @@ def _row(case: Case, capability: tuple[int, int], phase: str, floor: int,
     requested, moved = (sum(part) for part in zip(*by_kernel.values(), strict=True))
     return {
         "case": str(case), "operator": case.operator, "phase": phase,
-        "arch": capability[0] * 10 + capability[1],
-        "floor_bytes": floor, "requested_bytes": requested, "moved_bytes": moved,
+        "arch": capability[0] * 10 + capability[1], "floor_bytes": floor,
+        "requested_bytes": requested, "moved_bytes": moved,
         "requested_over_floor": round(requested / floor, 4),
         "moved_over_floor": round(moved / floor, 4),
         "moved_by": {name: moved for name, (_, moved) in by_kernel.items()},

@@ -1,11 +1,10 @@
-"""MB/s of text preparation beside tiktoken's own batch encoder, on the same text and the same
-cores, in turns.
+"""MB/s of text preparation beside tiktoken's own batch encoder, on the same text and cores.
 
-    python bench/tokenizing.py --text=FILE
+    python bench/steps/tokenizing.py --text=FILE
 
 `prepare` reads the text from the disk, encodes it, and writes ids, checksums and manifest; tiktoken
-encodes a list of documents that is already in memory, with a thread a core. The ids must be equal
-before anything is timed.
+encodes a list of documents that is already in memory, with one thread per core. The ids must be
+equal before anything is timed; then the two run in turns.
 """
 
 import os
@@ -14,6 +13,7 @@ import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -34,11 +34,11 @@ class Options:
     megabytes: Positive = 64
     workers: Processes = 2
     repeats: Positive = 3
-    out: NotEmpty = str(Path(__file__).parent / "results" / "tokenizing.json")
+    out: NotEmpty = str(Path(__file__).parents[1] / "results" / "tokenizing.json")
 
 
 def main(options: Options) -> dict:
-    """Check, time in turns, print, write."""
+    """Check, time in turns, print, write. Raises ValueError where the ids differ."""
     # here: the workers of `prepare` import this file, and not torch
     from bench.timing import environment, measure, write_result
 
@@ -48,28 +48,16 @@ def main(options: Options) -> dict:
     documents = [once] * max(1, round(options.megabytes * 1e6 / len(once.encode())))
     encoding, megabytes = gpt2_encoding(), len("".join(documents).encode()) / 1e6
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null:
-        texts = Path(folder) / "texts"
-        texts.mkdir()
-        for number, document in enumerate(documents):
-            (texts / f"{number:05}.txt").write_text(document, encoding="utf-8")
-        runs: list[Path] = []
-
-        def ours() -> None:
-            runs.append(Path(folder) / f"out-{len(runs)}")
-            with redirect_stdout(null), redirect_stderr(null):
-                prepare(Files(str(texts)), Split(tokens=1), runs[-1], name="text",
-                        workers=options.workers)
-
-        ours()
-        ids = np.concatenate([np.fromfile(runs[-1] / f"{split}.bin", DTYPE)
-                              for split in ("val", "train")])
+        preparation = Preparation(Path(folder), documents, options.workers, null)
         expected = np.array([*encoding.encode_ordinary(once), END_OF_TEXT])
-        if not np.array_equal(ids, np.tile(expected, len(documents))):
+        if not np.array_equal(preparation.ids(), np.tile(expected, len(documents))):
             raise ValueError("prepare's ids are not tiktoken's; not timed")
-        variants = {"prepare": ours,
-                    "tiktoken": lambda: encoding.encode_ordinary_batch(documents,
-                                                                       num_threads=options.workers)}
-        timings = measure(variants, device="cpu", warmup=0, repeats=options.repeats)
+
+        def tiktoken() -> None:
+            encoding.encode_ordinary_batch(documents, num_threads=options.workers)
+
+        timings = measure({"prepare": preparation.run, "tiktoken": tiktoken}, device="cpu",
+                          warmup=0, repeats=options.repeats)
     speeds = {name: megabytes / timing.median_ms * 1e3 for name, timing in timings.items()}
     for name, speed in speeds.items():
         print(f"{name:10} {speed:6.2f} MB/s   prepare is {speeds['prepare'] / speed:.2f} x this")
@@ -79,6 +67,29 @@ def main(options: Options) -> dict:
                            for n, t in timings.items()}}
     write_result(options.out, result)
     return result
+
+
+class Preparation:
+    """The documents as files in a folder; each `run` prepares them into a new one."""
+
+    def __init__(self, folder: Path, documents: list[str], workers: int, output: TextIO) -> None:
+        self.folder, self.workers, self.output, self.runs = folder, workers, output, 0
+        (folder / "texts").mkdir()
+        for number, document in enumerate(documents):
+            (folder / "texts" / f"{number:05}.txt").write_text(document, encoding="utf-8")
+
+    def run(self) -> None:
+        with redirect_stdout(self.output), redirect_stderr(self.output):
+            prepare(Files(str(self.folder / "texts")), Split(tokens=1),
+                    self.folder / f"out-{self.runs}", name="text", workers=self.workers)
+        self.runs += 1
+
+    def ids(self) -> np.ndarray:
+        """The ids that a first run makes."""
+        self.run()
+        made = self.folder / "out-0"
+        return np.concatenate([np.fromfile(made / f"{split}.bin", DTYPE)
+                               for split in ("val", "train")])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the compiler made of a kernel, read from its machine code (SASS) with cuobjdump.
+"""Read what the compiler made of a kernel from its machine code (SASS), with cuobjdump.
 
-`facts` gives registers, spills, shared memory, blocks per multiprocessor, matrix instructions and
-the widths of global loads and stores. The limits of a multiprocessor are those of the CUDA C++
-Programming Guide, "Technical specifications per compute capability", and of the occupancy
-calculator that comes with Nsight Compute.
+`facts` gives registers, spills, shared memory, occupancy (blocks per multiprocessor), matrix
+instructions and the widths of global loads and stores. The limits of a multiprocessor are those of
+the CUDA C++ Programming Guide, "Technical specifications per compute capability", and of the
+occupancy calculator in Nsight Compute.
 """
 
 import re
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What one multiprocessor shares out among its blocks."""
+    """The resources of one multiprocessor, which its resident blocks share."""
 
     warps: int
     blocks: int
@@ -31,20 +31,19 @@ MULTIPROCESSOR = {
     90: Multiprocessor(warps=64, blocks=32, shared_bytes=233_472),
     100: Multiprocessor(warps=64, blocks=32, shared_bytes=233_472, tensor_memory_columns=512),
 }
-RESERVED_SHARED_BYTES = 1024  # the system's own, per block, since sm_80
+RESERVED_SHARED_BYTES = 1024  # per block, used by CUDA itself, since sm_80
 MATRIX = re.compile(r"\b(HGMMA|QGMMA|IGMMA|HMMA|IMMA|DMMA|QMMA|UTC[A-Z]*MMA)\b")
-# LDGSTS is cp.async, UTMALDG / UTMASTG the tensor memory accelerator, UBLKCP a bulk copy: those
-# move whole tiles.
-MEMORY = re.compile(
-    r"\b(LDG|STG|LDGSTS|UTMALDG|UTMASTG|UTMAREDG|UBLKCP|RED|REDG|ATOM|ATOMG)(?![A-Z])((?:\.[A-Z0-9_]+)*)")
+# LDGSTS is cp.async; UTMALDG and UTMASTG are the tensor memory accelerator's, UBLKCP is a bulk
+# copy: these three move whole tiles.
+MEMORY = re.compile(r"\b(LDG|STG|LDGSTS|UTMALDG|UTMASTG|UTMAREDG|UBLKCP|RED|REDG|ATOM|ATOMG)"
+                    r"(?![A-Z])((?:\.[A-Z0-9_]+)*)")
 WIDTH = re.compile(r"(?:^|[.])(?:ENL2\.)?(256|128|64|U16|S16|U8|S8)(?:$|[.])")
 SPILL = re.compile(r"\b(LDL|STL)\b")
 
 
 def facts(cubin: bytes, arch: int, warps: int, shared_bytes: int,
           tensor_memory_columns: int = 0) -> dict:
-    """Everything the report says of one compiled kernel; `shared_bytes` is what the launch asks
-    for, per block."""
+    """The report's figures of one compiled kernel, launched with `shared_bytes` per block."""
     text = _disassemble(cubin)
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage, f"cuobjdump names no registers:\n{text[:500]}"
@@ -53,7 +52,7 @@ def facts(cubin: bytes, arch: int, warps: int, shared_bytes: int,
                                               tensor_memory_columns)
     return {
         "registers": registers,
-        # the stack of a thread: kernels without recursion and local arrays only spill to it
+        # the stack of a thread: without recursion and local arrays, only spills are on it
         "spill_bytes": stack,
         "spill_instructions": len(SPILL.findall(text)),
         "shared_bytes": shared_bytes,
@@ -66,10 +65,10 @@ def facts(cubin: bytes, arch: int, warps: int, shared_bytes: int,
 
 def blocks_per_multiprocessor(arch: int, warps: int, registers: int, shared_bytes: int,
                               tensor_memory_columns: int = 0) -> tuple[int, str]:
-    """How many blocks are resident at once, and what keeps it from being more.
+    """How many blocks are resident at once, and which resource limits the number.
 
-    Registers are handed out per warp in units of 256, to warps in fours; shared memory in units of
-    128 bytes.
+    Registers are allocated to a warp in units of 256, and to warps in groups of four; shared memory
+    is allocated in units of 128 bytes.
     """
     sm = MULTIPROCESSOR[arch]
     registers_of_warp = -(-registers * 32 // 256) * 256
@@ -88,8 +87,7 @@ def blocks_per_multiprocessor(arch: int, warps: int, registers: int, shared_byte
 
 
 def _accesses(text: str) -> Counter:
-    """Instructions that touch global memory, by mnemonic and bits per thread: {"LDG.128": 12,
-    "STG.32": 1}."""
+    """Counts of instructions that access global memory: {"LDG.128": 12}, with bits per thread."""
     found: Counter = Counter()
     for mnemonic, modifiers in MEMORY.findall(text):
         width = WIDTH.search(modifiers)

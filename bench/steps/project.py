@@ -1,22 +1,24 @@
-"""A projection, not a measurement: the time of an optimizer step on 1 to 1024 GPUs, from floors,
-fractions and bandwidths.
+"""A projection, not a measurement: the time of an optimizer step on 1 to 1024 GPUs.
 
-    python bench/project.py --case=124M --node_gbs=300 --network_gbs=40 --matmul_fraction=0.86 --attention_fraction=0.7
+    python bench/steps/project.py --case=124M --node_gbs=300 --network_gbs=40 \\
+        --matmul_fraction=0.86 --attention_fraction=0.7
 
-Compute is bench/floors.py's parts of a step, each divided by the fraction of its floor that was
-measured for its kind (1: the floor itself). Communication goes over nodes of `gpus_per_node` GPUs,
-in rings: of G bytes, (g - 1) / g G over the link inside a node of g GPUs, then (m - 1) / m G / g
-over the network between m nodes, for a reduce-scatter or an all-gather; twice that for an
-all-reduce. Bandwidths are one GPU's, in one direction.
+Compute: the parts of a step in bench/floors.py, each divided by the fraction of its floor that was
+measured for its kind (1: the floor itself).
 
-ddp: gradients are all-reduced in the last micro-step of a step, behind its backward pass. fsdp: in
-each micro-step weights are gathered in bf16 for the forward and the backward pass, and gradients
-reduce-scattered, behind both passes; the optimizer is shared out. `overlap` is the fraction of
-those passes that can hide communication; the backward pass is two thirds of both. Not in the model:
-latencies, stragglers, the data loader, slower matrix products on small batches, contention for
-memory.
+Communication: rings over nodes of `gpus_per_node` GPUs. A reduce-scatter or an all-gather of G
+bytes moves (g - 1) / g G over the link inside a node of g GPUs, then (m - 1) / m G / g over the
+network between m nodes; an all-reduce is both. Bandwidths are those of one GPU, in one direction.
 
-The row of one GPU stands beside the measurement where bench/results/mfu-cuda.json has one.
+ddp all-reduces the gradients in the last micro-step of a step, behind its backward pass. fsdp
+gathers the weights in bf16 in each micro-step, for the forward and the backward pass, and
+reduce-scatters the gradients, behind both passes; it shards the optimizer. `overlap` is the
+fraction of those passes that can hide communication; the backward pass is two thirds of both.
+
+Not in the model: latencies, stragglers, the data loader, slower matrix products on small batches,
+contention for memory.
+
+The row of one GPU has the measurement beside it where bench/results/mfu-cuda.json has one.
 """
 
 import json
@@ -25,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.cases import GPT2
 from bench.floors import Rates, parameters, step_parts
-from bench.timing import ROOT
+from bench.ops.cases import GPT2
+from bench.timing import result_path
 from common import cli
 from common.bounds import Fraction, Positive, PositiveFloat, Share, check
 from gpt.config import GPTConfig
@@ -45,22 +47,21 @@ class Options:
     """GB/s of one GPU to other nodes, in one direction"""
     case: Literal["124M", "350M", "774M", "1558M"] = "124M"
     matmul_tflops: PositiveFloat = 790.0
-    """of bf16 matrix products, as measured on the GPU; the default is arithmetic for an H200,
-    measured nowhere"""
+    """rate of bf16 matrix products on the GPU; the default is computed for an H200, not measured"""
     copy_gbs: PositiveFloat = 4300.0
-    """of a copy, both directions counted; the same"""
+    """rate of a copy, reads and writes counted; the default is computed, too"""
     matmul_fraction: Share = 1.0
-    """of the matrix rate that matrix products reach"""
+    """the fraction of the matrix rate that matrix products reach"""
     attention_fraction: Share = 1.0
-    """of the matrix rate that attention reaches"""
+    """the fraction of the matrix rate that attention reaches"""
     memory_fraction: Share = 1.0
-    """of the copy rate that everything else reaches"""
+    """the fraction of the copy rate that everything else reaches"""
     overlap: Fraction = 1.0
-    """of the passes that can hide communication"""
+    """the fraction of the passes that can hide communication"""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     gpus_per_node: Positive = 8
     tokens_per_step: Positive = 2**19
-    """over all GPUs together, whatever their number"""
+    """of all GPUs together"""
     batch_size: Positive = 16
     """most sequences in a micro-batch"""
     grad_bytes: Positive = 4
@@ -92,15 +93,14 @@ def model(case: str) -> GPTConfig:
 
 
 def ring_ms(gigabytes: float, gpus: int, o: Options) -> float:
-    """Of one reduce-scatter or all-gather: inside the nodes, then between them. An all-reduce is
-    two."""
+    """Milliseconds of one reduce-scatter or all-gather: inside the nodes, then between them."""
     g = min(gpus, o.gpus_per_node)
     nodes = gpus / g
     return 1e3 * gigabytes * ((g - 1) / g / o.node_gbs + (nodes - 1) / nodes / g / o.network_gbs)
 
 
 def project(c: GPTConfig, gpus: int, o: Options) -> Step | None:
-    """The step on `gpus` GPUs; None where its sequences cannot be shared out equally."""
+    """The step on `gpus` GPUs; None where they cannot all have the same number of sequences."""
     sequences, rest = divmod(o.tokens_per_step, c.block_size * gpus)
     if rest or sequences == 0 or (gpus > o.gpus_per_node and gpus % o.gpus_per_node):
         return None
@@ -122,35 +122,18 @@ def project(c: GPTConfig, gpus: int, o: Options) -> Step | None:
 
 
 def measured(case: str, results: Path) -> tuple[str, float] | None:
-    """Our fastest variant's name and tokens/s on one GPU, from a result of bench/mfu.py; None
-    without one."""
+    """Our fastest variant and its tokens/s on one GPU, from a result of bench/mfu.py, if any."""
     if not results.is_file():
         return None
-    rows: dict[str, Any] = json.loads(results.read_text())["cases"].get(case,
-                                                                        {}).get("variants", {})
-    ours = {name: row["tokens_per_s"] for name, row in rows.items() if name.startswith("ours")}
+    found: dict[str, Any] = json.loads(results.read_text())["cases"].get(case, {})
+    ours = {name: row["tokens_per_s"] for name, row in found.get("variants", {}).items()
+            if name.startswith("ours")}
     return max(ours.items(), key=lambda item: item[1]) if ours else None
 
 
 def table(o: Options) -> str:
     """The projection as Markdown; each column says what it is."""
-    c, rows = model(o.case), []
-    single = project(c, 1, o)
-    found = measured(o.case,
-                     Path(o.results) if o.results else ROOT / "bench" / "results" / "mfu-cuda.json")
-    for gpus in GPUS:
-        step = project(c, gpus, o)
-        if step is None:
-            rows.append(f"| {gpus} | n/a: {o.tokens_per_step} tokens are not shared out equally | "
-                        "| | | |")
-            continue
-        rate = o.tokens_per_step / step.total_ms * 1e3
-        scaling = f"{single.total_ms / step.total_ms / gpus:.0%}" if single else "n/a"
-        told = "not measured"
-        if gpus == 1 and found:
-            told = f"{found[1]:,.0f} ({found[0]}), {found[1] / rate:.0%} of the projection"
-        rows.append(f"| {gpus} | {step.total_ms:.1f} | {rate:,.0f} | {scaling} | "
-                    f"{step.communication_ms:.1f}, {step.exposed_ms:.1f} exposed | {told} |")
+    c = model(o.case)
     return "\n".join([
         f"PROJECTION, not a measurement: {o.case}, {o.parallel}, {o.tokens_per_step:,} tokens a "
         f"step, T = {c.block_size}; given {o.matmul_tflops:g} TFLOP/s and {o.copy_gbs:g} GB/s per "
@@ -159,8 +142,22 @@ def table(o: Options) -> str:
         f"of {o.gpus_per_node}, {o.network_gbs:g} GB/s between; overlap {o.overlap:g}.", "",
         "| GPUs | projected ms/step | projected tokens/s | projected scaling | projected "
         "communication, ms | measured tokens/s |",
-        "|---|---|---|---|---|---|", *rows,
+        "|---|---|---|---|---|---|", *(_row(c, gpus, o) for gpus in GPUS),
     ])
+
+
+def _row(c: GPTConfig, gpus: int, o: Options) -> str:
+    step, single = project(c, gpus, o), project(c, 1, o)
+    if step is None:
+        return f"| {gpus} | n/a: {o.tokens_per_step} tokens are not shared out equally | | | | |"
+    rate = o.tokens_per_step / step.total_ms * 1e3
+    scaling = f"{single.total_ms / step.total_ms / gpus:.0%}" if single else "n/a"
+    told = "not measured"
+    if gpus == 1 and (found := measured(o.case, result_path(o.results, "mfu-cuda"))):
+        name, speed = found
+        told = f"{speed:,.0f} ({name}), {speed / rate:.0%} of the projection"
+    return (f"| {gpus} | {step.total_ms:.1f} | {rate:,.0f} | {scaling} | "
+            f"{step.communication_ms:.1f}, {step.exposed_ms:.1f} exposed | {told} |")
 
 
 if __name__ == "__main__":

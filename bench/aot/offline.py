@@ -1,16 +1,18 @@
-"""Run the operators with no device, no data and no arithmetic: each kernel launch is handed to a
-function instead.
+"""Run operators without a device, data or arithmetic: kernel launches go to a function instead.
 
-    with offline((9, 0), launched):             # launched(kernel, grid, args, kwargs)
-        for phase, tensors in cases.run(load("triton").layernorm, cases.arguments(case, "meta"), {}): ...
+    def launched(kernel, grid, args, kwargs): ...
+
+    with offline((9, 0), launched):
+        for phase, tensors in cases.run(operator, cases.arguments(case, "meta"), {}):
+            ...
 
 The tensors are on PyTorch's "meta" device: shapes, dtypes and strides without data, so logits of
-16,384 x 50,304 and their matmuls cost nothing, and whatever would read a value on the host
-(`.item()`) fails. The kernel files are not told.
+16,384 x 50,304 and their matrix products cost nothing, and whatever would read a value on the host
+(`.item()`) fails. The kernel files need no change for this.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -31,8 +33,7 @@ FREE = ("empty", "new_empty", "detach", "alias")  # move no bytes, though they m
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a kernel sees of a tensor without data: a dtype, and an address in the range of its
-    storage."""
+    """A tensor without data, as a kernel sees it: a dtype and an address within its storage."""
 
     dtype: torch.dtype
     address: int
@@ -42,11 +43,10 @@ class Pointer:
 
 
 class Storages:
-    """Hands out addresses; `nbytes[address >> STORAGE_BITS]` is the size of the storage an address
-    belongs to."""
+    """Gives each storage addresses; `nbytes[address >> STORAGE_BITS]` is that storage's size."""
 
     def __init__(self) -> None:
-        # the storage is kept, so that its key is not used again
+        # each storage is kept alive, so that its key is not used again
         self._known: dict[int, tuple[int, object]] = {}
         self.nbytes: dict[int, int] = {}
 
@@ -54,13 +54,11 @@ class Storages:
         storage = tensor.untyped_storage()
         index, _ = self._known.setdefault(storage._cdata, (len(self._known) + 1, storage))
         self.nbytes[index] = storage.nbytes()
-        return Pointer(tensor.dtype,
-                       (index << STORAGE_BITS)
-                       + int(tensor.storage_offset()) * tensor.element_size())
+        offset = int(tensor.storage_offset()) * tensor.element_size()
+        return Pointer(tensor.dtype, (index << STORAGE_BITS) + offset)
 
     def pointers(self, arg: object) -> object:
-        """A launch argument with its tensors replaced: plain ones, those in tuples, the base of a
-        tensor descriptor."""
+        """A launch argument with Pointers for tensors: also in tuples and tensor descriptors."""
         if isinstance(arg, Tensor):
             return self.pointer(arg)
         if type(arg) is tuple:
@@ -71,11 +69,10 @@ class Storages:
 
 
 class _Bodies(TorchDispatchMode):
-    """Enters the Python body of our operators, where PyTorch would stop at the output shapes they
-    declare.
+    """Runs the Python body of our operators; for meta tensors PyTorch would run their fake only.
 
-    `moved` hears of every other operator that touches memory: its name and the bytes of the tensors
-    in and out.
+    Calls `moved` with the name of every other operator that accesses memory, and the bytes of its
+    inputs and outputs.
     """
 
     def __init__(self, moved: Callable[[str, int], None]) -> None:
@@ -87,7 +84,8 @@ class _Bodies(TorchDispatchMode):
         if func.namespace == NAMESPACE:
             return OPDEFS[func.name()]._init_fn(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func.namespace == "aten" and not func.is_view and not func.overloadpacket.__name__.startswith(FREE):
+        free = func.is_view or func.overloadpacket.__name__.startswith(FREE)
+        if func.namespace == "aten" and not free:
             touched = (t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
             self.moved(func.name(), sum(map(_nbytes, touched)))
         return result
@@ -109,10 +107,9 @@ def _nbytes(tensor: Tensor) -> int:
 @contextmanager
 def offline(capability: tuple[int, int], launched: Callable,
             moved: Callable[[str, int], None] = lambda name, nbytes: None) -> Iterator[Storages]:
-    """Within it, kernels go to `launched(kernel, grid, args, kwargs)`, with settings for a device
-    of this capability.
+    """While the block runs, launches go to `launched(kernel, grid, args, kwargs)`.
 
-    For tensors on the meta device.
+    Launch settings are those for a device of this capability. Tensors must be on the meta device.
     """
     from triton.runtime import JITFunction
     from triton.runtime.interpreter import InterpretedFunction
@@ -123,13 +120,10 @@ def offline(capability: tuple[int, int], launched: Callable,
         named = {k: storages.pointers(a) for k, a in kwargs.items()}
         return launched(kernel, grid, [storages.pointers(a) for a in args], named)
 
-    with ExitStack() as stack:
-        for kind in (JITFunction, InterpretedFunction):
-            stack.enter_context(patch.object(kind, "run", run))
-        stack.enter_context(patch.object(launch, "capability", lambda device: capability))
-        stack.enter_context(patch.object(launch,
-                                         "multiprocessors", lambda device: MULTIPROCESSORS[capability]))
-        # meta has no autocast
-        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *device: False))
-        stack.enter_context(_Bodies(moved))
+    multiprocessors = MULTIPROCESSORS[capability]
+    with (patch.object(JITFunction, "run", run), patch.object(InterpretedFunction, "run", run),
+          patch.object(launch, "capability", lambda device: capability),
+          patch.object(launch, "multiprocessors", lambda device: multiprocessors),
+          # meta has no autocast
+          patch.object(torch, "is_autocast_enabled", lambda *device: False), _Bodies(moved)):
         yield storages

@@ -1,5 +1,4 @@
-"""The operator calls that the bench compiles ahead, counts, tunes and times: which shapes, and how
-to make one.
+"""The operator calls that the bench compiles, counts, tunes and times, and how to run them.
 
 Letters: B batch, T sequence, H heads, D head dimension; M rows, N features, V vocabulary.
 """
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.accuracy import in_fp64, inaccuracy
 from gpt.config import SIZES
 from kernels import FAMILIES, load
 
@@ -23,10 +23,10 @@ WINDOW, DROPOUT = 256, 0.1
 class Case:
     """One call of a public operator.
 
-    `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy and (M, N,
-    V) for linear_cross_entropy. `variant`: "window", "documents" or "dropout" for attention;
+    `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy, (M, N, V)
+    for linear_cross_entropy. `variant` is "window", "documents" or "dropout" for attention,
     "nobias" for the norms, "fp32 residual" for add_layernorm. Parameters of the norms and the
-    weight of the head are fp32, as under autocast.
+    head's weight are fp32, as under autocast.
     """
 
     operator: str
@@ -44,7 +44,7 @@ class Case:
 
 
 def gpt2(size: str, batch: int = ROWS // T) -> list[Case]:
-    """What the model of this size calls in one micro-batch, bf16."""
+    """The calls of the model of this size in one micro-batch, bf16."""
     heads, width = GPT2[size].n_head, GPT2[size].n_embd
     rows = batch * T
     return [
@@ -62,8 +62,10 @@ def quick() -> list[Case]:
 
 
 def full() -> list[Case]:
-    """GPT-2's sizes, then the head dimensions, widths, vocabularies, dtypes and variants around
-    them: whatever settings launch.py has, some case here is given them."""
+    """GPT-2's sizes, and the head dimensions, widths, vocabularies, dtypes, variants around them.
+
+    Every launch setting in launch.py is used by some case here (tests/test_ahead.py).
+    """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     dims = (16, 32, 40, 80, 96, 128, 160, 192, 256)
     widths = (64, 128, 256, 384, 512, 1000, 2048, 3072, 4096, 5120, 8192, 16384)
@@ -89,10 +91,12 @@ def full() -> list[Case]:
 
 
 def arguments(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
-    """The tensors of a case, normally distributed; targets and parameters are what a model would
-    pass."""
-    def normal(*shape: int, dtype: torch.dtype = case.dtype, grad: bool = True) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=device).requires_grad_(grad)
+    """The tensors of a case, drawn from a normal distribution; targets are random ids.
+
+    Raises ValueError for an operator or a shape that has no case.
+    """
+    def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device).requires_grad_()
 
     match case.operator, case.shape:
         case "attention_qkv", (B, t, H, D):
@@ -100,17 +104,17 @@ def arguments(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
         case "attention", (B, t, H, D):
             return [normal(B, t, H, D) for _ in range(3)]
         case "layernorm" | "add_layernorm" as operator, (M, N):
-            residual = [normal(M, N, dtype=torch.float32 if case.variant == "fp32 residual"
-                               else case.dtype)]
-            parameters = [normal(N, dtype=torch.float32)
-                          for _ in range(1 if case.variant == "nobias" else 2)]
+            stream = torch.float32 if case.variant == "fp32 residual" else case.dtype
+            residual = [normal(M, N, dtype=stream)]
+            count = 1 if case.variant == "nobias" else 2
+            parameters = [normal(N, dtype=torch.float32) for _ in range(count)]
             return [normal(M, N), *(residual if operator == "add_layernorm" else []), *parameters]
         case "cross_entropy", (M, v):
             return [normal(M, v), torch.randint(v, (M,), device=device)]
         case "linear_cross_entropy", (M, N, v):
             return [normal(M, N), normal(v, N, dtype=torch.float32),
                     torch.randint(v, (M,), device=device)]
-    raise ValueError(f"no case for {case.operator} of shape {case.shape}; see bench/cases.py")
+    raise ValueError(f"no case for {case.operator} of shape {case.shape}; see bench/ops/cases.py")
 
 
 def options(case: Case, device: torch.device | str = "cpu") -> dict:
@@ -119,17 +123,17 @@ def options(case: Case, device: torch.device | str = "cpu") -> dict:
         return {"window": WINDOW}
     if case.variant == "documents":  # four documents of equal length in a row
         t = case.shape[1]
-        starts = torch.arange(t, device=device,
-                              dtype=torch.int32) // max(1, t // 4) * max(1, t // 4)
+        length = max(1, t // 4)
+        starts = torch.arange(t, device=device, dtype=torch.int32) // length * length
         return {"doc_start": starts.expand(case.shape[:2]).contiguous()}
     if case.variant == "dropout":
         return {"dropout": DROPOUT, "seed": torch.zeros((), dtype=torch.int64, device=device)}
     return {}
 
 
-def operator(case: Case, suite: str) -> Callable:
-    """The suite's implementation of a case; imports that family of operators alone."""
-    return getattr(load("torch", **{case.family: suite}), case.operator)
+def operator(case: Case, backend: str) -> Callable:
+    """The backend's implementation of a case; imports that family of operators alone."""
+    return getattr(load("torch", **{case.family: backend}), case.operator)
 
 
 def leaves(args: list[Tensor]) -> list[Tensor]:
@@ -138,10 +142,11 @@ def leaves(args: list[Tensor]) -> list[Tensor]:
 
 def run(fn: Callable, args: list[Tensor], kwargs: dict,
         gradients: list[Tensor] | None = None) -> Iterator[tuple[str, list[Tensor]]]:
-    """Call an operator: yields ("forward", its outputs), ("gradients", those of its outputs) and
-    ("backward", the gradient of every leaf).
+    """Call an operator, forward and backward.
 
-    Unless given, a scalar output (a loss) has gradient 1, any other a normally distributed one.
+    Yields ("forward", its outputs), ("gradients", those of the outputs) and ("backward", those of
+    the leaves). Unless given, the gradient of a scalar output (a loss) is 1, any other is drawn
+    from a normal distribution.
     """
     outputs = fn(*args, **kwargs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -152,22 +157,14 @@ def run(fn: Callable, args: list[Tensor], kwargs: dict,
     yield "backward", list(torch.autograd.grad(outputs, leaves(args), gradients))
 
 
-def inaccuracy(fn: Callable, case: Case, device: torch.device | str) -> str:
-    """What is wrong with the outputs or gradients of `fn`, or "": it may err at most twice as much
-    as PyTorch's operator does in the same dtype, both against the definition in fp64, and one unit
-    in the last place of the largest value."""
+def fault(fn: Callable, case: Case, device: torch.device | str) -> str:
+    """Why `fn` is not accurate on a case, or ""; PyTorch's operator is the yardstick."""
     args, kwargs = arguments(case, device), options(case, device)
     ours = dict(run(fn, args, kwargs))
     theirs = dict(run(operator(case, "torch"), args, kwargs, ours["gradients"]))
-    wide = [a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a
-            for a in args]
-    exact = dict(run(operator(case, "reference"), wide, kwargs,
+    exact = dict(run(operator(case, "reference"), [in_fp64(a) for a in args], kwargs,
                      [g.double() for g in ours["gradients"]]))
     for phase in ("forward", "backward"):
-        for i, (got, other,
-                true) in enumerate(zip(ours[phase], theirs[phase], exact[phase], strict=True)):
-            error, allowed = ((t.double() - true).abs().max().item() for t in (got, other))
-            allowed = 2 * allowed + torch.finfo(got.dtype).eps * true.abs().max().item()
-            if not error <= allowed:  # also when it is nan
-                return f"{phase} tensor {i}: error {error:.2e}, allowed {allowed:.2e}"
+        if found := inaccuracy(ours[phase], theirs[phase], exact[phase]):
+            return f"{phase} {found}"
     return ""

@@ -1,59 +1,62 @@
-"""Compile every kernel ahead of time, for GPUs that need not be there, and report what the compiler
-made of it.
+"""Compile every kernel ahead of time, for GPUs that need not be there, and report on the code.
 
-    python bench/ahead.py                          every case of bench/cases.py, for sm_80, sm_86, sm_90 and sm_100
-    python bench/ahead.py --quick=True --arch=90   GPT-2's four sizes, for Hopper
+    python bench/aot/ahead.py                         # every case, for sm_80, sm_86, sm_90, sm_100
+    python bench/aot/ahead.py --quick=True --arch=90  # GPT-2's four sizes, for Hopper
 
-For each kernel, launch setting and architecture: registers, spills, shared memory, resident blocks,
-matrix instructions, the width of global loads and stores (bench/sass.py). For each memory-bound
-operator: the bytes it moves over the fewest possible (bench/traffic.py). A table goes to stdout,
-everything to a JSON file.
+The cases are those of bench/ops/cases.py. For each kernel, launch setting and architecture:
+registers, spills, shared memory, resident blocks, matrix instructions, and the width of global
+loads and stores (bench/aot/sass.py). For each memory-bound operator: the bytes it moves over the
+fewest possible (bench/aot/traffic.py). A table goes to stdout, everything to a JSON file.
 
-The kernels are compiled by Triton's own launch path: the operators run on tensors without data
-(bench/offline.py), and what they would launch is specialised and compiled exactly as on the device,
-for a target named by a stand-in driver.
+Triton's own launch path compiles the kernels: the operators run on tensors without data
+(bench/aot/offline.py), and each launch is specialised and compiled exactly as on the device, for a
+target that a stand-in driver names.
 """
 
 import os
 import sys
-import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from unittest.mock import patch
 
-from bench import cases, sass, traffic
-from bench.cases import Case
-from bench.offline import name_of, offline
-from bench.timing import ROOT, environment, write_result
+from bench.aot import sass, traffic
+from bench.aot.offline import name_of, offline
+from bench.ops import cases
+from bench.ops.cases import Case
+from bench.timing import RESULTS, environment, write_result
 from common import cli
 from common.bounds import NotEmpty, Processes
+from common.processes import end_with_parent
 
 MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy", "linear_cross_entropy")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Compile every kernel for GPUs that need not be there; report registers, spills, occupancy and
-    bytes moved."""
+    """Compile every kernel ahead; report registers, spills, occupancy and bytes moved."""
 
-    arch: str = "80,86,90,100"  # compute capabilities without the dot, with commas between
-    quick: bool = False  # only GPT-2's four sizes, in bf16
-    family: str = ""  # only this family of operators (attention, layernorm, cross_entropy)
-    out: NotEmpty = str(ROOT / "bench" / "results" / "ahead.json")  # where the JSON goes
-    processes: Processes = 2  # how many cores to use
+    arch: str = "80,86,90,100"
+    """compute capabilities without the dot, with commas"""
+    quick: bool = False
+    """only GPT-2's four sizes, in bf16"""
+    family: str = ""
+    """only this family of operators: attention, layernorm, cross_entropy"""
+    out: NotEmpty = str(RESULTS / "ahead.json")
+    """JSON file for the result"""
+    processes: Processes = 2
+    """cores to use"""
 
 
 # -- compiling (in a worker process without TRITON_INTERPRET) ------------------
 
 
 class OfflineDriver:
-    """What Triton asks of a driver before it compiles; the device is numbered like its
-    architecture."""
+    """Answers what Triton asks before it compiles; a device's number is its architecture."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -71,10 +74,9 @@ class OfflineDriver:
 
 
 def compile_cases(batch: list[Case], arch: int) -> list[dict]:
-    """One row per kernel and launch setting that the cases use, with the names of the cases that
-    use it.
+    """One row per kernel and launch setting, with the names of the cases that use it.
 
-    A kernel that does not compile has an "error" in place of what there would be to say about it.
+    The row of a kernel that does not compile has "error" in place of the figures.
     """
     import triton
 
@@ -86,20 +88,18 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
     def launched(kernel, grid, args, kwargs):
         row = {"family": case.family, "kernel": name_of(kernel), "arch": arch,
                "settings": _settings(kernel, args, kwargs)}
+        key = repr(row)
         try:
             with redirect_stdout(StringIO()):  # where ptxas fails, Triton prints all of its input
                 compiled = compile_kernel(kernel, *args, grid=grid, warmup=True, **kwargs)
         except triton.TritonError as error:
-            rows.setdefault(repr(row),
-                            row | {"error": _reason(error), "cases": []})["cases"].append(str(case))
-            return
-        if compiled.hash not in rows:
-            m = compiled.metadata
-            found = sass.facts(compiled.asm["cubin"], arch, m.num_warps, m.shared,
-                               getattr(m, "tmem_size", None) or 0)
-            rows[compiled.hash] = row | found | {"cases": []}
-        if str(case) not in rows[compiled.hash]["cases"]:
-            rows[compiled.hash]["cases"].append(str(case))
+            rows.setdefault(key, row | {"error": _reason(error), "cases": []})
+        else:
+            key = compiled.hash
+            if key not in rows:
+                rows[key] = row | _facts(compiled, arch) | {"cases": []}
+        if str(case) not in rows[key]["cases"]:
+            rows[key]["cases"].append(str(case))
 
     with patch.object(triton.runtime.driver, "_active", OfflineDriver(arch)):
         for case in batch:
@@ -109,9 +109,14 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
     return list(rows.values())
 
 
+def _facts(compiled, arch: int) -> dict:
+    m = compiled.metadata
+    tensor_memory = getattr(m, "tmem_size", None) or 0
+    return sass.facts(compiled.asm["cubin"], arch, m.num_warps, m.shared, tensor_memory)
+
+
 def _settings(kernel, args: list, kwargs: dict) -> dict:
-    """What distinguishes this launch: the dtype, absent tensors, compile-time constants, warps,
-    stages, registers."""
+    """What the code depends on: dtype, absent tensors, constants, warps, stages, registers."""
     parameters = {p.name: p.is_constexpr for p in kernel.params}
     bound = kernel.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in parameters})
     bound.apply_defaults()
@@ -123,7 +128,7 @@ def _settings(kernel, args: list, kwargs: dict) -> dict:
 
 
 def _reason(error: Exception) -> str:
-    """The line of a compiler's complaint that says what is wrong."""
+    """The line of a compiler's message that says what is wrong."""
     lines = str(error).strip().splitlines()
     return next((line for line in lines if "fatal" in line or "error:" in line.lower()),
                 lines[0]).strip()
@@ -131,24 +136,12 @@ def _reason(error: Exception) -> str:
 
 def _become_compiler() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
-    _follow_parent()
+    end_with_parent()
 
 
 def _become_interpreter() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-    _follow_parent()
-
-
-def _follow_parent() -> None:
-    """A worker whose parent is killed would wait for work for ever: it ends instead."""
-    parent = parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 # -- the report ----------------------------------------------------------------
@@ -160,24 +153,35 @@ def report(chosen: Iterable[Case], archs: list[int], processes: int) -> dict:
     for case in chosen:
         families[case.family].append(case)
     batches = [(batch, arch) for batch in families.values() for arch in archs]
-    # The kernels of linear_cross_entropy see (M, V) alone: of cases that differ in N, one is
-    # enough.
-    bound = list({(c.operator, c.shape if c.operator != "linear_cross_entropy" else c.shape[::2],
-                   c.dtype, c.variant): c
-                  for batch in families.values()
-                  for c in batch if c.operator in MEMORY_BOUND}.values())
+    bound = memory_bound(case for batch in families.values() for case in batch)
     capabilities = [divmod(arch, 10) for arch in archs]
     # its processes begin without triton, and share one import of torch
-    workers = get_context("forkserver")
-    workers.set_forkserver_preload(["bench.traffic"])
-    with ProcessPoolExecutor(processes, mp_context=workers, initializer=_become_compiler) as pool:
-        kernels = [row for rows in pool.map(compile_cases, *zip(*batches)) for row in rows]
-    with ProcessPoolExecutor(processes, mp_context=workers,
-                             initializer=_become_interpreter) as pool:
-        moved = [row for rows in pool.map(traffic.traffic, bound, [capabilities] * len(bound))
-                 for row in rows]
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["bench.aot.traffic"])
+
+    def pool(become: Callable[[], None]) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(processes, mp_context=context, initializer=become)
+
+    with pool(_become_compiler) as workers:
+        kernels = [row for rows in workers.map(compile_cases, *zip(*batches)) for row in rows]
+    with pool(_become_interpreter) as workers:
+        counted = workers.map(traffic.traffic, bound, [capabilities] * len(bound))
+        moved = [row for rows in counted for row in rows]
     return {"environment": environment() | {"ptxas": _ptxas()}, "kernels": kernels,
             "traffic": moved}
+
+
+def memory_bound(chosen: Iterable[Case]) -> list[Case]:
+    """The cases whose bytes are counted; one of those that move the same.
+
+    The kernels of linear_cross_entropy see (M, V) alone: its cases that differ in N are the same.
+    """
+    found: dict[tuple, Case] = {}
+    for c in chosen:
+        if c.operator in MEMORY_BOUND:
+            shape = c.shape[::2] if c.operator == "linear_cross_entropy" else c.shape
+            found[c.operator, shape, c.dtype, c.variant] = c
+    return list(found.values())
 
 
 def _ptxas() -> dict:
@@ -204,8 +208,7 @@ def kernel_table(kernels: list[dict]) -> str:
             return [*named, *["-"] * 5, f"DOES NOT COMPILE: {row['error']}"]
         return [*named, str(row["registers"]), str(row["spill_bytes"]), str(row["shared_bytes"]),
                 f"{row['blocks_per_multiprocessor']} ({row['limited_by']})",
-                counts(row["matrix_instructions"]),
-                counts(row["global_accesses"])]
+                counts(row["matrix_instructions"]), counts(row["global_accesses"])]
 
     header = ["kernel", "sm", "settings", "regs", "spill B", "shared B", "blocks/SM", "matrix",
               "global accesses"]
@@ -215,22 +218,24 @@ def kernel_table(kernels: list[dict]) -> str:
 
 def traffic_table(moved: list[dict]) -> str:
     header = ["memory-bound operator", "phase", "sm", "floor MB", "requested/floor", "moved/floor"]
-    return table([header] + [
-        [row["case"], row["phase"], str(row["arch"]), f"{row['floor_bytes'] / 1e6:.1f}",
-         f"{row['requested_over_floor']:.3f}", f"{row['moved_over_floor']:.3f}"] for row in moved
-    ])
+    return table([header, *([row["case"], row["phase"], str(row["arch"]),
+                             f"{row['floor_bytes'] / 1e6:.1f}",
+                             f"{row['requested_over_floor']:.3f}",
+                             f"{row['moved_over_floor']:.3f}"] for row in moved)])
+
+
+def architectures(given: str) -> list[int]:
+    """The architectures of --arch. Raises ValueError for one that is not known."""
+    names = given.split(",")
+    known = {str(arch): arch for arch in sass.MULTIPROCESSOR}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--arch={given}: unknown {unknown[0]}; choose from {', '.join(known)}")
+    return [known[name] for name in names]
 
 
 def main(options: Options) -> int:
     """Compile, report, write; 1 where a kernel does not compile."""
-    try:
-        archs = [int(arch) for arch in options.arch.split(",")]
-        unknown: list[int | str] = [arch for arch in archs if arch not in sass.MULTIPROCESSOR]
-    except ValueError:
-        unknown = [options.arch]
-    if unknown:
-        raise ValueError(f"--arch={options.arch}: unknown {unknown[0]}; choose from "
-                         f"{', '.join(map(str, sass.MULTIPROCESSOR))}")
+    archs = architectures(options.arch)
     chosen = [c for c in (cases.quick() if options.quick else cases.full())
               if options.family in ("", c.family)]
     if not chosen:

@@ -1,8 +1,7 @@
-"""Who else computes an operator: every implementation of one case of bench/cases.py that this
-machine could have.
+"""Every implementation of an operator that this machine could have: ours, PyTorch's, others'.
 
-An implementation takes the arguments of our operator. One that cannot run here is a sentence that
-says why.
+An implementation takes the arguments of our operator. Where one cannot run here, a sentence that
+says why stands in its place.
 """
 
 from collections.abc import Callable
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import Case, operator
+from bench.ops.cases import Case, operator
 
-BACKENDS = {
+SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
@@ -23,28 +22,29 @@ OURS = "ours"
 
 
 def implementations(case: Case, device: torch.device) -> dict[str, Callable | str]:
-    """All that could be measured on a case, ours first: a callable, or why it is left out."""
+    """Every implementation of a case, ours first: a callable, or why it is left out."""
     cuda = device.type == "cuda"
     found: dict[str, Callable | str] = {
-        OURS: operator(case, "triton") if cuda else "the Triton kernels need a CUDA device, this "
-                                                    f"is {device.type}",
-    }
-    if not cuda:
+        OURS: f"the Triton kernels need a CUDA device, this is {device.type}"}
+    if cuda:
+        found[OURS] = operator(case, "triton")
+    else:
         found["reference"] = operator(case, "reference")
-    found["torch"] = operator(case, "torch")
+    torchs = found["torch"] = operator(case, "torch")
     # alone it is one call of scaled_dot_product_attention: nothing to fuse
     if case.operator != "attention":
-        found["torch, compiled"] = compiled(operator(case, "torch"))
+        found["torch, compiled"] = compiled(torchs)
     if case.family == "attention":
-        return found | {name: partial(_forced, backend, operator(case, "torch"))
-                        for name, backend in BACKENDS.items()} | {
-"flash-attn": _flash_attn(case, cuda)}
+        found |= {name: partial(_forced, backend, torchs) for name, backend in SDPA.items()}
+        return found | {"flash-attn": _flash_attn(case, cuda)}
     return found | {"Liger": _liger(case, cuda)}
 
 
 def compiled(fn: Callable) -> Callable:
-    """torch.compile for one set of shapes. Earlier ones are forgotten, lest it generalise over them
-    and lose speed."""
+    """torch.compile for one set of shapes.
+
+    Earlier shapes are forgotten: else it compiles for all of them at once, which is slower.
+    """
     torch.compiler.reset()
     return torch.compile(fn, dynamic=False)
 
@@ -61,8 +61,7 @@ def _flash_attn(case: Case, cuda: bool) -> Callable | str:
 
 
 def _liger(case: Case, cuda: bool) -> Callable | str:
-    """Liger's operators, which round nothing here that ours do not: parameters fp32, the head's
-    weight in the dtype of x."""
+    """Liger's operators in our precision: fp32 parameters, the head's weight in the dtype of x."""
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
     if not cuda:

@@ -1,10 +1,9 @@
-"""Where a training step goes: its kernels (on a CPU, its operators) by kind, with the floor of each
-kind beside it.
+"""Where a training step goes: its kernels (on a CPU, its operators) by kind, beside their floors.
 
 `python bench/mfu.py --profile=True` calls this for every variant it measures: a table of each goes
 into the result, and a Chrome trace beside it, for chrome://tracing or ui.perfetto.dev. Profiled
-steps are slower than timed ones, above all where the host is the limit: shares are to be read here,
-speeds in bench/mfu.py's own table.
+steps are slower than timed ones, above all where the host is the limit: read the shares here, and
+the speeds in the table of bench/mfu.py.
 """
 
 import re
@@ -22,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from bench import floors
 from bench.floors import Rates
 from bench.operators import measure_rates
-from bench.peers import Peer
+from bench.steps.peers import Peer
 from gpt.config import GPTConfig
 
-# What a kernel or operator belongs to: the first of these that its name has. A name that has none
-# is looked up by the operator that launched it, then by that one's caller, and so on.
+# The kind of a kernel or operator is the first pattern that its name matches. If none does, the
+# name of the operator that launched it decides, then that of this operator's caller, and so on.
 KINDS = {
     "attention": r"attention|flash|fmha|sdpa",
     "cross-entropy": r"cross_entropy|log_softmax|nll_loss|cross-entropy",
@@ -34,17 +33,16 @@ KINDS = {
     "optimizer": r"adam|optimizer|multi_tensor|foreach|vector_norm|clip_grad",
     "matmul": r"gemm|nvjet|cutlass|cublas|::(t?mm|addmm|bmm|matmul|linear)\b|mkldnn_linear",
     "embedding": r"embedding|index_select|indexing_backward",
-    "elementwise": r"gelu|dropout|elementwise|copy|memcpy|memset|fill|zero_|cat\b|::(add|mul|div|sum|stack|_to_copy)_?\b|triton_"
-                   r"|cpp_fused",
+    "elementwise": r"gelu|dropout|elementwise|copy|memcpy|memset|fill|zero_|cat\b"
+                   r"|::(add|mul|div|sum|stack|_to_copy)_?\b|triton_|cpp_fused",
 }
 CATEGORIES = (*floors.CATEGORIES, "elementwise", "rest", "idle")
-STEPS = 3  # profiled, of which the mean is told
+STEPS = 3  # are profiled; the table has their mean
 LONGEST = 40  # names in the table
 
 
 def kind(names: Iterable[str]) -> str:
-    """The category of a kernel, from its own name and then those of the operators around it,
-    innermost first."""
+    """The category of a kernel by its own name, then those of its callers, innermost first."""
     for name in names:
         for category, pattern in KINDS.items():
             if re.search(pattern, name, re.IGNORECASE):
@@ -63,17 +61,16 @@ def _around(event: Any) -> Iterator[str]:
 
 
 def operators_of_cpu(events: Iterable[Any]) -> list[tuple[str, str, float]]:
-    """(name, category, milliseconds of its own) of every operator on a CPU. An operator's helpers
-    count as its own kind."""
+    """(name, category, own milliseconds) of every operator on a CPU."""
     return [(e.name, kind(_around(e)), e.self_cpu_time_total / 1e3)
             for e in events if e.device_type == DeviceType.CPU]
 
 
 def kernels_of_device(events: Iterable[Any]) -> list[tuple[str, str, float]]:
-    """(name, category, milliseconds) of every kernel, copy and fill on the device, each by the
-    operator that launched it.
+    """(name, category, milliseconds) of every kernel, copy and fill on the device.
 
-    One whose launch the profiler did not connect with an operator goes by its own name.
+    The operator that launched it decides the category, or its own name where the profiler did not
+    connect the launch with an operator.
     """
     found: list[tuple[str, str, float]] = []
     linked: dict[str, float] = defaultdict(float)  # milliseconds of a name that are in `found`
@@ -90,13 +87,12 @@ def kernels_of_device(events: Iterable[Any]) -> list[tuple[str, str, float]]:
 
 
 def device_events(events: Iterable[Any]) -> list[Any]:
-    """What ran on the device; the ranges that operators draw around it are left out."""
+    """The events on the device, without the ranges that operators draw around them."""
     return [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
 
 
 def busy_ms(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of the spans (start, end), in microseconds, was under way, in
-    milliseconds."""
+    """Milliseconds covered by at least one of the spans (start, end), given in microseconds."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -109,8 +105,7 @@ def busy_ms(spans: Iterable[tuple[float, float]]) -> float:
 
 def profile_step(peer: Peer, config: GPTConfig, idx: Tensor, targets: Tensor, rates: Rates,
                  trace: Path) -> dict:
-    """The table of one step of a peer that is warm already, the mean of STEPS; writes the Chrome
-    trace (.json or .json.gz)."""
+    """The table of a step of a peer that is warm; writes the Chrome trace (.json or .json.gz)."""
     cuda = peer.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, acc_events=True) as prof:
@@ -123,19 +118,21 @@ def profile_step(peer: Peer, config: GPTConfig, idx: Tensor, targets: Tensor, ra
     trace.parent.mkdir(parents=True, exist_ok=True)
     prof.export_chrome_trace(str(trace))
     events = list(prof.events())
-    rows = kernels_of_device(events) if cuda else operators_of_cpu(events)
-    busy = busy_ms((e.time_range.start, e.time_range.end)
-                   for e in device_events(events)) if cuda else sum(ms for *_, ms in rows)
+    if cuda:
+        rows = kernels_of_device(events)
+        busy = busy_ms((e.time_range.start, e.time_range.end) for e in device_events(events))
+    else:
+        rows = operators_of_cpu(events)
+        busy = sum(ms for *_, ms in rows)
     return table(rows, wall_ms, busy, config, idx.numel(), rates) | {"trace": trace.name}
 
 
 def table(rows: list[tuple[str, str, float]], wall_ms: float, busy: float, config: GPTConfig,
           tokens: int, rates: Rates) -> dict:
-    """One step from the rows, wall time and busy time of STEPS steps: by category with the floor,
-    and by name.
+    """One step, from the rows, wall time and busy time of STEPS steps: by category and by name.
 
-    "idle" is when nothing ran on the device; on a CPU, when no operator did, which is Python's own
-    time.
+    "idle" is the time when nothing ran on the device; on a CPU, when no operator ran, which is
+    Python's own time.
     """
     spent = dict.fromkeys(CATEGORIES, 0.0)
     names: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -169,8 +166,10 @@ def show(title: str, found: dict, lines: int = 12) -> None:
 
 def profile_all(runners: list[Peer], config: GPTConfig, idx: Tensor, targets: Tensor,
                 folder: Path) -> dict:
-    """The table of each variant of a case by its name, printed, against ceilings measured now;
-    traces go to `folder`."""
+    """Profile and print every variant of a case, with ceilings measured now.
+
+    Returns the tables by name; the traces go to `folder`.
+    """
     rates, ceilings = measure_rates(idx.device)
     found = {}
     for peer in runners:

@@ -1,7 +1,6 @@
-"""Tokens/s of text generation, one sequence at a time: ours beside transformers' and a nanoGPT
-checkout's.
+"""Tokens/s of text generation, one sequence: ours beside transformers' and a nanoGPT checkout's.
 
-    python bench/generation.py --device=cpu --nanogpt=DIR
+    python bench/steps/generation.py --device=cpu --nanogpt=DIR
 
 Greedy text must agree in fp32 before anything is timed.
 """
@@ -10,14 +9,13 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import peers
-from bench.timing import ROOT, environment, machine, measure, write_result
+from bench.steps import peers
+from bench.timing import environment, machine, measure, result_path, write_result
 from common import cli, hardware
 from common.bounds import Positive
 from gpt import GPT, SIZES
@@ -40,7 +38,7 @@ class Options:
 
 
 def main(options: Options) -> dict:
-    """Check, time in turns, print, write."""
+    """Check, time in turns, print, write. Raises ValueError where greedy texts differ."""
     device = hardware.resolve_device(options.device)
     config = replace(SIZES[options.size], vocab_size=50304, activation="gelu")
     torch.manual_seed(0)
@@ -48,21 +46,13 @@ def main(options: Options) -> dict:
     weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
     idx = torch.randint(50257, (1, 4), device=device)
     model.to(device)
-
-    greedy = {name: generate()[0].tolist()
-              for name, generate in makers(options, weights, model, idx, 16, top_k=1).items()}
-    for name, text in greedy.items():
-        if text != greedy["ours, float32"]:
-            raise ValueError(f"{name} writes {text} where ours writes {greedy['ours, float32']}; "
-                             "not timed")
+    check(makers(options, weights, model, idx, 16, top_k=1))
     best = GPT(config).eval()
     best.load_state_dict(weights)
-    best.to(device,
-            weights_dtype(Sample(max_new_tokens=options.new_tokens), best.to(device), idx.shape[1]))
-    callables = {
-        "ours": lambda: best.generate(idx, options.new_tokens),
-        **makers(options, weights, model, idx, options.new_tokens),
-    }
+    sample = Sample(max_new_tokens=options.new_tokens)
+    best.to(device, weights_dtype(sample, best.to(device), idx.shape[1]))
+    callables = {"ours": lambda: best.generate(idx, options.new_tokens),
+                 **makers(options, weights, model, idx, options.new_tokens)}
     timings = measure(callables, device=device, warmup=1, repeats=options.repeats)
     rate = {name: options.new_tokens / timing.median_ms * 1e3 for name, timing in timings.items()}
     rows: dict[str, dict] = {name: {"time": timings[name], "tokens_per_s": rate[name]}
@@ -73,28 +63,33 @@ def main(options: Options) -> dict:
               "this")
     result = {"benchmark": "generation", "environment": environment(device), "options": options,
               "variants": rows}
-    out = Path(
-        options.out) if options.out else ROOT / "bench" / "results" / f"generation-{machine(device)}.json"
+    out = result_path(options.out, f"generation-{machine(device)}")
     write_result(out, result)
     print(f"written to {out}")
     return result
 
 
+def check(generators: dict[str, Callable[[], Tensor]]) -> None:
+    """Raise ValueError unless all write the text that ours writes in fp32."""
+    texts = {name: generate()[0].tolist() for name, generate in generators.items()}
+    expected = texts["ours, float32"]
+    for name, text in texts.items():
+        if text != expected:
+            raise ValueError(f"{name} writes {text} where ours writes {expected}; not timed")
+
+
 def makers(options: Options, weights: dict[str, Tensor], model: GPT, idx: Tensor, n: int,
-           temperature: float = 1.0,
-           top_k: int | None = None) -> dict[str, Callable[[], Tensor]]:
-    """What continues idx by n tokens, by name; all in fp32."""
-    found: dict[str,
-                Callable[[], Tensor]] = {
-                    "ours, float32": lambda: model.generate(idx, n, temperature, top_k)}
+           temperature: float = 1.0, top_k: int | None = None) -> dict[str, Callable[[], Tensor]]:
+    """Callables by name that continue idx by n tokens, all in fp32."""
+    found: dict[str, Callable[[], Tensor]] = {
+        "ours, float32": lambda: model.generate(idx, n, temperature, top_k)}
     here = (model.config, weights, idx.device, torch.float32)
     if importlib.util.find_spec("transformers"):
         theirs: Any = peers.transformers_gpt2(*here).module.eval()
         theirs.generation_config.pad_token_id = theirs.generation_config.eos_token_id = None
         found["transformers"] = lambda: theirs.generate(
             idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, do_sample=top_k != 1,
-            top_k=top_k or 0, use_cache=True,
-        )
+            top_k=top_k or 0, use_cache=True)
     if options.nanogpt:
         nano: Any = peers.nanogpt(options.nanogpt, *here).module.eval()
         found["nanoGPT"] = torch.no_grad()(lambda: nano.generate(idx, n, temperature, top_k))

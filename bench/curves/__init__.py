@@ -1,0 +1,1 @@
+"""Loss curves: do two ways of training learn the same?"""

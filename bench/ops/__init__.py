@@ -1,0 +1,1 @@
+"""Single operators: the cases that are measured, other implementations, forms on a CPU."""

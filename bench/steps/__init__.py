@@ -1,0 +1,1 @@
+"""Whole training steps and programs: time, memory, where it goes, projections."""
