@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NotRequired, TypedDict
 from safetensors import SafetensorError, safe_open
 
 from common.bounds import NonNegative, Positive
-from common.files import read_json, regular
+from common.files import read_json, regular_file
 
 DONE, AGAIN, TEMPORARY, LOCK = "DONE", ".again", ".unfinished-", ".lock"
 _NAME = re.compile(rf"step-(\d{{8,}})({re.escape(AGAIN)})?")
@@ -143,7 +143,7 @@ def verify(folder: Path) -> None:
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{folder / DONE}: {name!r} is outside of the folder; {_REMEDY}")
-        size = regular(file, _REMEDY).stat().st_size
+        size = regular_file(file, _REMEDY).stat().st_size
         if size != written["bytes"]:
             raise ValueError(f"{file}: {size} bytes, was written with {written['bytes']}; "
                              f"{_REMEDY}")
@@ -180,7 +180,7 @@ def tensor_files(folder: Path, part: str) -> list[Path]:
 def opened(file: Path) -> Iterator[Any]:
     """A safetensors file. Raises ValueError for what is none."""
     try:
-        with safe_open(regular(file, _REMEDY), "pt") as tensors:
+        with safe_open(regular_file(file, _REMEDY), "pt") as tensors:
             yield tensors
     except SafetensorError as error:
         raise ValueError(f"{file}: {error}; {_REMEDY}") from None

@@ -58,8 +58,8 @@ def go(pattern, out, split=None, **options):
 def small_steps(monkeypatch):
     """Tasks of a few words, a commit after each of them, which no power cut will test."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(encode, "_TASK", 300)
-    monkeypatch.setattr(sources, "_PIECE", 100)
+    monkeypatch.setattr(encode, "_TASK_CHARACTERS", 300)
+    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 100)
     monkeypatch.setattr(encode, "_COMMIT_SECONDS", -1.0)
 
 
@@ -109,7 +109,7 @@ def test_the_split_is_that_of_the_package_datasets():
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "_TASK", 3000)
+    monkeypatch.setattr(encode, "_TASK_CHARACTERS", 3000)
     source = write_lines(tmp_path / "a.jsonl", documents(300))
     for workers in (1, 3):
         go(source, tmp_path / str(workers), workers=workers)
@@ -166,7 +166,7 @@ def test_tokens_of_unknown_origin_are_not_overwritten(tmp_path):
 
 def test_two_preparations_do_not_share_a_folder(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", documents(9))
-    with encode._alone_in(tmp_path / "out"), pytest.raises(ValueError,
+    with encode._locked(tmp_path / "out"), pytest.raises(ValueError,
                                                            match="another preparation is writing "
                                                                  "here"):
         go(source, tmp_path / "out")

@@ -50,7 +50,7 @@ def test_an_unfinished_preparation_takes_only_its_own_files_away(tmp_path):
     source, out = write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path / "out"
     go(source, out)
     made_from = json.loads((out / "manifest.json").read_text())["source"] | {"name": "other"}
-    manifest.unfinished(out, made_from)
+    manifest.start_unfinished(out, made_from)
     (out / "weights.bin").write_bytes(b"mine")
     before = contents(out)
     with pytest.raises(ValueError, match="holds weights.bin, which no manifest accounts for"):
@@ -77,7 +77,7 @@ def test_no_link_is_written_through(tmp_path, link, resumed):
             "format": "raw",
             "shard_tokens": None,
         }
-        state = manifest.unfinished(out, made_from)
+        state = manifest.start_unfinished(out, made_from)
         state["splits"] = {"train": {"shards": [], "open": 3, "max_id": 0}}
         (out / "unfinished.json").write_text(json.dumps(state))
     try:
@@ -99,7 +99,7 @@ def test_no_link_is_written_through(tmp_path, link, resumed):
 )
 def test_a_malformed_state_is_refused(tmp_path, change):
     """unfinished.json of another form ended in a traceback."""
-    state = manifest.unfinished(tmp_path, {}) | change
+    state = manifest.start_unfinished(tmp_path, {}) | change
     (tmp_path / "unfinished.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"unfinished\.json: .*; remove it to start anew"):
         go(write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path)
@@ -191,7 +191,7 @@ def unfinished(ground):
         "format": "raw",
         "shard_tokens": None,
     }
-    state = manifest.unfinished(ground / "whole", made_from)
+    state = manifest.start_unfinished(ground / "whole", made_from)
     (ground / "whole" / "train.bin.partial").write_bytes(bytes(80))
     state["splits"] = {
         "train": {"shards": [], "open": 40, "max_id": 7},

@@ -51,7 +51,7 @@ def read(source, start=0):
 def test_each_document_comes_exactly_from_any_number_on(tmp_path, kind, monkeypatch):
     source = Files(str(write(tmp_path, kind)))
     assert source.documents == len(DOCUMENTS) and source.text_bytes
-    monkeypatch.setattr(sources, "_BATCH", 2)
+    monkeypatch.setattr(sources, "_BATCH_ROWS", 2)
     for start in range(len(DOCUMENTS) + 1):
         assert read(source, start) == DOCUMENTS[start:]
 
@@ -68,7 +68,7 @@ def test_files_of_all_kinds_are_read_in_the_order_of_their_paths(tmp_path):
 
 
 def test_a_large_document_comes_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_PIECE", 100)
+    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 100)
     text = "Ein Wort, und noch eins. 東京\n" * 200
     for kind in ("txt", "jsonl"):
         (tmp_path / kind).mkdir()
@@ -91,7 +91,7 @@ def test_the_ids_of_the_pieces_are_the_ids_of_the_text(blocks):
 
 def pieces_of_one_character(blocks):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_PIECE", 1)  # cuts wherever a cut is allowed
+        patch.setattr(sources, "_PIECE_CHARACTERS", 1)  # cuts wherever a cut is allowed
         return list(in_pieces(iter(blocks)))
 
 
@@ -130,7 +130,7 @@ def test_no_file_and_an_unknown_kind(tmp_path):
 
 
 def test_invalid_utf8_is_placed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_PIECE", 25)
+    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 25)
     (tmp_path / "a.txt").write_bytes("東".encode() * 20 + b"\xff" + b"x" * 9)
     fails(tmp_path / "a.txt", r"a\.txt: not UTF-8 at byte 60;")
     (tmp_path / "a.txt").write_bytes(b"x" * 9 + "é".encode()[:1])

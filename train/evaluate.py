@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 
 from common import cli
 from common.bounds import Must, NotEmpty, Positive
-from common.files import formed, read_text
+from common.files import check_json, read_text
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,10 @@ class Evaluate:
 
 
 def evaluate(c: Evaluate) -> dict[str, float]:
-    """Print and return the figures, summed over all ranks. Raises ValueError or OSError for what
-    the user can mend."""
+    """Print and return the figures, summed over all ranks.
+
+    Raises ValueError or OSError for bad input.
+    """
     from common import hardware
     from data.tokenizer import load_tokenizer
     from gpt.pretrained import load_model, model_of, read_source, read_tokenizer, tokenizer_of
@@ -164,7 +166,8 @@ def read_lines(path: str, form: Any) -> list[Example]:
         if missing := form.__annotations__.keys() - found.keys():
             raise ValueError(f"{where}: no {sorted(missing)[0]!r}")
         line = {key: found[key] for key in form.__annotations__}
-        examples.append(Example(where, formed(line, form, where, "mend the line, or leave it out")))
+        value = check_json(line, form, where, "mend the line, or leave it out")
+        examples.append(Example(where, value))
     if not examples:
         raise ValueError(f"{path}: no examples in it")
     return examples
@@ -226,7 +229,7 @@ def lambada(examples: list[Example], model, tokenizer, world) -> dict[str, float
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all is printed; 2, after one line on stderr, for what the user can mend."""
+    """Exit code: 0, or 2 after one line on stderr for bad input."""
     return cli.run(evaluate, Evaluate, argv)
 
 
