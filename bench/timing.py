@@ -27,7 +27,7 @@ from typing import Protocol
 
 import torch
 
-from common.files import whole
+from common.files import atomic_write
 from common.hardware import cpu_has_bf16_units, cpu_units
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,10 +291,10 @@ def result_path(given: str, name: str) -> Path:
 
 
 def write_result(path: str | Path, result: dict) -> None:
-    """Write a result as JSON, whole or not at all, with each list of numbers on one line."""
+    """Write a result as JSON, atomic_write or not at all, with each list of numbers on one line."""
     text = json.dumps(result, indent=1, default=_encode, allow_nan=False)
     text = NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
-    with whole(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         file.write(text.encode() + b"\n")
 
 

@@ -1,1 +1,1 @@
-"""What every other folder stands on: the command line, files, bounds, devices."""
+"""The ground floor, imported by all other folders: command line, files, bounds, devices."""

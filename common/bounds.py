@@ -1,6 +1,7 @@
-"""What a value must be, declared where it is: `batch_size: Positive = 12`. No torch, no numpy.
+"""Bounds of values, declared in their types: `batch_size: Positive = 12`.
 
-Options, configs and the forms of JSON files declare their rules so, and all are checked here.
+Command-line options, configs and the types of JSON files (TypedDicts) declare their bounds this
+way, and `check` and `check_declared` enforce them. Imports neither torch nor numpy.
 """
 
 import dataclasses
@@ -42,10 +43,11 @@ FileName = Annotated[str, Must("be a bare file name", _is_bare_name)]
 
 
 def check(options: Any, hints: Mapping[str, Any] | None = None) -> None:
-    """Raise ValueError, `name=value: must ...`, for the first option that is not as declared.
+    """Raise ValueError, `name=value: must ...`, for the first option that breaks a rule.
 
-    `options` is a dataclass, sections included, or a mapping whose type hints are `hints`. Beside
-    its own rules every float must be finite, and every int fit 64 bits, as torch and numpy want.
+    `options` is a dataclass, which may contain others, or a mapping with the type hints `hints`.
+    Besides its declared rules every float must be finite, and every int must fit 64 bits, since
+    torch and numpy refuse larger ones.
     """
     values = options if isinstance(options, Mapping) else vars(options)
     for name, hint in (hints_of(type(options)) if hints is None else hints).items():
@@ -61,7 +63,10 @@ def check(options: Any, hints: Mapping[str, Any] | None = None) -> None:
 
 
 def check_declared(value: Any, form: Any, name: str) -> None:
-    """Check one value by the rules in its type `form`: also within TypedDicts, lists and dicts."""
+    """Check a value by the rules in its type `form`, also inside TypedDicts, lists and dicts.
+
+    Raises ValueError, `name=value: must ...`, for the first rule that is broken.
+    """
     inner = get_args(form)
     if get_origin(form) is Annotated:
         check_declared(value, inner[0], name)
@@ -84,9 +89,9 @@ def check_declared(value: Any, form: Any, name: str) -> None:
 
 
 def hints_of(form: Any) -> dict[str, Any]:
-    """The types, with rules, of a dataclass's or TypedDict's fields or a function's parameters."""
-    found = get_type_hints(form, include_extras=True)
-    return {name: hint for name, hint in found.items() if name != "return"}
+    """The types, with their rules, of the fields of a class or the parameters of a function."""
+    hints = get_type_hints(form, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return"}
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""Every entry point: the command line in, a line on stderr for what is wrong, the exit code out."""
+"""What every command does: read the command line, report an error in one line, return an exit code.
+
+A command ends with `sys.exit(run(main))`. Its options are the fields of a dataclass or the
+parameters of `main`, written `--name=value`, and tyro makes the parser and `--help` from them.
+"""
 
 import contextlib
 import dataclasses
@@ -16,17 +20,16 @@ from typing import Any, TextIO, get_args
 
 from common import bounds
 
-# What torch says, in a RuntimeError, where memory cannot be had.
+# The message of the RuntimeError that torch raises when memory runs out.
 _NO_MEMORY = re.compile("allocate memory|not enough memory|out of memory|size calculation overflow")
 
 
 def run(main: Callable[..., Any], options: type | None = None, argv: Sequence[str] | None = None, *,
         markers: tuple = ()) -> int:
-    """Call `main` with the options on the command line (`--name=value`, `--help`); the exit code.
+    """Call `main` with the options from the command line and return the exit code (`exit_code`).
 
-    The options are those of the dataclass `options`, which main takes, or else of main's own
-    signature, with their bounds (common/bounds.py); `markers` are tyro's. The int that main returns
-    is the exit code.
+    With a dataclass `options`, main takes one of it; otherwise the parameters of main are the
+    options. Their bounds (common/bounds.py) are checked. `markers` are tyro's.
     """
     prog = Path(inspect.getfile(main)).resolve().relative_to(Path(__file__).parents[1]).as_posix()
 
@@ -38,59 +41,59 @@ def run(main: Callable[..., Any], options: type | None = None, argv: Sequence[st
 
 
 def exit_code(work: Callable[[], Any]) -> int:
-    """The int that `work` returns, or 0; 2, after one line on stderr, for what the user can mend.
+    """Call `work` and return the exit code: the int that it returns, or 0 for anything else.
 
-    That is a ValueError, an OSError, a FloatingPointError, and memory that cannot be had. A stdout
-    whose reader has gone is 2 without a line, and Ctrl-C is 130.
+    Bad input (ValueError, OSError, FloatingPointError) and running out of memory print one line on
+    stderr and give 2. A closed pipe behind stdout gives 2 without a line. Ctrl-C gives 130.
     """
-    open_standard_streams()
+    _open_standard_streams()
     try:
-        done = work()
+        result = work()
         sys.stdout.flush()
-        return done if isinstance(done, int) else 0
+        return result if isinstance(result, int) else 0
     except BrokenPipeError:
         return 2
     except (ValueError, OSError, FloatingPointError) as error:
-        return _refused(str(error))
+        return _report_error(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
-        return _refused(f"out of memory ({str(error) or type(error).__name__}); take fewer or "
-                        "smaller things at a time, such as a smaller --batch_size, or a smaller "
-                        "model")
+        return _report_error(f"out of memory ({str(error) or type(error).__name__}); take fewer or "
+                             "smaller things at a time, such as a smaller --batch_size, or a "
+                             "smaller model")
     except KeyboardInterrupt:
-        _say("interrupted")
+        _print_to_stderr("interrupted")
         return 130
     finally:
-        _let_go(sys.stdout)
+        _flush_or_discard(sys.stdout)
 
 
-def _refused(message: str) -> int:
-    _say(f"error: {one_line(message)}")
+def _report_error(message: str) -> int:
+    _print_to_stderr(f"error: {_one_line(message)}")
     return 2
 
 
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may read stderr any more
+def _print_to_stderr(line: str) -> None:
+    with contextlib.suppress(OSError):  # the reader of stderr may be gone
         print(line, file=sys.stderr, flush=True)
 
 
-def one_line(text: str) -> str:
-    """`text` on one line, with what would move a terminal's cursor written out."""
+def _one_line(text: str) -> str:
+    """`text` on one line, with control characters escaped so that no terminal obeys them."""
     joined = " ".join(text.split("\n"))
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in joined)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be had, which torch's operators on a CPU say with a RuntimeError."""
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. torch's CPU operators raise a RuntimeError for that."""
     return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
 
 
-def open_standard_streams() -> None:
-    """Point descriptors 0 to 2 at the null device where they are closed.
+def _open_standard_streams() -> None:
+    """Open the null device for each of the descriptors 0 to 2 that is closed.
 
-    Else the next file opened would have such a number, and what is printed would go into it. What
-    a closed stderr would have said goes to stdout.
+    Otherwise the next file to be opened would get that number, and C libraries would print into
+    it. If stderr was closed, Python prints errors to stdout.
     """
     for descriptor in range(3):
         try:
@@ -101,8 +104,11 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or sys.stdout
 
 
-def _let_go(stream: TextIO) -> None:
-    """Write what `stream` holds; where that fails, keep Python from trying again when it ends."""
+def _flush_or_discard(stream: TextIO) -> None:
+    """Flush `stream`; if that fails, send the rest to the null device.
+
+    Python flushes stdout again when it exits, and would print a second error.
+    """
     try:
         stream.flush()
     except OSError:
@@ -116,10 +122,10 @@ def _let_go(stream: TextIO) -> None:
 
 def parse(of: Any, argv: Sequence[str] | None = None, *, prog: str, markers: tuple = (),
           **settings: Any) -> Any:
-    """What the command line says: the dataclass `of`, or the arguments by name of a function.
+    """Read the command line: into the dataclass `of`, or into a dict of a function's arguments.
 
-    Raises ValueError, in one line, for what is wrong with it; --help prints and exits with 0.
-    `settings` are tyro's.
+    Raises ValueError, with a message of one line, for a bad command line. `--help` prints and
+    exits with 0. `settings` are tyro's.
     """
     import tyro
 
@@ -128,7 +134,7 @@ def parse(of: Any, argv: Sequence[str] | None = None, *, prog: str, markers: tup
     is_class, complaint = isinstance(of, type), io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            given = tyro.cli(of if is_class else _arguments_of(of), args=argv, prog=prog,
+            given = tyro.cli(of if is_class else _returning_arguments(of), args=argv, prog=prog,
                              use_underscores=True, config=(tyro.conf.FlagConversionOff, *markers),
                              **settings)
     except SystemExit as stop:
@@ -140,7 +146,7 @@ def parse(of: Any, argv: Sequence[str] | None = None, *, prog: str, markers: tup
 
 
 def _check_names(argv: Sequence[str], types: dict[str, Any]) -> None:
-    """Raise ValueError for a flag that is none, or an empty path: Path takes it for this folder."""
+    """Raise ValueError for an unknown flag or an empty path, which Path would read as `.`."""
     for arg, following in zip(argv, [*argv[1:], ""]):
         if not arg.startswith("--"):
             continue
@@ -154,21 +160,21 @@ def _check_names(argv: Sequence[str], types: dict[str, Any]) -> None:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the one of `names` that was meant."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean --{near[0]}?" if near else "; --help lists them all"
+    """The end of an error message: the one of `names` closest to `name`, or where to find them."""
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean --{matches[0]}?" if matches else "; --help lists them all"
 
 
 def types_of(of: Any) -> dict[str, Any]:
-    """The type of every flag, with its bounds: of a dataclass's fields, those of its sections too,
-    or of a function's parameters."""
-    found: dict[str, Any] = {}
+    """The type of every flag, with its bounds, for a dataclass (nested ones too) or a function."""
+    types: dict[str, Any] = {}
     for name, hint in bounds.hints_of(of).items():
-        found |= types_of(hint) if dataclasses.is_dataclass(hint) else {name: hint}
-    return found
+        types |= types_of(hint) if dataclasses.is_dataclass(hint) else {name: hint}
+    return types
 
 
-def _arguments_of(main: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+def _returning_arguments(main: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """A function with the signature of `main` that returns its arguments by name."""
     @wraps(main)
     def arguments(*args: Any, **kwargs: Any) -> dict[str, Any]:
         return inspect.signature(main).bind(*args, **kwargs).arguments
@@ -177,7 +183,7 @@ def _arguments_of(main: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
 
 
 def _without_box(text: str) -> str:
-    """What tyro says in a box, without the box, its title and its advice."""
+    """The message in tyro's boxed error, on one line, without the box, its title and advice."""
     stripped = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
     lines = [line for line in stripped if line.strip("-")]
     message = " ".join(itertools.takewhile(lambda line: "helptext" not in line, lines[1:]))

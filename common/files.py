@@ -1,4 +1,8 @@
-"""Files that are written whole or not at all; text and JSON that are as they should be."""
+"""Files: written atomically, and read with a one-line error for what is wrong with them.
+
+A file that others may have written or damaged is opened with `regular_file`, `read_text` or
+`read_json`, which checks the value against a type.
+"""
 
 import hashlib
 import json
@@ -14,16 +18,15 @@ T = TypeVar("T")
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write and seek in, which takes the place of `path` when the block ends
-    without an error.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a binary file that replaces `path` if the `with` block ends without an error.
 
-    Written beside it as NAME.tmp, synced, renamed: whoever opens `path` finds the old file or the
-    new one, no part.
+    It is written as NAME.tmp in the same folder, synced to disk, then renamed. So a reader of
+    `path` finds the old file or the new one, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # left by a kill; or a link, which would be written through
+    temporary.unlink(missing_ok=True)  # from a killed run; or a link
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -31,13 +34,12 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # there is none but after an error
+        temporary.unlink(missing_ok=True)  # it is there only after an error
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has the file, or of a folder the names in it: what a power cut would
-    take."""
+    """Wait until the file's content, or the folder's list of names, is safe on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,62 +48,67 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, written whole."""
-    with whole(path) as file:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_write(path) as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def read_json(path: Path, form: type[T], remedy: str) -> T:
-    """The value in the JSON file `path`, of the type `form`: TypedDicts, lists, numbers, checked
-    down to the leaves, with the rules declared there (common/bounds.py).
+    """Read the JSON file `path`, whose value must be of the type `form` (`check_json`).
 
-    Raises ValueError, in one line with the file and the `remedy`, where it is absent, no regular
-    file (a FIFO would wait for ever), not JSON, or of another form. Every JSON file that others may
-    have written or damaged is read here.
+    Raises ValueError, with a message of one line that ends in `remedy`, if the file is absent, not
+    a regular file, not JSON, or of another type.
     """
-    return parsed(regular(path, remedy).read_bytes(), form, str(path), remedy)
+    return parse_json(regular_file(path, remedy).read_bytes(), form, str(path), remedy)
 
 
-def parsed(text: bytes | str, form: type[T], name: str, remedy: str) -> T:
-    """The JSON value `text`, likewise; `name` says where it comes from."""
+def parse_json(text: bytes | str, form: type[T], name: str, remedy: str) -> T:
+    """Parse the JSON `text`, as `read_json` does; errors begin with `name`, its origin."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON ({error}); {remedy}") from None
-    return formed(value, form, name, remedy)
+    return check_json(value, form, name, remedy)
 
 
-def formed(value: Any, form: type[T], name: str, remedy: str) -> T:
-    """`value` itself, which must be of the type `form`. Raises ValueError where it is not."""
+def check_json(value: Any, form: type[T], name: str, remedy: str) -> T:
+    """Return `value` if it is of the type `form`, in every item, and keeps its bounds.
+
+    `form` is made of TypedDicts, lists, dicts, numbers and texts, with rules of common/bounds.py.
+    Raises ValueError, `name: what is wrong; remedy`.
+    """
     from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
     try:
         every = CollectionCheckStrategy.ALL_ITEMS
         value = check_type(value, form, collection_check_strategy=every)
         check_declared(value, form, "")
-    except (TypeCheckError, ValueError) as error:  # typeguard's takes several lines for a union
+    except (TypeCheckError, ValueError) as error:  # several lines long for a union
         raise ValueError(f"{name}: {' '.join(str(error).split())}; {remedy}") from None
     return value
 
 
 def read_text(path: Path, remedy: str = "name a text file") -> str:
-    """The text of a UTF-8 file, its line ends as they are. Raises ValueError where it is none."""
+    """The text of a UTF-8 file, with its line ends unchanged. Raises ValueError for other bytes."""
     try:
-        return regular(path, remedy).read_bytes().decode()
+        return regular_file(path, remedy).read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; convert it, e.g. with "
                          "iconv -t utf-8") from None
 
 
-def regular(path: Path, remedy: str) -> Path:
-    """`path` itself. Raises ValueError where there is no file, or one that is no regular file."""
+def regular_file(path: Path, remedy: str) -> Path:
+    """Return `path` if it is a regular file, or a link to one. Raises ValueError otherwise.
+
+    To open a FIFO would wait forever, and /dev/zero has no end.
+    """
     if not path.is_file():
-        raise ValueError(f"{path}: {'no regular file' if path.exists() else 'no such file'}; "
-                         f"{remedy}")
+        problem = "no regular file" if path.exists() else "no such file"
+        raise ValueError(f"{path}: {problem}; {remedy}")
     return path
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal; memory bounded."""
+    """The SHA-256 of a file's bytes, in hexadecimal. Reads it in small blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,7 @@
-"""The one module that knows devices: which there are, what they compute in, and how to wait for
-them."""
+"""Devices: which one to run on, in which dtype, how much memory it has, how to read from it.
+
+Other modules ask here instead of asking torch.cuda, torch.backends or torch.cpu.
+"""
 
 import ctypes
 import platform
@@ -13,17 +15,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device to run on. Raises ValueError, naming what there is, for one that is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
+    """The device that `--device=name` means; "auto" takes a GPU if there is one.
+
+    "cuda" without a number is the GPU `local_rank`. The GPU chosen becomes torch's current device.
+    Raises ValueError for a device that this machine does not have.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     if name == "auto":
-        name = next(kind for kind, available in there.items() if available)
+        name = next(kind for kind in available if available[kind])
     kind, _, index = name.partition(":")
-    if kind not in there or (index and not index.isdigit()):
+    if kind not in available or (index and not index.isdigit()):
         raise ValueError(f"--device={name}: choose auto, cuda, cuda:N, mps or cpu")
-    if not there[kind]:
-        raise ValueError(f"--device={name}: there is none here; choose from "
-                         f"{', '.join(k for k in there if there[k])}")
+    if not available[kind]:
+        choices = ", ".join(kind for kind in available if available[kind])
+        raise ValueError(f"--device={name}: there is none here; choose from {choices}")
     if kind == "cuda":
         device = torch.device("cuda", int(index) if index else local_rank)
         if device.index >= torch.cuda.device_count():
@@ -35,15 +41,18 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What matrix multiplications run in; auto is bfloat16 where the device has units for it, else
-    fp16 on a GPU."""
+    """The dtype of matrix multiplications that `--dtype=name` means.
+
+    "auto" is bfloat16 if the device has units for it; otherwise float16 on a GPU and float32
+    elsewhere. Raises ValueError for an unknown name.
+    """
     if name not in (*DTYPES, "auto"):
         raise ValueError(f"--dtype={name}: choose auto, {', '.join(DTYPES)}")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8,
-                                                                              0) else torch.float16
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
     return _automatic_on_a_cpu() if device.type == "cpu" else torch.float32
 
 
@@ -52,13 +61,13 @@ def _automatic_on_a_cpu() -> torch.dtype:
 
 
 def cpu_has_bf16_units() -> bool:
-    """Where they are missing PyTorch emulates bf16, slower than fp32."""
+    """Whether this CPU has bf16 units. Without them PyTorch emulates bf16, slower than fp32."""
     features = torch.cpu.get_capabilities()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16"))
 
 
 def cpu_units() -> str:
-    """What this CPU computes with, which its model's name may not tell: "AVX512, bf16 units"."""
+    """This CPU's vector and bf16 units, "AVX512, bf16 units": the model's name may not say."""
     features = torch.cpu.get_capabilities()
     vectors = next((name for key, name in (("avx512_f", "AVX512"), ("avx2", "AVX2"))
                     if features.get(key)), platform.machine())
@@ -66,16 +75,16 @@ def cpu_units() -> str:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Where matrix multiplications take `dtype` and the rest keeps fp32."""
+    """A context in which matrix multiplications run in `dtype` and the rest stays in fp32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees for its next allocations.
+    """Tell glibc to keep freed memory for the next allocations, instead of returning it.
 
-    glibc maps each block of 32 MB or more anew, and the system fills it with zeros page by page: a
-    sixth of a CPU's training step where activations are that large (bench/LOG.md). Other C
-    libraries are left as they are.
+    By default glibc maps each block of 32 MB or more anew and Linux fills it with zeros, page by
+    page: a sixth of a training step on a CPU with activations of that size (bench/LOG.md). Does
+    nothing under other C libraries.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -84,7 +93,7 @@ def keep_freed_memory() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that gpt.flops.PEAK_TFLOPS knows a GPU by; the model of a CPU."""
+    """The name of a GPU, as in gpt.flops.PEAK_TFLOPS; of a CPU its model, units and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -94,8 +103,10 @@ def device_name(device: torch.device) -> str:
 
 
 def read_later(values: Tensor) -> Callable[[], list[float]]:
-    """Start copying a small tensor to the host; the call returned waits for that copy alone, not
-    for later work."""
+    """Start copying a small tensor to the host, and return a function that gives its values.
+
+    The function waits for this copy alone, not for work that was queued on the GPU after it.
+    """
     if values.device.type != "cuda":
         return values.tolist
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -111,16 +122,16 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most that was allocated on a GPU so far; None elsewhere."""
+    """The most memory that torch has allocated on a GPU so far; None for other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let peak_memory_bytes count from now."""
+    """Make `peak_memory_bytes` count from now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """What this process can have of a GPU: what it already holds, and what nobody does."""
+    """GPU memory that this process can use: free on the device, or reserved by torch already."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -1,8 +1,7 @@
-"""Evaluate OpenAI's GPT-2 (124M) on OpenWebText: one evaluation of 500 batches, and nothing
-written.
+"""Evaluate OpenAI's GPT-2 (124M) on OpenWebText: 500 batches of each split, nothing is written.
 
-nanoGPT's README gives train loss 3.11, validation loss 3.12 for it: theirs, not ours. Needs the
-weights (network, or a cached copy) and `python data/openwebtext/prepare.py`.
+nanoGPT's README gives train loss 3.11 and validation loss 3.12: theirs, not ours. Needs the weights
+(from the network, or a cached copy) and `python data/openwebtext/prepare.py`.
 """
 
 from train.config import Config, DataConfig, RunConfig

@@ -1,8 +1,7 @@
-"""Evaluate OpenAI's GPT-2 (1558M) on OpenWebText: one evaluation of 500 batches, and nothing
-written.
+"""Evaluate OpenAI's GPT-2 (1558M) on OpenWebText: 500 batches of each split, nothing is written.
 
-nanoGPT's README gives train loss 2.56, validation loss 2.54 for it: theirs, not ours. Needs the
-weights (network, or a cached copy) and `python data/openwebtext/prepare.py`.
+nanoGPT's README gives train loss 2.56 and validation loss 2.54: theirs, not ours. Needs the weights
+(from the network, or a cached copy) and `python data/openwebtext/prepare.py`.
 """
 
 from train.config import Config, DataConfig, RunConfig

@@ -1,8 +1,8 @@
-"""Finetune GPT-2 on Shakespeare, with nanoGPT's settings: constant learning rate, 20 steps.
+"""Fine-tune GPT-2 XL on Shakespeare with nanoGPT's settings: 20 steps, a constant learning rate.
 
-1 sequence x 1024 tokens x 32 micro-batches = 32,768 tokens a step; the text has 301,966, so 20
-steps pass over it twice. Prepare: `python data/shakespeare/prepare.py`. `--init_from=gpt2` for a
-smaller one.
+1 sequence x 1024 tokens x 32 micro-batches = 32,768 tokens a step; the text has 301,966 tokens, so
+20 steps read it twice. Prepare: `python data/shakespeare/prepare.py`. `--init_from=gpt2` takes the
+smallest model instead.
 """
 
 from train.config import Config, DataConfig, OptimConfig, RunConfig

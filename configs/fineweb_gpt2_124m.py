@@ -1,10 +1,9 @@
-"""GPT-2 (124M) on 10 billion tokens of FineWeb: the run of llm.c (scripts/run_gpt2_124M.sh), on 8
-GPUs.
+"""GPT-2 (124M) on 10 billion tokens of FineWeb: llm.c's run_gpt2_124M.sh, on 8 GPUs.
 
 64 sequences x 1024 tokens x 8 micro-batches (1 on each of 8 GPUs) = 524,288 tokens a step.
-18,865 steps x 524,288 = 9.9 billion tokens, once through the sample.
-The goal is llm.c's, a validation loss of 3.28; OpenAI's GPT-2 has 3.29 on the same split. Both are
-theirs, not ours. GPU-hours here: not measured. Prepare: `python data/fineweb/prepare.py`.
+18,865 steps x 524,288 = 9.9 billion tokens, the whole sample once. The goal is llm.c's validation
+loss, 3.28; OpenAI's GPT-2 has 3.29 on the same split. Both are theirs, not ours. GPU-hours here:
+not measured. Prepare: `python data/fineweb/prepare.py`.
 """
 
 from gpt.config import GPTConfig

@@ -1,10 +1,9 @@
-"""GPT-2 (1558M) on 34 billion tokens of FineWeb-Edu: the run of llm.c (scripts/run_gpt2_1558M.sh),
-on 8 GPUs.
+"""GPT-2 (1558M) on 34 billion tokens of FineWeb-Edu: llm.c's run_gpt2_1558M.sh, on 8 GPUs.
 
-16 sequences x 1024 tokens x 64 micro-batches (8 on each of 8 GPUs) = 1,048,576 tokens a step;
-32,000 steps = 33.6 billion. GPT-2 of this size has 48.9 % HellaSwag (llm.c's figure); llm.c needed
-24 hours on 8 H100 (its script). GPU-hours here: not measured. Prepare: `python
-data/fineweb/prepare.py --edu=True --sample=sample-100BT`.
+16 sequences x 1024 tokens x 64 micro-batches (8 on each of 8 GPUs) = 1,048,576 tokens a step.
+32,000 steps = 33.6 billion tokens. GPT-2 of this size has 48.9 % on HellaSwag (llm.c's figure);
+llm.c needed 24 hours on 8 H100 (its script). GPU-hours here: not measured.
+Prepare: `python data/fineweb/prepare.py --edu=True --sample=sample-100BT`.
 """
 
 from dataclasses import replace

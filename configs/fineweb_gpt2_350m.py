@@ -1,10 +1,9 @@
-"""GPT-2 (350M) on 31 billion tokens of FineWeb: the run of llm.c (scripts/run_gpt2_350M.sh), on 8
-GPUs.
+"""GPT-2 (350M) on 31 billion tokens of FineWeb: llm.c's run_gpt2_350M.sh, on 8 GPUs.
 
-32 sequences x 1024 tokens x 16 micro-batches (2 on each of 8 GPUs) = 524,288 tokens a step; 60,000
-steps = 31.5 billion. llm.c publishes no loss for it in the script; GPT-2 of this size has 37.5 %
-HellaSwag (llm.c's figure). GPU-hours here: not measured. Prepare: `python data/fineweb/prepare.py
---sample=sample-100BT`.
+32 sequences x 1024 tokens x 16 micro-batches (2 on each of 8 GPUs) = 524,288 tokens a step.
+60,000 steps = 31.5 billion tokens. llm.c's script gives no loss; GPT-2 of this size has 37.5 % on
+HellaSwag (llm.c's figure). GPU-hours here: not measured.
+Prepare: `python data/fineweb/prepare.py --sample=sample-100BT`.
 """
 
 from dataclasses import replace

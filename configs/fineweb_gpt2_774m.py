@@ -1,9 +1,8 @@
-"""GPT-2 (774M) on 150 billion tokens of FineWeb: the run of llm.c (scripts/run_gpt2_774M.sh), on 8
-GPUs.
+"""GPT-2 (774M) on 150 billion tokens of FineWeb: llm.c's run_gpt2_774M.sh, on 8 GPUs.
 
-32 sequences x 1024 tokens x 16 micro-batches (2 on each of 8 GPUs) = 524,288 tokens a step; 286,102
-steps = 150 billion. GPT-2 of this size has 43.2 % HellaSwag (llm.c's figure). GPU-hours here: not
-measured. Prepare: `python data/fineweb/prepare.py --sample=sample-350BT`.
+32 sequences x 1024 tokens x 16 micro-batches (2 on each of 8 GPUs) = 524,288 tokens a step.
+286,102 steps = 150 billion tokens. GPT-2 of this size has 43.2 % on HellaSwag (llm.c's figure).
+GPU-hours here: not measured. Prepare: `python data/fineweb/prepare.py --sample=sample-350BT`.
 """
 
 from dataclasses import replace

@@ -1,8 +1,7 @@
-"""A small character-level model of Shakespeare, with nanoGPT's settings. It overfits, hence the
-dropout.
+"""A small character-level model of Shakespeare, with nanoGPT's settings.
 
-64 sequences x 256 characters = 16,384 tokens a step; 5,000 steps pass over the million characters
-82 times. Prepare: `python data/shakespeare_char/prepare.py`.
+64 sequences x 256 characters = 16,384 tokens a step; 5,000 steps read the million characters 82
+times, so it overfits, hence the dropout. Prepare: `python data/shakespeare_char/prepare.py`.
 """
 
 from gpt.config import GPTConfig

@@ -1,4 +1,4 @@
-"""shakespeare_char read from the end: a model of the character before.
+"""shakespeare_char in reverse: a model that predicts the previous character.
 
     python train/run.py configs/shakespeare_char_backward.py
     python gpt/sample.py --out_dir=out-shakespeare-char-backward --start=" the end."

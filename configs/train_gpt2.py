@@ -16,8 +16,7 @@ config = Config(
     data=DataConfig(dataset="openwebtext", batch_size=12),
     optim=OptimConfig(
         gradient_accumulation_steps=5 * 8, max_iters=600_000, lr_decay_iters=600_000,
-        warmup_iters=2000,
-        learning_rate=6e-4, min_lr=6e-5, weight_decay=0.1, beta1=0.9, beta2=0.95,
+        warmup_iters=2000, learning_rate=6e-4, min_lr=6e-5, weight_decay=0.1, beta1=0.9, beta2=0.95,
     ),
     run=RunConfig(out_dir="out-train-gpt2", eval_interval=1000, eval_iters=200, log_interval=10),
 )

@@ -1,8 +1,8 @@
 """GPT-2 (1558M) on OpenWebText: train_gpt2 with another size.
 
-3 sequences x 1024 tokens x 160 micro-batches over all GPUs = 491,520 tokens a step; 600,000 steps =
-295 billion tokens. The learning rate is GPT-3's at this size (Brown et al. 2020, table 2.1). No
-published loss; GPU-hours: not measured.
+3 sequences x 1024 tokens x 160 micro-batches over all GPUs = 491,520 tokens a step.
+600,000 steps = 295 billion tokens. The learning rate is GPT-3's at this size (Brown et al. 2020,
+table 2.1). No published loss. GPU-hours here: not measured.
 """
 
 from dataclasses import replace

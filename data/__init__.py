@@ -1,1 +1,1 @@
-"""Token files, tokenizers, the loader; a folder for each data set."""
+"""Token files, tokenizers and the loader; one folder with a prepare.py for each data set."""

@@ -1,9 +1,9 @@
-"""Text to files of GPT-2's ids, on all cores: the one path that every large data set takes.
+"""Text to files of GPT-2's token ids, on all cores: the path that every large data set takes.
 
-The documents are read here, in order; worker processes encode about a million characters at a time;
-the ids are written here, in the order of the documents, so that the files do not depend on the
-number of workers. How far it got is in unfinished.json, renewed every few seconds: after a kill,
-the same command goes on from there to the same files.
+The main process reads the documents in order, worker processes encode them, about a million
+characters at a time, and the main process writes the ids in the order of the documents. So the
+files are the same for any number of workers. Progress is saved in unfinished.json every few
+seconds: after a kill, the same command resumes there and makes the same files.
 """
 
 import errno
@@ -28,26 +28,27 @@ from common.bounds import Must
 from common.files import read_json, write_json
 from common.processes import end_with_parent
 from data.gpt2 import END_OF_TEXT, encode_ordinary
-from data.manifest import NAME as MANIFEST
 from data.manifest import (
+    MANIFEST,
     UNFINISHED,
     Progress,
-    Unfinished,
+    SplitEntry,
+    SplitProgress,
     already_made,
-    files_of,
+    listed_files,
     shard_entry,
-    unfinished,
+    start_unfinished,
     write_manifest,
 )
-from data.manifest import Split as Counts
 from data.shards import NAMES, ShardWriter
 from data.sources import Source
 from data.tokenizer import write_meta
 from data.tokens import DTYPE
 
 Format = Literal["raw", "shards"]
-Workers = Annotated[int, Must("be from 0 to 1024", lambda n: 0 <= n <= 1024)]  # all are started
-_TASK = 1 << 20  # characters
+# The pool starts all of its workers at once, so the number is bounded.
+Workers = Annotated[int, Must("be from 0 to 1024", lambda n: 0 <= n <= 1024)]
+_TASK_CHARACTERS = 1 << 20
 _COMMIT_SECONDS = 5.0
 
 
@@ -55,23 +56,22 @@ _COMMIT_SECONDS = 5.0
 
 
 def validation_documents(documents: int, fraction: float, seed: int = 2357) -> np.ndarray:
-    """Which of the documents are the validation split: (documents,) bool.
+    """Draw the documents of the validation split: (documents,) bool, True for validation.
 
-    The rows that train_test_split(test_size=fraction, seed=seed, shuffle=True) of the package
-    datasets gives to "test", which with 0.0005 and 2357 is nanoGPT's split of OpenWebText. Here
-    both splits keep the documents' order.
+    They are the rows that `train_test_split(test_size=fraction, seed=seed, shuffle=True)` of the
+    package datasets puts into "test". With 0.0005 and 2357 that is nanoGPT's split of OpenWebText.
+    Unlike there, both splits keep the order of the documents.
     """
-    chosen = np.zeros(documents, bool)
-    chosen[np.random.default_rng(seed).permutation(
-        documents)[: math.ceil(fraction * documents)]] = True
-    return chosen
+    is_validation = np.zeros(documents, bool)
+    shuffled = np.random.default_rng(seed).permutation(documents)
+    is_validation[shuffled[: math.ceil(fraction * documents)]] = True
+    return is_validation
 
 
 class Split(NamedTuple):
     """Which text is for validation: the first `tokens` of all, or a `fraction` of the documents.
 
-    With `last`, the last document is: a single text was cut in two, this part of it behind the
-    other.
+    With `last` it is the last document: the second part of a single text that was cut in two.
     """
 
     fraction: float = 0.0
@@ -79,77 +79,80 @@ class Split(NamedTuple):
     last: bool = False
 
     def documents(self, documents: int | None) -> np.ndarray:
-        """Which of so many documents are for validation, bool; none are where `tokens` decides."""
+        """(documents,) bool, True for validation; empty if `tokens` decides instead."""
         if self.last:
             return np.arange(documents or 0) == (documents or 0) - 1
-        return validation_documents(documents or 0,
-                                    self.fraction) if self.fraction else np.zeros(0, bool)
+        if self.fraction:
+            return validation_documents(documents or 0, self.fraction)
+        return np.zeros(0, bool)
 
 
 # -- workers -------------------------------------------------------------------------
 
 
 class Task(NamedTuple):
-    """Work for one worker, and where the text has been read to when it is done."""
+    """Text of one split for one worker, and the position in the source behind that text."""
 
     split: str
-    pieces: list[str | None]  # None is the end of a document
-    documents: int  # whole ones, counted from the first
-    begun: int  # pieces of the one after them
-    empty: int  # documents without text, counted from the first
+    pieces: list[str | None]  # None stands for the end of a document
+    documents: int  # whole documents from the start of the source up to there
+    next_pieces: int  # pieces of the next document up to there
+    empty: int  # documents without text from the start of the source up to there
 
 
-def _tasks(source: Source, split: Split, start: Unfinished) -> Iterator[Task]:
-    """The text of `source` from `start` on (a Task's last three numbers), cut into tasks of one
-    split each."""
-    documents, begun, empty = start["documents"], start["begun"], start["empty"]
-    validation = split.documents(source.documents)
+def _tasks(source: Source, split: Split, progress: Progress) -> Iterator[Task]:
+    """Cut the text of `source` into tasks of one split each, beginning where `progress` ends."""
+    documents, done, empty = progress["documents"], progress["begun"], progress["empty"]
+    is_validation = split.documents(source.documents)
     pieces: list[str | None] = []
-    size, now = 0, ""
+    size, task_split = 0, ""
     for document in source.read(documents):
-        kind = "val" if validation[documents : documents + 1].any() else "train"
-        if pieces and kind != now:
-            yield Task(now, pieces, documents, begun, empty)
+        name = "val" if is_validation[documents : documents + 1].any() else "train"
+        if pieces and name != task_split:
+            yield Task(task_split, pieces, documents, done, empty)
             pieces, size = [], 0
-        now, characters = kind, begun
+        task_split, characters = name, done
         for number, piece in enumerate(document):
-            if number < begun:
+            if number < done:
                 continue
-            if size >= _TASK:
-                yield Task(now, pieces, documents, number, empty)
+            if size >= _TASK_CHARACTERS:
+                yield Task(task_split, pieces, documents, number, empty)
                 pieces, size = [], 0
             pieces.append(piece)
             size, characters = size + len(piece), characters + len(piece)
         pieces.append(None)
-        documents, begun, empty = documents + 1, 0, empty + (characters == 0)
+        documents, done, empty = documents + 1, 0, empty + (characters == 0)
     if pieces:
-        yield Task(now, pieces, documents, begun, empty)
+        yield Task(task_split, pieces, documents, done, empty)
 
 
 def _encode(pieces: list[str | None]) -> np.ndarray:
-    """The ids (n,) uint16 of `pieces`, END_OF_TEXT for each None."""
+    """The ids (n,) uint16 of `pieces`, with END_OF_TEXT for each None."""
     end = np.array([END_OF_TEXT])
-    return np.concatenate([end if piece is None else encode_ordinary(piece)
-                           for piece in pieces]).astype(DTYPE)
+    ids = [end if piece is None else encode_ordinary(piece) for piece in pieces]
+    return np.concatenate(ids).astype(DTYPE)
 
 
 Encoded = Generator[tuple[Task, np.ndarray], None, None]
 
 
-def _encoded(tasks: Iterable[Task], pool: ProcessPoolExecutor | None, ahead: int) -> Encoded:
-    """The tasks in order, with their ids; at most `ahead` of them are under way. Without a pool
-    they run here."""
+def _encode_in_order(tasks: Iterable[Task], pool: ProcessPoolExecutor | None,
+                     max_pending: int) -> Encoded:
+    """Yield each task with its ids, in order, while the pool works on up to `max_pending` tasks.
+
+    Without a pool this process encodes them.
+    """
     if pool is None:
         yield from ((task, _encode(task.pieces)) for task in tasks)
         return
-    waiting: deque[tuple[Task, Future[np.ndarray]]] = deque()
+    pending: deque[tuple[Task, Future[np.ndarray]]] = deque()
     try:
         for task in tasks:
-            waiting.append((task, pool.submit(_encode, task.pieces)))
-            if len(waiting) >= ahead:
-                oldest, ids = waiting.popleft()
+            pending.append((task, pool.submit(_encode, task.pieces)))
+            if len(pending) >= max_pending:
+                oldest, ids = pending.popleft()
                 yield oldest, ids.result()
-        yield from ((task, ids.result()) for task, ids in waiting)
+        yield from ((task, ids.result()) for task, ids in pending)
     except BrokenProcessPool:
         raise ChildProcessError("a worker process died, killed perhaps for want of memory; what is "
                                 "finished is kept: give the same command again, if need be with "
@@ -167,37 +170,35 @@ def _begin_worker() -> None:
 
 def prepare(source: Source, split: Split, out: Path, *, name: str, format: Format = "raw",
             shard_tokens: int = 100_000_000, workers: int = 0) -> None:
-    """Encode every document of `source` with GPT-2's tokenizer, each followed by <|endoftext|>,
-    into files in `out`.
+    """Encode all documents of `source` for GPT-2, <|endoftext|> after each, into files in `out`.
 
-    `format` "raw" makes train.bin and val.bin, "shards" files NAME_SPLIT_000001.bin of
-    `shard_tokens` each with llm.c's header; meta.json and the manifest come last. `workers` is the
-    number of worker processes, 0 for one a core.
+    `format` "raw" writes train.bin and val.bin, "shards" writes files NAME_SPLIT_000001.bin of
+    `shard_tokens` tokens with llm.c's header. meta.json and manifest.json come last. `workers` is
+    the number of worker processes, 0 for one per core. Raises ValueError for bad input.
     """
     workers = workers or _cores()
     if split.fraction and (source.documents or 0) < 2:
-        known = "is not known" if source.documents is None else f"is {source.documents}"
-        raise ValueError(f"the number of documents {known}: a share of them for validation cannot "
+        count = "is not known" if source.documents is None else f"is {source.documents}"
+        raise ValueError(f"the number of documents {count}: a share of them for validation cannot "
                          "be told; give --val_tokens=N, and the first N tokens are for validation")
     shard = shard_tokens if format == "shards" else None
-    made_from = {"name": name, "text": source.describe(), "split": split._asdict(),
-                 "format": format,
-                 "shard_tokens": shard}
-    with _alone_in(out), ExitStack() as stack:
-        state = _begin(out, made_from)
-        if state is None:
+    recipe = {"name": name, "text": source.describe(), "split": split._asdict(),
+              "format": format, "shard_tokens": shard}
+    with _locked(out), ExitStack() as stack:
+        progress = _resume_or_start(out, recipe)
+        if progress is None:
             return
         writers = {}
-        for kind in ("train", "val"):
-            begun = state["splits"].get(kind, Progress(shards=[], open=0, max_id=0))
-            writers[kind] = ShardWriter(out, kind, name, shard, begun)
-            stack.callback(writers[kind].close)
+        for part in ("train", "val"):
+            written = progress["splits"].get(part, SplitProgress(shards=[], open=0, max_id=0))
+            writers[part] = ShardWriter(out, part, name, shard, written)
+            stack.callback(writers[part].close)
         pool = None
         if workers > 1:
             pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
             stack.callback(pool.shutdown, cancel_futures=True)
-        _encode_all(source, split, out, state, writers, pool, 2 * workers)
-        _finish(out, made_from, state, writers, pool)
+        _encode_all(source, split, out, progress, writers, pool, 2 * workers)
+        _finish(out, recipe, progress, writers, pool)
 
 
 def _cores() -> int:
@@ -205,9 +206,11 @@ def _cores() -> int:
 
 
 @contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Keep a second preparation out of the folder, until this process ends by whatever; say it
-    where the disk is full."""
+def _locked(out: Path) -> Iterator[None]:
+    """Hold a lock on the folder `out`, which the system releases even if this process is killed.
+
+    Raises ValueError if another preparation holds it. Turns a full disk into a clear OSError.
+    """
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
@@ -226,88 +229,96 @@ def _alone_in(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _begin(out: Path, made_from: dict[str, Any]) -> Unfinished | None:
-    """Where to go on from; None where all is made. Removes what an earlier preparation made from
-    something else."""
-    state = None
+def _resume_or_start(out: Path, recipe: dict[str, Any]) -> Progress | None:
+    """The progress to continue from, or None if the files of this `recipe` are all there.
+
+    Removes the files that were made by another recipe. Raises ValueError if `out` holds .bin files
+    that no preparation has made.
+    """
+    progress = None
     if os.path.lexists(out / UNFINISHED):
-        state = read_json(out / UNFINISHED, Unfinished, "remove it to start anew")
-    if state and state["made_from"] == made_from:
-        print(f"{out}: going on after {state['documents']:,} documents")
-        return state
-    if state is None and already_made(out, made_from):
+        progress = read_json(out / UNFINISHED, Progress, "remove it to start anew")
+    if progress and progress["made_from"] == recipe:
+        print(f"{out}: going on after {progress['documents']:,} documents")
+        return progress
+    if progress is None and already_made(out, recipe):
         return None
-    earlier = _files_of(out, state is not None)
-    if others := sorted(set(out.glob("*.bin")) - earlier):
+    outdated = _outdated_files(out, was_unfinished=progress is not None)
+    if others := sorted(set(out.glob("*.bin")) - outdated):
         raise ValueError(f"{out}: holds {others[0].name}, which no manifest accounts for; move it "
                          "away, or give another --out")
-    for path in earlier:
+    for path in outdated:
         path.unlink(missing_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
-    return unfinished(out, made_from)
+    return start_unfinished(out, recipe)
 
 
-def _files_of(out: Path, was_unfinished: bool) -> set[Path]:
-    """The files of an earlier preparation: what its manifest names, or else is named like them."""
+def _outdated_files(out: Path, was_unfinished: bool) -> set[Path]:
+    """The files of an earlier preparation: those in its manifest, or else with a shard's name."""
     if was_unfinished:
-        named = [path for path in out.iterdir() if NAMES.fullmatch(path.name)]
+        paths = [path for path in out.iterdir() if NAMES.fullmatch(path.name)]
     else:
-        named = [path for path, _ in files_of(out)]
-    return {path for path in named if not path.is_dir()}
+        paths = [path for path, _ in listed_files(out)]
+    return {path for path in paths if not path.is_dir()}
 
 
-def _encode_all(source: Source, split: Split, out: Path, state: Unfinished,
+def _encode_all(source: Source, split: Split, out: Path, progress: Progress,
                 writers: dict[str, ShardWriter], pool: ProcessPoolExecutor | None,
-                ahead: int) -> None:
-    """Encode and write the rest of the text, committing `state` every few seconds and whenever a
-    shard is full."""
+                max_pending: int) -> None:
+    """Encode and write the rest of the text; save `progress` at each full shard, or every 5 s.
+
+    Raises ValueError if the source has another number of documents, or if a split stays empty.
+    """
 
     def commit() -> None:
-        state["splits"] = {kind: writer.commit() for kind, writer in writers.items()}
-        write_json(out / UNFINISHED, state)
+        progress["splits"] = {name: writer.commit() for name, writer in writers.items()}
+        write_json(out / UNFINISHED, progress)
 
     committed, shards = time.monotonic(), 0
-    bar = tqdm(total=source.documents, initial=state["documents"], unit=" documents",
+    bar = tqdm(total=source.documents, initial=progress["documents"], unit=" documents",
                smoothing=0.05)
-    with bar, closing(_encoded(_tasks(source, split, state), pool, ahead)) as encoded:
+    tasks = _tasks(source, split, progress)
+    with bar, closing(_encode_in_order(tasks, pool, max_pending)) as encoded:
         for task, ids in encoded:
             first = max(0, split.tokens - writers["val"].tokens) if task.split == "train" else 0
             writers["val"].write(ids[:first])
             writers[task.split].write(ids[first:])
-            bar.update(task.documents - state["documents"])
-            state["documents"], state["begun"] = task.documents, task.begun
-            state["empty"] = task.empty
+            bar.update(task.documents - progress["documents"])
+            progress["documents"], progress["begun"] = task.documents, task.next_pieces
+            progress["empty"] = task.empty
             full = sum(len(writer.shards) for writer in writers.values())
             if full > shards or time.monotonic() - committed > _COMMIT_SECONDS:
                 commit()
                 committed, shards = time.monotonic(), full
     commit()
-    if source.documents not in (None, state["documents"]):
-        raise ValueError(f"{state['documents']:,} documents came, where there should be "
+    if source.documents not in (None, progress["documents"]):
+        raise ValueError(f"{progress['documents']:,} documents came, where there should be "
                          f"{source.documents:,}; the source changed or was not whole: remove "
                          f"{out / UNFINISHED} and prepare again")
-    for kind, writer in writers.items():
+    for name, writer in writers.items():
         if not writer.tokens:
-            raise ValueError(f"of {state['documents']:,} documents none came to the split "
-                             f"{kind!r}; give more text, or another share of it to validation "
+            raise ValueError(f"of {progress['documents']:,} documents none came to the split "
+                             f"{name!r}; give more text, or another share of it to validation "
                              f"(now: {split})")
 
 
-def _finish(out: Path, made_from: dict[str, Any], state: Unfinished,
+def _finish(out: Path, recipe: dict[str, Any], progress: Progress,
             writers: dict[str, ShardWriter], pool: ProcessPoolExecutor | None) -> None:
-    """Give all files their names and checksums, write meta.json and the manifest, and say what
-    there is."""
-    splits: dict[str, Counts] = {}
-    for kind, writer in writers.items():
+    """Name the last shards, compute all checksums, write meta.json and the manifest, print counts.
+
+    The pool, if there is one, computes the checksums.
+    """
+    splits: dict[str, SplitEntry] = {}
+    for name, writer in writers.items():
         writer.finish()
         paths = [writer.path(shard) for shard in range(len(writer.shards))]
         entries = list((pool.map if pool else map)(shard_entry, paths, writer.shards))
-        splits[kind] = {"tokens": writer.tokens, "max_id": writer.max_id, "shards": entries}
+        splits[name] = {"tokens": writer.tokens, "max_id": writer.max_id, "shards": entries}
     write_meta(out, "gpt2", 50257)
-    write_manifest(out, made_from, "gpt2", 50257, splits)
+    write_manifest(out, recipe, "gpt2", 50257, splits)
     (out / UNFINISHED).unlink()
-    print(f"{state['documents']:,} documents"
-          + (f", {state['empty']:,} of them empty" if state["empty"] else ""))
-    for kind, writer in writers.items():
-        print(f"{kind} has {writer.tokens:,} tokens in {len(writer.shards)} "
-              f"file{'s' * (len(writer.shards) > 1)}")
+    empty = f", {progress['empty']:,} of them empty" if progress["empty"] else ""
+    print(f"{progress['documents']:,} documents{empty}")
+    for name, writer in writers.items():
+        files = len(writer.shards)
+        print(f"{name} has {writer.tokens:,} tokens in {files} file{'s' * (files > 1)}")

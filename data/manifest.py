@@ -1,10 +1,10 @@
-"""The manifest beside the tokens: what they were made from, how many they are, and the checksum of
-each file.
+"""manifest.json, beside the token files: their source, their counts and their checksums.
 
     {"source": {...}, "tokenizer": "gpt2", "vocab_size": 50257,
      "splits": {"train": {"tokens": 9, "max_id": 50256, "shards": [...]}}}
 
-It says nothing of when and where, so that the same text gives the same manifest.
+It holds no dates and no folders, so the same text gives the same manifest. While the files are
+being made, unfinished.json lies beside them, and no run reads them.
 """
 
 import hashlib
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from common.bounds import FileName, Must, NonNegative, Positive
-from common.files import read_json, regular, sha256_of, write_json
+from common.files import read_json, regular_file, sha256_of, write_json
 
-NAME = "manifest.json"
-UNFINISHED = "unfinished.json"  # lies in a folder while its files are being made
-# At each start of a run a file up to _WHOLE_BYTES is hashed whole, and of a larger one _PIECES
-# pieces of _PIECE_BYTES: 4 MiB, spread evenly over it.
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+# Each start of a run hashes a file of up to _WHOLE_BYTES whole, and of a larger one _PIECES pieces
+# of _PIECE_BYTES, 4 MiB in all.
 _WHOLE_BYTES = 1 << 25
 _PIECES, _PIECE_BYTES = 64, 1 << 16
 
-# What is prepared anew replaces the files that an older manifest names: it may name none but these.
+# A new preparation deletes the files that an older manifest names, so it may name only .bin files.
 TokenFile = Annotated[FileName, Must("end in .bin", lambda name: name.endswith(".bin"))]
 MaxId = Annotated[int, Must("be from 0 to 65535", lambda n: 0 <= n < 1 << 16)]
 Sha256 = Annotated[str, Must("be 64 hexadecimal digits", re.compile("[0-9a-f]{64}").fullmatch)]
 
 
-class Shard(TypedDict):
-    """A file of tokens; `sample` is the checksum of its `fingerprint`."""
+class ShardEntry(TypedDict):
+    """One file of tokens; `sample` is its `fingerprint`."""
 
     file: TokenFile
     tokens: NonNegative
@@ -39,103 +39,101 @@ class Shard(TypedDict):
     sample: Sha256
 
 
-class Split(TypedDict):
-    """What a split holds, and its largest id."""
+class SplitEntry(TypedDict):
+    """One split; `max_id` is the largest token id in it."""
 
     tokens: NonNegative
     max_id: MaxId
-    shards: list[Shard]
+    shards: list[ShardEntry]
 
 
 class Manifest(TypedDict):
-    """`source` is free-form: whatever tells one text from another."""
+    """manifest.json. `source` is whatever tells one text from another."""
 
     source: dict[str, Any]
     tokenizer: str
     vocab_size: Positive
-    splits: dict[str, Split]
+    splits: dict[str, SplitEntry]
 
 
-class Progress(TypedDict):
-    """Of a split in an unfinished preparation: the tokens of whole shards, and of the open one."""
+class SplitProgress(TypedDict):
+    """What is written of a split: the tokens of each full shard, and of the one being written."""
 
     shards: list[NonNegative]
     open: NonNegative
     max_id: MaxId
 
 
-class Unfinished(TypedDict):
-    """How far a preparation got: whole documents, pieces of the next, documents without text."""
+class Progress(TypedDict):
+    """unfinished.json: how far a preparation got in its source."""
 
-    made_from: dict[str, Any]
-    documents: NonNegative
-    begun: NonNegative
-    empty: NonNegative
-    splits: dict[str, Progress]
-
-
-def unfinished(data_dir: Path, made_from: dict[str, Any]) -> Unfinished:
-    """Begin a preparation: until its manifest is there, no run takes old and new files together."""
-    state = Unfinished(made_from=made_from, documents=0, begun=0, empty=0, splits={})
-    write_json(data_dir / UNFINISHED, state)
-    return state
+    made_from: dict[str, Any]  # becomes the manifest's `source`
+    documents: NonNegative  # whole ones
+    begun: NonNegative  # pieces of the next document
+    empty: NonNegative  # documents without text
+    splits: dict[str, SplitProgress]
 
 
-def shard_entry(path: Path, tokens: int) -> Shard:
-    """The manifest's entry for the file `path` of `tokens` ids."""
+def start_unfinished(data_dir: Path, source: dict[str, Any]) -> Progress:
+    """Write unfinished.json: until it is removed, no run takes old and new files together."""
+    progress = Progress(made_from=source, documents=0, begun=0, empty=0, splits={})
+    write_json(data_dir / UNFINISHED, progress)
+    return progress
+
+
+def shard_entry(path: Path, tokens: int) -> ShardEntry:
+    """The manifest's entry for the file `path`, which holds `tokens` tokens."""
     size = path.stat().st_size
     return {"file": path.name, "tokens": tokens, "bytes": size, "sha256": sha256_of(path),
             "sample": fingerprint(path)}
 
 
 def write_manifest(data_dir: str | Path, source: dict[str, Any], tokenizer: str, vocab_size: int,
-                   splits: dict[str, Split]) -> None:
-    """Write the manifest, the last file of a data set: `source` is free-form, `splits` as in the
-    module's docstring."""
-    write_json(Path(data_dir) / NAME,
-               {"source": source, "tokenizer": tokenizer, "vocab_size": vocab_size,
-                "splits": splits})
+                   splits: dict[str, SplitEntry]) -> None:
+    """Write manifest.json, which must be the last file of a data set to be written."""
+    manifest = Manifest(source=source, tokenizer=tokenizer, vocab_size=vocab_size, splits=splits)
+    write_json(Path(data_dir) / MANIFEST, manifest)
 
 
 def read_manifest(data_dir: str | Path) -> Manifest | None:
-    """The manifest in `data_dir`, or None where there is none."""
-    path = Path(data_dir) / NAME
+    """The manifest in `data_dir`, or None if there is none. Raises ValueError for a bad one."""
+    path = Path(data_dir) / MANIFEST
     if not os.path.lexists(path):
         return None
     return read_json(path, Manifest, "remove it, and prepare the data again")
 
 
-def _splits(data_dir: str | Path) -> dict[str, Split]:
+def _splits(data_dir: str | Path) -> dict[str, SplitEntry]:
     manifest = read_manifest(data_dir)
     return manifest["splits"] if manifest else {}
 
 
-def files_of(data_dir: str | Path) -> list[tuple[Path, Shard]]:
-    """The files that the manifest in `data_dir`, if there is one, names, with their entries."""
+def listed_files(data_dir: str | Path) -> list[tuple[Path, ShardEntry]]:
+    """The files in the manifest of `data_dir` with their entries; none without a manifest."""
     shards = [shard for split in _splits(data_dir).values() for shard in split["shards"]]
     return [(Path(data_dir) / shard["file"], shard) for shard in shards]
 
 
 def verify(data_dir: str | Path, *, full: bool = False) -> None:
-    """Raise a ValueError that names the first file which is not what the manifest in `data_dir`
-    says.
+    """Compare the files in `data_dir` with its manifest; without one, as in nanoGPT, all is well.
 
-    Size and content are compared: with `full` every byte, otherwise every byte of small files and 4
-    MiB spread over each large one. A folder without a manifest, such as nanoGPT's, passes.
+    With `full` every byte is read, otherwise all of a small file and 4 MiB of a large one. Raises
+    ValueError with the name of the first file that differs.
     """
-    for path, shard in files_of(data_dir):
-        regular(path, f"{NAME} names it; prepare the data again")
+    for path, shard in listed_files(data_dir):
+        regular_file(path, f"{MANIFEST} names it; prepare the data again")
         size = path.stat().st_size
         if size != shard["bytes"]:
-            raise ValueError(f"{path}: {size:,} bytes, {NAME} says {shard['bytes']:,}; "
+            raise ValueError(f"{path}: {size:,} bytes, {MANIFEST} says {shard['bytes']:,}; "
                              f"{_remedy(path)}")
-        if (sha256_of(path) != shard["sha256"]) if full else (fingerprint(path) != shard["sample"]):
-            raise ValueError(f"{path}: its content is not what {NAME} says; {_remedy(path)}")
+        checksum, expected = ((sha256_of(path), shard["sha256"]) if full
+                              else (fingerprint(path), shard["sample"]))
+        if checksum != expected:
+            raise ValueError(f"{path}: its content is not what {MANIFEST} says; {_remedy(path)}")
 
 
 def already_made(data_dir: str | Path, source: dict[str, Any]) -> bool:
-    """Whether `data_dir` holds, unchanged, what was made from this `source`; says so in one line if
-    it does."""
+    """Whether `data_dir` holds unchanged files made from `source`; if so, print the counts."""
     if (Path(data_dir) / UNFINISHED).exists():
         return False
     try:
@@ -152,26 +150,28 @@ def already_made(data_dir: str | Path, source: dict[str, Any]) -> bool:
 
 
 def _remedy(path: Path) -> str:
-    return f"prepare the data again, or remove {path.parent / NAME} if you changed it on purpose"
+    manifest = path.parent / MANIFEST
+    return f"prepare the data again, or remove {manifest} if you changed it on purpose"
 
 
 def fingerprint(path: Path) -> str:
-    """The SHA-256 of pieces spread evenly over the file, from its first bytes to its last; of all
-    of a small file."""
+    """The SHA-256 of a file, or of 64 pieces from start to end of one above 32 MiB."""
     size = path.stat().st_size
     if size <= _WHOLE_BYTES:
         return sha256_of(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for i in range(_PIECES):
-            digest.update(os.pread(file.fileno(), _PIECE_BYTES,
-                                   (size - _PIECE_BYTES) * i // (_PIECES - 1)))
+            offset = (size - _PIECE_BYTES) * i // (_PIECES - 1)
+            digest.update(os.pread(file.fileno(), _PIECE_BYTES, offset))
     return digest.hexdigest()
 
 
 def recorded_max_id(paths: list[Path]) -> int | None:
-    """The largest id of the files `paths`, which share a folder, by their manifest; None where it
-    does not tell."""
+    """The largest id in the files `paths` of one folder, as its manifest records it.
+
+    None if no split of the manifest has exactly these files with these sizes.
+    """
     sizes = {path.name: path.stat().st_size for path in paths}
     for split in _splits(paths[0].parent).values():
         if {shard["file"]: shard["bytes"] for shard in split["shards"]} == sizes:

@@ -1,5 +1,7 @@
-"""The files of one split as they grow: resumable to the token, and under their names only when they
-are whole."""
+"""Write the token files of one split, resumable to the token.
+
+A file has the suffix .partial until it is complete.
+"""
 
 import os
 import re
@@ -10,26 +12,27 @@ from typing import BinaryIO
 import numpy as np
 
 from common.files import sync
-from data.manifest import UNFINISHED, Progress
+from data.manifest import UNFINISHED, SplitProgress
 from data.tokens import DTYPE, HEADER_BYTES, header_of
 
-# What a ShardWriter calls its files.
+# The names that a ShardWriter gives to its files.
 NAMES = re.compile(r"((train|val)|.+_(train|val)_\d{6,})\.bin(\.partial)?", re.DOTALL)
 
 
 class ShardWriter:
-    """Writes the ids of a split to `folder`: SPLIT.bin, or shards NAME_SPLIT_000000.bin of
-    `shard_tokens` with a header.
+    """Writes the ids of a split into `folder`: SPLIT.bin, or shards with a header.
 
-    The open shard is called NAME.partial. `commit` makes what was written safe and gives the state
-    that a writer made with it goes on from; whatever had been written after it is dropped.
+    Shards hold `shard_tokens` each and are called NAME_SPLIT_000000.bin. `commit` syncs what was
+    written and returns the state; a writer made with that state goes on from there, and drops what
+    was written after the commit.
     """
 
     def __init__(self, folder: Path, split: str, name: str, shard_tokens: int | None,
-                 state: Progress) -> None:
-        self._folder, self._split, self._name, self._shard_tokens = folder, split, name, shard_tokens
+                 state: SplitProgress) -> None:
+        self._folder, self._split, self._name = folder, split, name
+        self._shard_tokens = shard_tokens
         self._offset = HEADER_BYTES if shard_tokens else 0
-        self.shards: list[int] = list(state["shards"])  # the tokens of each whole shard
+        self.shards: list[int] = list(state["shards"])  # the tokens of each full shard
         self.max_id: int = state["max_id"]
         self._open_tokens: int = state["open"]
         self._file: BinaryIO | None = self._reopen() if self._open_tokens else None
@@ -39,24 +42,24 @@ class ShardWriter:
         return sum(self.shards) + self._open_tokens
 
     def path(self, shard: int) -> Path:
-        """The file of the shard with this number. Training shards count from 1, since llm.c's
-        number 0 is validation."""
+        """The file of a shard. Training shards count from 1: in llm.c number 0 is validation."""
         if self._shard_tokens is None:
             return self._folder / f"{self._split}.bin"
-        return self._folder / f"{self._name}_{self._split}_{shard + (self._split == 'train'):06}.bin"
+        number = shard + (self._split == "train")
+        return self._folder / f"{self._name}_{self._split}_{number:06}.bin"
 
     def _partial(self) -> Path:
         path = self.path(len(self.shards))
         return path.with_name(path.name + ".partial")
 
     def _reopen(self) -> BinaryIO:
-        """Open the shard that was being written, cut back to its committed tokens."""
-        path, whole = self._partial(), self.path(len(self.shards))
-        if link := next((file for file in (path, whole) if file.is_symlink()), None):
+        """Open the shard that was being written, truncated to its committed tokens."""
+        path, complete = self._partial(), self.path(len(self.shards))
+        if link := next((file for file in (path, complete) if file.is_symlink()), None):
             raise ValueError(f"{link}: a link, whose target would be cut; remove it and "
                              f"{self._folder / UNFINISHED} to start anew")
-        if not path.exists() and whole.exists():
-            whole.rename(path)  # it was finished after the last commit
+        if not path.exists() and complete.exists():
+            complete.rename(path)  # it was finished after the last commit
         size = self._offset + self._open_tokens * DTYPE.itemsize
         if not path.is_file() or path.stat().st_size < size:
             raise ValueError(f"{path}: shorter than {UNFINISHED} says; remove "
@@ -65,11 +68,11 @@ class ShardWriter:
         return open(path, "ab")
 
     def write(self, ids: np.ndarray) -> None:
-        """Append the ids (n,) uint16, going over to the next shard where one is full."""
+        """Append the ids (n,) uint16, starting a new shard whenever one is full."""
         self.max_id = max(self.max_id, int(ids.max(initial=0)))
         while len(ids):
             if self._file is None:
-                self._partial().unlink(missing_ok=True)  # it may be a link, and be written through
+                self._partial().unlink(missing_ok=True)  # from a killed run; or a link
                 self._file = open(self._partial(), "xb")
                 self._file.write(bytes(self._offset))
             room = self._shard_tokens - self._open_tokens if self._shard_tokens else len(ids)
@@ -79,14 +82,15 @@ class ShardWriter:
             if self._open_tokens == self._shard_tokens:
                 self.finish()
 
-    def commit(self) -> Progress:
+    def commit(self) -> SplitProgress:
+        """Sync what was written to the disk, and return the state to go on from."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
         return {"shards": list(self.shards), "open": self._open_tokens, "max_id": self.max_id}
 
     def finish(self) -> None:
-        """Give the open shard, if there is one, its header and its name."""
+        """Give the open shard, if there is one, its header and its final name."""
         if self._file is None:
             return
         self.commit()
@@ -102,7 +106,7 @@ class ShardWriter:
         self._file, self._open_tokens = None, 0
 
     def close(self) -> None:
-        """Let go of the file without finishing it."""
+        """Close the open shard without finishing it."""
         if self._file is not None:
-            with suppress(OSError):  # what a full disk did not take is not committed either
+            with suppress(OSError):  # a full disk: the lost bytes were not committed
                 self._file.close()

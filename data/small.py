@@ -1,4 +1,4 @@
-"""Data sets that fit in memory: their files, and the text of tiny Shakespeare."""
+"""Data sets that fit in memory: write their files, and get the text of tiny Shakespeare."""
 
 import hashlib
 import os
@@ -9,22 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from common.files import read_text, whole
-from data.manifest import UNFINISHED, Split, shard_entry, unfinished, write_manifest
+from common.files import atomic_write, read_text
+from data.manifest import UNFINISHED, SplitEntry, shard_entry, start_unfinished, write_manifest
 from data.tokenizer import write_meta
 from data.tokens import write_tokens
 
-TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+                    "tinyshakespeare/input.txt")
 _TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, Any], kind: str,
-                  vocab_size: int,
-                  chars: str = "") -> None:
-    """Write SPLIT.bin for each split's ids, the meta of the tokenizer and, last, the manifest;
-    print the counts."""
-    unfinished(out, source)
-    entries: dict[str, Split] = {}
+                  vocab_size: int, chars: str = "") -> None:
+    """Write SPLIT.bin for each split, the tokenizer's meta.json and the manifest; print the counts.
+
+    `splits` maps a name to ids (n,). `kind`, `vocab_size` and `chars` are those of `write_meta`.
+    """
+    start_unfinished(out, source)
+    entries: dict[str, SplitEntry] = {}
     for split, ids in splits.items():
         tokens = write_tokens(out / f"{split}.bin", ids)
         shard = shard_entry(out / f"{split}.bin", tokens)
@@ -37,17 +39,18 @@ def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, An
         print(f"{split} has {entry['tokens']:,} tokens")
 
 
-def tiny_shakespeare(given: Path | None, out: Path) -> str:
-    """The text of the file `given`; else of out/input.txt, first downloaded if it is not there.
+def tiny_shakespeare(file: Path | None, out: Path) -> str:
+    """The text of `file`; without one, of out/input.txt, which is downloaded if it is absent.
 
-    Raises ValueError where it is no UTF-8 text, or empty.
+    Raises ValueError if it is empty or not UTF-8, or if the download fails.
     """
-    path = given or out / "input.txt"
-    if given is None and not os.path.lexists(path):
+    path = file or out / "input.txt"
+    if file is None and not os.path.lexists(path):
         content = _download(TINY_SHAKESPEARE, _TINY_SHAKESPEARE_SHA256)
-        with whole(path) as file:
-            file.write(content)
-    if not (text := read_text(path, "give --input=FILE, a UTF-8 text")):
+        with atomic_write(path) as new:
+            new.write(content)
+    text = read_text(path, "give --input=FILE, a UTF-8 text")
+    if not text:
         raise ValueError(f"{path}: holds no text; give --input=FILE, a UTF-8 text")
     return text
 

@@ -1,9 +1,8 @@
-"""Documents out of files and Hub data sets, one after another, in memory that does not grow with
-their number.
+"""Documents from files and Hub data sets, read one after another in constant memory.
 
-A document comes as pieces of about a million characters, so that one of any size keeps all cores
-busy and fits. Pieces end where GPT-2's pattern always ends a word, so that the ids of the pieces
-are the ids of the document.
+A document comes in pieces of about a million characters, so that one of any size fits into memory
+and keeps all cores busy. Pieces end where GPT-2's pattern always ends a word. So the ids of the
+pieces, joined, are the ids of the document.
 """
 
 import codecs
@@ -15,58 +14,58 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.files import regular
+from common.files import regular_file
 from data.manifest import fingerprint
 
-_PIECE = 1 << 20  # characters
-_BATCH = 256  # rows of parquet read at once
-# No alternative of GPT-2's pattern goes on from a character that is no whitespace to one that is,
-# and none looks back.
+_PIECE_CHARACTERS = 1 << 20
+_BATCH_ROWS = 256  # rows of parquet that are read together
+# No alternative of GPT-2's pattern matches a non-space character followed by a space, and none
+# looks back. So a cut before such a space changes no id.
 _CUT = re.compile(r"(?<=\S)[ \n]")
 
 
 class Source(Protocol):
     """Where documents come from."""
 
-    documents: int | None  # how many there are, where that is known beforehand
-    text_bytes: int | None  # about how much text there is, likewise
+    documents: int | None  # their number, or None if it is not known in advance
+    text_bytes: int | None  # the rough size of the text, or None
 
     def describe(self) -> dict[str, Any]:
-        """What goes into the manifest; equal for equal documents."""
+        """The manifest's entry for this source. Equal documents give equal entries."""
         ...
 
     def read(self, start: int) -> Iterator[Iterator[str]]:
-        """The documents from number `start` on, each as its pieces (one at least, which may be
-        empty)."""
+        """The documents from number `start` on, each as its pieces: one or more, maybe empty."""
         ...
 
 
 def in_pieces(blocks: Iterator[str]) -> Iterator[str]:
-    """The text of `blocks` in pieces that can be encoded each on its own."""
-    held, searched = "", _PIECE
+    """Cut the text of `blocks` into pieces whose ids, joined, are the ids of the whole text."""
+    buffer, searched = "", _PIECE_CHARACTERS  # no cut in the first `searched` characters
     for block in blocks:
-        held, begin = held + block, 0
-        while cut := _CUT.search(held, begin + searched):
-            yield held[begin : cut.start()]
-            begin, searched = cut.start(), _PIECE
-        held = held[begin:]
-        searched = max(_PIECE, len(held))
-    yield held
+        buffer, begin = buffer + block, 0
+        while cut := _CUT.search(buffer, begin + searched):
+            yield buffer[begin : cut.start()]
+            begin, searched = cut.start(), _PIECE_CHARACTERS
+        buffer = buffer[begin:]
+        searched = max(_PIECE_CHARACTERS, len(buffer))
+    yield buffer
 
 
 # -- files ---------------------------------------------------------------------------
 
 
 class Files:
-    """The documents in text, JSON-lines, parquet and arrow files, in the order of the files' paths.
+    """The documents in text, JSON Lines, parquet and arrow files, in the order of their paths.
 
-    `pattern` names a file, a folder (all files in it and below with a known ending) or many files
-    (`*`, `?`, `**`). A text file is one document; in the others each row has one, in `column`.
+    `pattern` is a file, a folder (all such files in it and below) or a glob pattern. A text file
+    is one document. In the other kinds each row is one, in `column`. Raises ValueError for a file
+    that is absent, damaged or of another kind.
     """
 
     def __init__(self, pattern: str, column: str = "text") -> None:
         self.column = column
-        self._parts = [_KINDS[path.suffix](path, column) for path in _find(pattern)]
+        self._parts = [_READERS[path.suffix](path, column) for path in _find_files(pattern)]
         self.documents: int | None = sum(part.documents for part in self._parts)
         self.text_bytes: int | None = sum(part.text_bytes for part in self._parts)
 
@@ -83,36 +82,37 @@ class Files:
             start = max(0, start - part.documents)
 
     def cut_single_text(self, fraction: float) -> bool:
-        """Make two documents of a text file that is alone, at the first end of a line in its last
-        `fraction`."""
-        if len(self._parts) > 1 or not isinstance(text := self._parts[0], _Text):
+        """If there is a single text file, make two documents of it; return whether there is.
+
+        The second document is about the last `fraction` of the text, from the start of a line.
+        """
+        text = self._parts[0]
+        if len(self._parts) > 1 or not isinstance(text, _TextFile):
             return False
-        border = text.border(int(text.text_bytes * (1 - fraction)))
-        self._parts = [_Text(text.path, end=border), _Text(text.path, start=border)]
+        cut = text.cut_near(int(text.text_bytes * (1 - fraction)))
+        self._parts = [_TextFile(text.path, end=cut), _TextFile(text.path, start=cut)]
         self.documents = 2
         return True
 
 
-def _find(pattern: str) -> list[Path]:
-    path = Path(pattern)
+def _find_files(pattern: str) -> list[Path]:
+    path, endings = Path(pattern), ", ".join(_READERS)
     if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.suffix in _KINDS
-                 and file.is_file()]
+        files = [file for file in sorted(path.rglob("*"))
+                 if file.suffix in _READERS and file.is_file()]
     else:
-        found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    if not found:
-        raise ValueError(f"{pattern}: no such file, and no folder or pattern with "
-                         f"{', '.join(_KINDS)} files in it")
-    for file in found:
-        if file.suffix not in _KINDS:
-            raise ValueError(f"{file}: of no known kind; the name must end in one of "
-                             f"{', '.join(_KINDS)}")
-    return [regular(file, "leave it out of --input") for file in found]
+        files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    if not files:
+        raise ValueError(f"{pattern}: no such file, and no folder or pattern with {endings} files "
+                         "in it")
+    for file in files:
+        if file.suffix not in _READERS:
+            raise ValueError(f"{file}: of no known kind; the name must end in one of {endings}")
+    return [regular_file(file, "leave it out of --input") for file in files]
 
 
-class _Text:
-    """A UTF-8 text file, or the bytes from `start` to `end` of it: one document, its line ends as
-    they are."""
+class _TextFile:
+    """One document: a UTF-8 text file, or its bytes from `start` to `end`; line ends are kept."""
 
     documents = 1
 
@@ -126,34 +126,39 @@ class _Text:
         yield in_pieces(self._blocks())
 
     def _blocks(self) -> Iterator[str]:
+        """The text in blocks of up to a million bytes."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         with open(self.path, "rb") as file:
             file.seek(self._start)
-            while (at := file.tell()) < self._end:
-                if not (block := file.read(min(_PIECE, self._end - at))):
+            while (position := file.tell()) < self._end:
+                block = file.read(min(_PIECE_CHARACTERS, self._end - position))
+                if not block:
                     raise ValueError(f"{self.path}: cut short while it was read")
                 pending = len(decoder.getstate()[0])
                 try:
                     yield decoder.decode(block, final=file.tell() >= self._end)
                 except UnicodeDecodeError as error:
-                    raise ValueError(f"{self.path}: not UTF-8 at byte "
-                                     f"{at - pending + error.start:,}; convert it, e.g. with iconv "
-                                     "-t utf-8") from None
+                    byte = position - pending + error.start
+                    raise ValueError(f"{self.path}: not UTF-8 at byte {byte:,}; convert it, e.g. "
+                                     "with iconv -t utf-8") from None
 
-    def border(self, position: int) -> int:
-        """Where the line that the byte at `position` is in ends; where this is the last one, the
-        character it is in."""
+    def cut_near(self, position: int) -> int:
+        """The start of the next line after the byte `position`; in the last line, of a character.
+
+        The result never lies inside a character, whose later bytes are 0b10xxxxxx in UTF-8.
+        """
         with open(self.path, "rb") as file:
             file.seek(position)
-            if (end := position + len(file.readline())) < self._end:
-                return end
+            next_line = position + len(file.readline())
+            if next_line < self._end:
+                return next_line
             file.seek(position)
-            return position + next((i for i, byte in enumerate(file.read(4))
-                                    if byte & 0xC0 != 0x80), 0)
+            starts = (i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80)
+            return position + next(starts, 0)
 
 
-class _Lines:
-    """A file with one JSON object a line, the document in its `column`. Blank lines are none."""
+class _JsonLines:
+    """A JSON object per line, with the document under the key `column`. Blank lines are skipped."""
 
     def __init__(self, path: Path, column: str) -> None:
         self.path, self._column = path, column
@@ -169,23 +174,24 @@ class _Lines:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{self.path}: line {number:,} is not UTF-8 JSON ({error})") from None
-            if not isinstance(row, dict) or not isinstance(text := row.get(self._column), str):
+                raise ValueError(f"{self.path}: line {number:,} is not UTF-8 JSON "
+                                 f"({error})") from None
+            text = row.get(self._column) if isinstance(row, dict) else None
+            if not isinstance(text, str):
                 columns = ", ".join(row) if isinstance(row, dict) else "none"
                 raise ValueError(f"{self.path}: line {number:,} has no text in {self._column!r}; "
                                  f"its columns: {columns}; name one with --column")
             yield in_pieces(iter([text]))
 
 
-class _Rows:
-    """What parquet and arrow files share: batches of rows, the document in one column of them."""
+class _Table:
+    """What parquet and arrow files share: batches of rows, with the documents in one column."""
 
     def __init__(self, path: Path, column: str) -> None:
         self.path, self._column = path, column
 
     def _texts(self, column: Any, first: int) -> Iterator[Iterator[str]]:
-        """The documents of a column of rows from number `first` on."""
+        """The documents in `column`, whose first row is number `first` in the file."""
         for i, value in enumerate(column):
             try:
                 text = value.as_py()
@@ -197,29 +203,30 @@ class _Rows:
             yield in_pieces(iter([text]))
 
     def _check(self, schema: Any) -> None:
+        """Raise ValueError unless the column is there and holds text."""
         kind = str(schema.field(self._column).type) if self._column in schema.names else "absent"
         if kind not in ("string", "large_string", "string_view"):
             raise ValueError(f"{self.path}: the column {self._column!r} is {kind}, not text; its "
                              f"columns: {', '.join(schema.names)}; name one with --column")
 
 
-class _Parquet(_Rows):
+class _Parquet(_Table):
     def __init__(self, path: Path, column: str) -> None:
         super().__init__(path, column)
         with self._open() as file:
             self._check(file.schema_arrow)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             self._rows = [group.num_rows for group in groups]
-            place = next(i for i in range(file.metadata.num_columns)
+            index = next(i for i in range(file.metadata.num_columns)
                          if file.schema.column(i).path == column)
-            self.text_bytes = sum(group.column(place).total_uncompressed_size for group in groups)
+            self.text_bytes = sum(group.column(index).total_uncompressed_size for group in groups)
             self.documents = sum(self._rows)
 
     def _open(self) -> Any:
         pyarrow = _pyarrow()
         from pyarrow import parquet
 
-        try:  # buffered, so that memory does not depend on how large the file's row groups are
+        try:  # with a buffer, since without one a whole row group is read into memory
             return parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise ValueError(f"{self.path}: no whole parquet file ({_first_line(error)}); get it "
@@ -234,8 +241,9 @@ class _Parquet(_Rows):
                 row += rows
 
     def _read_group(self, file: Any, group: int, row: int, skipped: int) -> Iterator[Iterator[str]]:
+        """The documents of a row group that begins at number `row`, without its first `skipped`."""
         try:
-            for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[self._column],
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[self._column],
                                            use_threads=False):
                 yield from self._texts(batch.column(0)[skipped:], row + min(skipped, len(batch)))
                 row, skipped = row + len(batch), max(0, skipped - len(batch))
@@ -244,8 +252,8 @@ class _Parquet(_Rows):
                              "it again") from None
 
 
-class _Arrow(_Rows):
-    """Arrow's IPC format, as a stream (what the package datasets writes) or as a file."""
+class _Arrow(_Table):
+    """Arrow's IPC format: as a stream, which the package datasets writes, or as a file."""
 
     def __init__(self, path: Path, column: str) -> None:
         super().__init__(path, column)
@@ -254,7 +262,7 @@ class _Arrow(_Rows):
 
     def _batches(self) -> Iterator[Any]:
         pyarrow = _pyarrow()
-        try:  # not mapped into memory: the pages read would count as this process's
+        try:  # not as a memory map, whose pages would count as this process's memory
             with pyarrow.OSFile(str(self.path)) as file:
                 if file.read(6) == b"ARROW1":
                     reader = pyarrow.ipc.open_file(file)
@@ -276,8 +284,8 @@ class _Arrow(_Rows):
             row += len(batch)
 
 
-_KINDS: dict[str, Any] = {".txt": _Text, ".jsonl": _Lines, ".ndjson": _Lines, ".parquet": _Parquet,
-                          ".arrow": _Arrow}
+_READERS: dict[str, Any] = {".txt": _TextFile, ".jsonl": _JsonLines, ".ndjson": _JsonLines,
+                            ".parquet": _Parquet, ".arrow": _Arrow}
 
 
 def _first_line(error: Exception) -> str:
@@ -288,8 +296,8 @@ def _pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ValueError(
-            "parquet and arrow files need the package pyarrow; pip install pyarrow") from None
+        raise ValueError("parquet and arrow files need the package pyarrow; pip install "
+                         "pyarrow") from None
     return pyarrow
 
 
@@ -297,18 +305,17 @@ def _pyarrow() -> Any:
 
 
 class Hub:
-    """The documents in `column` of a split of a Hugging Face data set, streamed; scripts are never
-    run.
+    """The documents in `column` of a split of a Hugging Face data set, streamed, never a script.
 
-    `documents`, where given, is what the data set must have. The revision is resolved to a commit,
-    which the manifest names, and which a resumed preparation asks for again.
+    `documents` is the number that the data set must have, if it is given. The revision is resolved
+    to a commit, which goes into the manifest, so a resumed preparation reads the same commit.
     """
 
     text_bytes: int | None = None
 
     def __init__(self, name: str, config: str | None = None, *, split: str = "train",
-                 column: str = "text",
-                 revision: str = "main", documents: int | None = None) -> None:
+                 column: str = "text", revision: str = "main",
+                 documents: int | None = None) -> None:
         try:
             import datasets
             from huggingface_hub import HfApi
@@ -321,15 +328,14 @@ class Hub:
             raise ValueError(f"{name}: {_first_line(error)}; try --revision=refs/convert/parquet, "
                              "where the Hub keeps what it converted from scripts, or fetch its "
                              "files and give --input=FOLDER") from None
-        known = (builder.info.splits or {}).get(split)
-        self.documents = documents or (known.num_examples if known else None)
+        info = (builder.info.splits or {}).get(split)
+        self.documents = documents or (info.num_examples if info else None)
         self._commit = HfApi().dataset_info(name, revision=revision).sha
         self._name, self._config, self._split, self._column = name, config, split, column
 
     def describe(self) -> dict[str, Any]:
         return {"hub": self._name, "config": self._config, "split": self._split,
-                "revision": self._commit,
-                "column": self._column, "documents": self.documents}
+                "revision": self._commit, "column": self._column, "documents": self.documents}
 
     def read(self, start: int) -> Iterator[Iterator[str]]:
         import datasets
@@ -337,7 +343,8 @@ class Hub:
         rows = datasets.load_dataset(self._name, self._config, split=self._split,
                                      revision=self._commit, streaming=True)
         for number, row in enumerate(rows.skip(start), start):
-            if not isinstance(text := row.get(self._column), str):
+            text = row.get(self._column)
+            if not isinstance(text, str):
                 raise ValueError(f"{self._name}: row {number:,} has no text in {self._column!r}; "
                                  f"its columns: {', '.join(row)}; name one with --column")
             yield in_pieces(iter([text]))

@@ -1,29 +1,29 @@
-"""Files of token ids: written whole or not at all, read by the window.
+"""Files of token ids: read window by window, written atomically.
 
-Two formats, told apart by their first bytes: nanoGPT's raw little-endian uint16, and the shards of
-llm.c and modded-nanogpt, the same behind a header of 256 int32 (1024 bytes): magic 20240520,
-version 1, count of tokens, zeros.
+There are two formats, recognised by the first bytes. nanoGPT's files are raw little-endian uint16.
+The shards of llm.c and modded-nanogpt have a header of 256 int32 (1024 bytes) in front of that:
+magic 20240520, version 1, number of tokens, zeros.
 """
 
 import glob
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.files import regular, whole
+from common.files import atomic_write, regular_file
 from data.manifest import UNFINISHED, recorded_max_id
 
 DTYPE = np.dtype("<u2")
 HEADER_BYTES = 1024
 MAGIC, VERSION = 20240520, 1
 MAX_ID = 65535
-_CHUNK = 1 << 22  # tokens read at once where a whole file is gone through: 8 MiB
-_SCAN_BYTES = 1 << 30  # what a scan for the largest id reads at most: a second or so
+_CHUNK_TOKENS = 1 << 22  # 8 MiB
+_SCAN_BYTES = 1 << 30  # the most that a scan for the largest id reads, in about a second
 
 
 class _Shard(NamedTuple):
@@ -33,21 +33,21 @@ class _Shard(NamedTuple):
 
 
 class Tokens:
-    """The tokens of one file, or of several shards as if they were one; `name` says which, for
-    messages.
+    """The tokens of one file, or of several shards in a row. `name` is for messages.
 
-    Windows are read by preadv: a memory map would count every page it touched as this process's
-    memory.
+    Reads with preadv, since the pages of a memory map would count as this process's memory. Raises
+    ValueError for a file that is absent, of another format, or damaged.
     """
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths, self._shards = paths, list[_Shard]()
-        self.name = str(paths[0]) if len(
-            paths) == 1 else f"{paths[0]} to {paths[-1].name} ({len(paths)} shards)"
+        self.name = str(paths[0])
+        if len(paths) > 1:
+            self.name += f" to {paths[-1].name} ({len(paths)} shards)"
         try:
             for path in paths:
-                self._shards.append(_open(path, headed=bool(self._shards)
-                                          and self._shards[0].offset > 0))
+                header_expected = bool(self._shards) and self._shards[0].offset > 0
+                self._shards.append(_open(path, header_expected))
         except (ValueError, OSError):
             self.close()
             raise
@@ -63,12 +63,11 @@ class Tokens:
     def __del__(self) -> None:
         self.close()
 
-    @property
-    def dtype(self) -> np.dtype:
-        return DTYPE
-
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The windows of `length` tokens that begin at `starts` (n,): (n, length) uint16."""
+        """The windows of `length` tokens that begin at `starts` (n,): (n, length) uint16.
+
+        Raises ValueError for a window that does not lie within the tokens.
+        """
         windows = np.empty((len(starts), length), DTYPE)
         for window, start in zip(windows, np.asarray(starts).tolist()):
             if not 0 <= start <= len(self) - length:
@@ -78,6 +77,7 @@ class Tokens:
         return windows
 
     def _fill(self, window: np.ndarray, start: int) -> None:
+        """Read the tokens from `start` on into `window` (length,), across shards."""
         shard = bisect_right(self._ends, start)
         while len(window):
             descriptor, offset, tokens = self._shards[shard]
@@ -89,30 +89,27 @@ class Tokens:
             window, start, shard = window[len(here) :], start + len(here), shard + 1
 
     def chunks(self, every: int = 1) -> Iterator[np.ndarray]:
-        """All tokens in order, a few MiB at a time; with `every` = k, each k-th of these pieces
-        only."""
-        for start in range(0, len(self), _CHUNK * every):
-            yield self.read(np.array([start]), min(_CHUNK, len(self) - start))[0]
+        """All tokens in order, in arrays of up to 8 MiB; or only every k-th of these arrays."""
+        for start in range(0, len(self), _CHUNK_TOKENS * every):
+            yield self.read(np.array([start]), min(_CHUNK_TOKENS, len(self) - start))[0]
 
 
 class Reversed(Tokens):
-    """The same tokens from the last to the first: what comes next in them is what came before."""
+    """The tokens in reverse order, from the last to the first, for backward models."""
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         return super().read(len(self) - length - np.asarray(starts), length)[:, ::-1]
 
 
-def _open(path: Path, headed: bool) -> _Shard:
-    """Open one file and find out its format; `headed` says that it must have a header, as its
-    siblings do."""
-    descriptor = os.open(regular(path, _how_to_prepare(path.parent)), os.O_RDONLY)
+def _open(path: Path, header_expected: bool) -> _Shard:
+    """Open one file and find out its format; a header is expected if other shards have one."""
+    descriptor = os.open(regular_file(path, _how_to_prepare(path.parent)), os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
         head = np.frombuffer(os.pread(descriptor, 12, 0).ljust(12, b"\0"), "<i4").tolist()
-        # Two uint16 of a raw file would make the magic number only with the id 55,448 in front,
-        # which GPT-2 lacks.
-        counted = size >= HEADER_BYTES and size == HEADER_BYTES + head[2] * DTYPE.itemsize
-        if headed or counted or head[0] == MAGIC:
+        size_fits = size >= HEADER_BYTES and size == HEADER_BYTES + head[2] * DTYPE.itemsize
+        # A raw file has the magic number only if its first id is 55,448, which GPT-2 does not have.
+        if header_expected or size_fits or head[0] == MAGIC:
             return _Shard(descriptor, HEADER_BYTES, _tokens_behind_header(path, size, head))
         if size % DTYPE.itemsize:
             raise ValueError(f"{path}: {size:,} bytes is no whole number of uint16 tokens; prepare "
@@ -136,17 +133,16 @@ def _tokens_behind_header(path: Path, size: int, head: list[int]) -> int:
 
 
 def open_tokens(path: str | Path) -> Tokens:
-    """The tokens of a file, or of all files that the pattern `path` matches (`*`, `?`), in the
-    order of their names."""
-    path = Path(path)
-    found = [Path(match)
-             for match in sorted(glob.glob(str(path)))] if glob.has_magic(str(path)) else [path]
-    return Tokens(found or [path])
+    """Open a file, or all files that the pattern `path` (`*`, `?`) matches, in order of name."""
+    matches = sorted(glob.glob(str(path))) if glob.has_magic(str(path)) else []
+    return Tokens([Path(match) for match in matches] or [Path(path)])
 
 
 def open_split(data_dir: str | Path, split: str) -> Tokens:
-    """The tokens of `split` ("train", "val") in a folder: SPLIT.bin, or the shards *SPLIT_*.bin as
-    one."""
+    """Open the split "train" or "val" of a folder: SPLIT.bin, or all shards *SPLIT_*.bin.
+
+    Raises ValueError if there is neither, if there are both, or if the preparation is unfinished.
+    """
     single, pattern = Path(data_dir) / f"{split}.bin", f"*{split}_*.bin"
     if os.path.lexists(Path(data_dir) / UNFINISHED):
         raise ValueError(f"{data_dir}: its preparation is not finished; give the same prepare "
@@ -163,15 +159,16 @@ def open_split(data_dir: str | Path, split: str) -> Tokens:
 
 def _how_to_prepare(data_dir: Path) -> str:
     here = Path(__file__).parent
-    known = sorted(script.parent.name for script in here.glob("*/prepare.py"))
-    if data_dir.name in known:
+    names = sorted(script.parent.name for script in here.glob("*/prepare.py"))
+    if data_dir.name in names:
         elsewhere = "" if data_dir.resolve() == here / data_dir.name else f" --out={data_dir}"
         return f"make it with `python data/{data_dir.name}/prepare.py{elsewhere}`"
-    return f"make it with `python data/SET/prepare.py --out={data_dir}`, SET being one of {', '.join(known)}"
+    return (f"make it with `python data/SET/prepare.py --out={data_dir}`, SET being one of "
+            f"{', '.join(names)}")
 
 
 def check_window(tokens: Tokens, block_size: int) -> None:
-    """Raise a ValueError unless `tokens` hold one window of block_size + 1."""
+    """Raise ValueError unless `tokens` hold at least one window of block_size + 1."""
     if len(tokens) <= block_size:
         raise ValueError(f"{tokens.name}: holds {len(tokens):,} tokens, one window needs "
                          f"block_size + 1 = {block_size + 1:,}; lower --block_size or prepare more "
@@ -179,54 +176,38 @@ def check_window(tokens: Tokens, block_size: int) -> None:
 
 
 def check_vocabulary(tokens: Tokens, vocab_size: int) -> None:
-    """Raise a ValueError where an id in `tokens` is beyond a model of `vocab_size` ids.
+    """Raise ValueError if `tokens` hold an id of `vocab_size` or more.
 
-    Every token is looked at, up to 1 GiB. Of more, the manifest beside the files says the largest
-    id; where there is none, pieces spread evenly over the files are looked at, 1 GiB in all.
+    Up to 1 GiB every token is read. Above that the manifest's `max_id` counts; without a manifest,
+    1 GiB in pieces spread evenly over the files is read.
     """
     size_bytes = len(tokens) * DTYPE.itemsize
     largest = recorded_max_id(tokens.paths) if size_bytes > _SCAN_BYTES else None
     if largest is None:
-        largest = max((int(chunk.max())
-                       for chunk in tokens.chunks(every=-(-size_bytes // _SCAN_BYTES))), default=0)
+        every = -(-size_bytes // _SCAN_BYTES)
+        largest = max((int(chunk.max()) for chunk in tokens.chunks(every)), default=0)
     if largest >= vocab_size:
         raise ValueError(f"{tokens.name}: holds the id {largest}, the model's vocab_size is "
                          f"{vocab_size}; take the data that the model was made for, or a larger "
                          "--vocab_size")
 
 
-def as_ids(ids: np.ndarray) -> np.ndarray:
-    """`ids` as uint16; a ValueError where one does not fit."""
-    ids = np.asarray(ids)
+def write_tokens(path: str | Path, ids: np.ndarray) -> int:
+    """Write the ids (n,) to `path` as nanoGPT's raw uint16, atomically, and return n.
+
+    Raises ValueError for an id that does not fit 16 bits.
+    """
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     if low < 0 or high > MAX_ID:
         raise ValueError(f"token id {low if low < 0 else high} does not fit 16 bits; prepare the "
                          "data with a tokenizer of at most 65,536 ids")
-    return ids.astype(DTYPE, copy=False)
-
-
-def write_tokens(path: str | Path, arrays: np.ndarray | Iterable[np.ndarray], *,
-                 header: bool = False) -> int:
-    """Write the ids of one array, or of several in turn, to `path`, whole or not at all; returns
-    how many they are.
-
-    With `header`, in the format of llm.c's and modded-nanogpt's shards, else in nanoGPT's.
-    """
-    tokens = 0
-    with whole(Path(path)) as file:
-        if header:
-            file.write(bytes(HEADER_BYTES))
-        for ids in [arrays] if isinstance(arrays, np.ndarray) else arrays:
-            file.write(as_ids(ids).tobytes())
-            tokens += len(ids)
-        if header:
-            file.seek(0)
-            file.write(header_of(tokens))
-    return tokens
+    with atomic_write(Path(path)) as file:
+        file.write(ids.astype(DTYPE, copy=False).tobytes())
+    return len(ids)
 
 
 def header_of(tokens: int) -> bytes:
-    """The 1024 bytes in front of a shard of `tokens` ids."""
+    """The 1024 bytes in front of a shard of `tokens` tokens."""
     head = np.zeros(HEADER_BYTES // 4, "<i4")
     head[:3] = MAGIC, VERSION, tokens
     return head.tobytes()

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Several nodes under Slurm: `sbatch --nodes=2 docs/slurm.sh configs/train_gpt2.py [--key=value ...]`, from the checkout.
-# Before its time is up, or when it is preempted, the run saves; the job goes back into the queue and resumes by itself.
+# Several nodes under Slurm, from the checkout:
+#   sbatch --nodes=2 docs/slurm.sh configs/train_gpt2.py [--key=value ...]
+# When its time is nearly up, or on preemption, the run saves; the job is queued again and resumes.
 #SBATCH --job-name=ridgegpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -13,17 +14,19 @@
 
 set -u
 export OMP_NUM_THREADS=8
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store after each restart, without the addresses of dead ranks
+# A new store after each restart, without the addresses of dead ranks.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# The signal comes to this shell alone. It goes on to the ranks (torchrun starts them with -u), and not to torchrun, which
-# would kill them 30 seconds later. The run saves and exits with 0.
-asked=0
-ask() {
-    asked=1
-    srun --overlap --nodes="$SLURM_NNODES" --ntasks-per-node=1 pkill -USR1 -f -- '-u .*train/run[.]py'
+# Slurm signals this shell alone. It passes the signal on to the ranks (torchrun starts them with
+# -u), not to torchrun, which would kill them 30 seconds later. The run saves and exits with 0.
+stopping=0
+stop_ranks() {
+    stopping=1
+    srun --overlap --nodes="$SLURM_NNODES" --ntasks-per-node=1 \
+        pkill -USR1 -f -- '-u .*train/run[.]py'
 }
-trap ask USR1
+trap stop_ranks USR1
 
 srun torchrun \
     --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" --max-restarts=3 \
@@ -32,9 +35,9 @@ srun torchrun \
 run=$!
 wait $run
 code=$?
-while [ $asked -eq 1 ] && kill -0 $run 2>/dev/null; do  # a trap ends `wait` early
+while [ $stopping -eq 1 ] && kill -0 $run 2>/dev/null; do  # a trap ends `wait` early
     wait $run
     code=$?
 done
-if [ $asked -eq 1 ] && [ $code -eq 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [ $stopping -eq 1 ] && [ $code -eq 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code

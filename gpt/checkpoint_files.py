@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.bounds import NonNegative, Positive
-from common.files import read_json, regular
+from common.files import read_json, regular_file
 from data.tokenizer import check_meta
 from gpt.config import GPTConfig, StitchedConfig, make_config
 
@@ -72,7 +72,7 @@ def verify(folder: Path) -> None:
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{folder / DONE}: {name!r} is outside of the folder; {_REMEDY}")
-        size = regular(file, _REMEDY).stat().st_size
+        size = regular_file(file, _REMEDY).stat().st_size
         if size != written["bytes"]:
             raise ValueError(f"{file}: {size} bytes, was written with {written['bytes']}; "
                              f"{_REMEDY}")
@@ -135,7 +135,7 @@ def tensor_files(folder: Path, part: str) -> list[Path]:
 def opened(file: Path) -> Iterator[Any]:
     """An open safetensors file. Raises ValueError for any other file."""
     try:
-        with safe_open(regular(file, _REMEDY), "pt") as tensors:
+        with safe_open(regular_file(file, _REMEDY), "pt") as tensors:
             yield tensors
     except SafetensorError as error:
         raise ValueError(f"{file}: {error}; {_REMEDY}") from None

@@ -130,7 +130,7 @@ def to_safetensors(checkpoint: Path, folder: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when it is written; 2, after one line on stderr, for what the user can mend."""
+    """Exit code: 0, or 2 after one line on stderr for bad input."""
     return cli.run(export, Export, argv)
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.files import read_json, regular
+from common.files import read_json, regular_file
 from gpt.config import GPTConfig
 from gpt.gpt2 import GPT2
 from gpt.tensors import EMBEDDING, HEAD, about, described, fitting, floats, shown
@@ -98,7 +98,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= load_file(regular(file, remedy))
+            tensors |= load_file(regular_file(file, remedy))
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged ({error!s:.200}); {REMEDY}") from None
     return tensors

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import regular
+from common.files import regular_file
 from gpt.config import GPTConfig, make_config
 from gpt.tensors import (
     EMBEDDING,
@@ -69,7 +69,7 @@ class NanoGPT:
 def read(path: str | Path) -> NanoGPT:
     """The checkpoint at `path`, the file or its folder. Raises ValueError for what is not one."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    content = _load(regular(file, REMEDY))
+    content = _load(regular_file(file, REMEDY))
     with about(file, REMEDY):
         return _parsed(content)
 

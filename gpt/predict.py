@@ -29,7 +29,7 @@ class Predict:
 
 
 def predict(c: Predict) -> None:
-    """Print the scores and the table. Raises ValueError or OSError for what the user can mend."""
+    """Print the scores and the table. Raises ValueError or OSError for bad input."""
     import torch
 
     from common import hardware
@@ -60,7 +60,7 @@ def predict(c: Predict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all is printed; 2, after one line on stderr, for what the user can mend."""
+    """Exit code: 0, or 2 after one line on stderr for bad input."""
     return cli.run(predict, Predict, argv)
 
 

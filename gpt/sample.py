@@ -103,7 +103,7 @@ def weights_dtype(c: Sample, model: "GPT", prompt_tokens: int) -> "torch.dtype":
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the text is written; 2, after one line on stderr, for what the user can mend."""
+    """Exit code: 0, or 2 after one line on stderr for bad input."""
     return cli.run(sample, Sample, argv)
 
 

@@ -1,4 +1,4 @@
-"""Bounds of values: checked down to the last section, and at home in every command's options."""
+"""Bounds of values: checked in nested types, and declared for every number of every command."""
 
 import dataclasses
 import importlib
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
         ("FileName", ["a.bin", "..a"], ["", ".", "..", "a/b", "/a", "a\\b", "a\0"]),
     ],
 )
-def test_what_is_within_bounds_passes_and_the_rest_is_named(kind, good, bad):
+def test_good_values_pass_and_bad_ones_are_named(kind, good, bad):
     for value in good:
         check({"x": value}, {"x": getattr(bounds, kind)})
     for value in bad:
@@ -40,12 +40,12 @@ def test_what_is_within_bounds_passes_and_the_rest_is_named(kind, good, bad):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2**63, -(2**63) - 1])
 def test_every_float_is_finite_and_every_int_has_64_bits(value):
-    """nan passed wherever `x < 0` was refused, and torch refuses longer seeds by a traceback."""
+    """nan passed checks such as `x < 0`, and torch raised a traceback for longer seeds."""
     with pytest.raises(ValueError, match="x=.*: must "):
         check({"x": value}, {"x": type(value)})
 
 
-def test_sections_lists_and_dicts_are_gone_through():
+def test_items_of_lists_and_dicts_are_checked():
     class Inner(TypedDict):
         n: bounds.Positive
 
@@ -54,23 +54,22 @@ def test_sections_lists_and_dicts_are_gone_through():
         named: dict[str, Inner]
 
     check_declared({"many": [{"n": 1}], "named": {"a": {"n": 1}}}, Outer, "")
-    for wrong in (
-        {"many": [{"n": 1}, {"n": 0}], "named": {}},
-        {"many": [], "named": {"a": {"n": 0}}},
-    ):
+    bad_item = {"many": [{"n": 1}, {"n": 0}], "named": {}}
+    for wrong in (bad_item, {"many": [], "named": {"a": {"n": 0}}}):
         with pytest.raises(ValueError, match="n=0: must be at least 1"):
             check_declared(wrong, Outer, "")
 
 
+OPTIONS = ("Options", "Sample", "Predict", "Evaluate", "Export", "Doctor")
+
+
 def commands():
-    for path in [
-        *ROOT.glob("bench/**/*.py"),
-        *ROOT.glob("data/*/prepare.py"),
-        *ROOT.glob("train/*.py"),
-        *ROOT.glob("gpt/*.py"),
-    ]:
-        text = path.read_text()
-        if "cli.run(" in text or "run(main)" in text:
+    """The modules that are commands, by name."""
+    for folder in ("bench/**", "data/*", "train", "gpt"):
+        for path in ROOT.glob(f"{folder}/*.py"):
+            text = path.read_text()
+            if "cli.run(" not in text and "run(main)" not in text:
+                continue
             yield ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
@@ -78,19 +77,14 @@ def commands():
 def test_every_number_of_every_command_has_a_bound(name):
     """bench/operators.py --batch_size=0 wrote an empty result over a good one."""
     module = importlib.import_module(name)
-    options = [
-        v
-        for v in vars(module).values()
-        if dataclasses.is_dataclass(v)
-        and v.__module__ == name
-        and v.__name__ in ("Options", "Sample", "Predict", "Evaluate", "Export", "Doctor")
-    ] or [module.main]
+    own = [value for value in vars(module).values()
+           if dataclasses.is_dataclass(value) and value.__module__ == name]
+    options = [value for value in own if value.__name__ in OPTIONS] or [module.main]
     for option, hint in types_of(options[0]).items():
         assert hint not in (int, float), f"{name}: {option}"
         if "int" in str(hint) or "float" in str(hint):
-            assert any(
-                isinstance(rule, bounds.Must) for rule in getattr(hint, "__metadata__", ())
-            ), f"{name}: {option}"
+            rules = getattr(hint, "__metadata__", ())
+            assert any(isinstance(rule, bounds.Must) for rule in rules), f"{name}: {option}"
 
 
 def test_every_number_of_a_run_has_a_bound():

@@ -1,4 +1,4 @@
-"""The way in and out of every command: a line for what is wrong, an exit code, open streams."""
+"""What every command does: errors of one line, the exit code, closed streams."""
 
 import os
 import subprocess
@@ -35,14 +35,14 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_a_wrong_command_line_is_one_line(flags, says, capsys):
-    """tyro answers in a box of several lines, and a name may hold line ends and escapes."""
+    """tyro prints a box of several lines, and a name may contain line ends and escapes."""
     assert sample.main(["--device=cpu", *flags]) == 2
     err = capsys.readouterr().err
     assert says in err and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_an_empty_path_is_not_this_folder(capsys, tmp_path, monkeypatch):
-    """--out= wrote a data set into whatever folder the command was given in."""
+    """--out= wrote a data set into the current folder."""
     from data.shakespeare_char import prepare
 
     monkeypatch.chdir(tmp_path)
@@ -68,8 +68,8 @@ def test_help_is_printed_and_exits_with_0(capsys):
         lambda: bytearray(2**60),
     ],
 )
-def test_memory_that_cannot_be_had_is_one_line(allocate, capsys):
-    """torch says it by a RuntimeError, numpy and Python by a MemoryError: both were tracebacks."""
+def test_out_of_memory_is_one_line(allocate, capsys):
+    """torch raises RuntimeError, numpy and Python MemoryError: both were tracebacks."""
     assert cli.exit_code(allocate) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory (") and "smaller" in err and err.count("\n") == 1
@@ -88,7 +88,7 @@ def test_ctrl_c_is_130_and_one_line(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-# -- streams that are closed, or whose reader has gone ------------------------------------
+# -- closed streams and broken pipes ------------------------------------------------------
 
 OPENS = """
 import os, sys
@@ -104,7 +104,7 @@ sys.exit(cli.exit_code(work))
 
 
 def shell(command, cwd, code=OPENS):
-    """Run `code` with a stdout that is buffered, so that some is left to write when it ends."""
+    """Run `code` with a buffered stdout, so that some text is left to write at the end."""
     (cwd / "code.py").write_text(code)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
@@ -115,12 +115,14 @@ def shell(command, cwd, code=OPENS):
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-", "1>&- 2>&-"])
 def test_no_file_takes_the_number_of_a_closed_stream(closed, tmp_path):
-    """With stderr closed, the next file opened was number 2, and what C prints went into it."""
+    """With stderr closed, the next file got the number 2, and a C library printed into it."""
     done = shell(closed, tmp_path)
     assert done.returncode == 2
     assert (tmp_path / "made").read_text() not in ("0", "1", "2")
-    said = "" if "1>" in closed else "out\n"
-    assert done.stdout == said + ("error: wrong\n" if "2>" in closed and "1>" not in closed else "")
+    stdout = "" if "1>" in closed else "out\n"
+    if "2>" in closed and "1>" not in closed:
+        stdout += "error: wrong\n"
+    assert done.stdout == stdout
     assert done.stderr == ("" if "2>" in closed else "from Cerror: wrong\n")
 
 
@@ -131,11 +133,11 @@ sys.exit(cli.exit_code(lambda: [print("line", i) for i in range(int(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("lines", [10, 100_000])  # written at the end, and while it runs
+@pytest.mark.parametrize("lines", [10, 100_000])  # written at the end; while it runs
 @pytest.mark.parametrize("reader", ["| head -1", "| true", "2>&1 | head -1"])
-def test_a_reader_that_goes_ends_a_command_quietly(reader, lines, tmp_path):
+def test_a_broken_pipe_ends_a_command_quietly(reader, lines, tmp_path):
     done = shell(f"{lines} {reader}; exit ${{PIPESTATUS[0]}}", tmp_path, PRINTS)
-    assert done.returncode in (0, 2)  # 0 where a few lines were written before the reader went
+    assert done.returncode in (0, 2)  # 0 if the few lines were written before the reader ended
     assert lines == 10 or done.returncode == 2
     assert done.stderr == "" and done.stdout in ("", "line 0\n")
 

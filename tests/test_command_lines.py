@@ -1,4 +1,4 @@
-"""Command lines nobody meant, of every entry point: one line or none, and no harm."""
+"""Random command lines for every command: at most one line of error, and no other file touched."""
 
 import importlib
 import os
@@ -28,7 +28,7 @@ INTS = [
     *"0x10 1_0 None True --1 auto \u0663".split(), "", " 2", "9" * 30, "9" * 5000, "-" + "9" * 30,
 ]
 FLOATS = [*INTS, *"inf -inf -0.5 0.5 1e-300 1e308 1e999 0.0 1e-3 infinity NaN".split()]
-TAKEN = {"int": "0 1 2 3 9223372036854775807".split(), "float": "0.0 1e-300 0.5 1.0 1e308".split()}
+VALID = {"int": "0 1 2 3 9223372036854775807".split(), "float": "0.0 1e-300 0.5 1.0 1e308".split()}
 WORDS = [
     *"x None train val cpu cuda cuda:7 mps cpu:1 torch reference resume scratch text é".split(),
     *"../x a/b float32 bfloat16 = -- gloo 124M merge stitch".split(),
@@ -38,7 +38,7 @@ PATHS = [
     *"nowhere in.txt in.jsonl empty.txt fifo zero loop folder a/b *.jsonl /dev/null".split(),
     *"/dev/null/x FILE:fifo FILE:in.txt FILE:".split(), "", ".", "x" * 300, "new\nline",
 ]
-# What a value may cost: one between the two numbers, which is valid, is followed by the first.
+# Valid values that would take too long: one between the two numbers is replaced by the first.
 ENDLESS = 2**63
 COSTLY = {
     "max_iters": (2, ENDLESS), "gradient_accumulation_steps": (2, ENDLESS), "n_layer": (2, 10_001),
@@ -47,11 +47,15 @@ COSTLY = {
 }
 
 
+ROOT = Path(__file__).parents[1]
 SETS = ("text", "openwebtext", "fineweb", "shakespeare", "shakespeare_char", "python_stdlib")
 
 
 class Entry:
-    """A command: its main and options, what a line begins with, what is not chosen by chance."""
+    """A command: its main, its options, and the flags that begin and end its command lines.
+
+    Options in `fixed` are not drawn; `codes` are the exit codes that are allowed.
+    """
 
     def __init__(self, main, options, base=(), *, fixed=(), last=(), codes=(0, 2)):
         self.main, self.base, self.fixed, self.last, self.codes = main, base, fixed, last, codes
@@ -63,13 +67,13 @@ def entries(trained, data):
     training = [*TINY, f"--data_dir={data}", "--out_dir=out", "--max_iters=2"]
     evaluation = [*model, f"--data_dir={data}", "--dtype=float32"]
     sampling = [*model, "--num_samples=1", "--max_new_tokens=2", "--dtype=float32"]
-    # To compile a run, or to try the kernels, costs a minute; --dtype=auto differs between CPUs.
-    kept = ("compile", "kernels", "dtype", "data_dir", "dataset")
+    # Compiling a run, or trying the kernels, takes a minute; --dtype=auto differs between CPUs.
+    fixed = ("compile", "kernels", "dtype", "data_dir", "dataset")
     exporting = [model[0], "--folder=exported"]
-    found = {
-        "train/run.py": Entry(run.main, Config, training, fixed=kept, last=["--kernels=torch"]),
+    commands = {
+        "train/run.py": Entry(run.main, Config, training, fixed=fixed, last=["--kernels=torch"]),
         "train/evaluate.py": Entry(evaluate.main, evaluate.Evaluate, evaluation, fixed=("dtype",)),
-        "train/doctor.py": Entry(parsed(doctor.Doctor), doctor.Doctor),
+        "train/doctor.py": Entry(parse_only(doctor.Doctor), doctor.Doctor),
         "gpt/sample.py": Entry(sample.main, sample.Sample, sampling, fixed=("dtype",)),
         "gpt/predict.py": Entry(predict.main, predict.Predict, [*model, "--text=abc"]),
         "gpt/export.py": Entry(export.main, export.Export, exporting, fixed=("to",),
@@ -81,50 +85,49 @@ def entries(trained, data):
         if "input" in types_of(main):
             base.append("--input=in.jsonl" if is_large else "--input=in.txt")
         last = ["--workers=1"] if is_large else []
-        found[f"data/{name}/prepare.py"] = Entry(partial(main_of, main), main, base, last=last)
-    return found | measurements(trained)
+        commands[f"data/{name}/prepare.py"] = Entry(partial(run_main, main), main, base, last=last)
+    return commands | measurements(trained)
 
 
 def measurements(trained):
-    """The commands of bench/: parsed and checked; what costs nothing is also run."""
-    found = {}
-    root = Path(__file__).parents[1]
-    for path in sorted((root / "bench").rglob("*.py")):
+    """The commands of bench/: their command lines are only parsed, but for two fast ones."""
+    commands = {}
+    for path in sorted((ROOT / "bench").rglob("*.py")):
         if "cli.run(" in path.read_text():
-            name = path.relative_to(root)
-            options = importlib.import_module(".".join(name.with_suffix("").parts)).Options
-            found[name.as_posix()] = Entry(parsed(options), options)
-    found["bench/steps/project.py"].base = ["--node_gbs=300", "--network_gbs=40"]
-    found["bench/compare_run.py"].base = [str(trained), str(trained)]
-    found["bench/steps/project.py"].main = partial(
-        cli.run, lambda options: print(project.table(options)), project.Options)
-    found["bench/compare_run.py"].main = partial(
-        cli.run, compare_run.main, compare_run.Options, markers=(PositionalRequiredArgs,))
-    found["bench/compare_run.py"].codes = (0, 1, 2)
-    return found
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            options = importlib.import_module(module).Options
+            commands[module] = Entry(parse_only(options), options)
+    main = partial(cli.run, lambda options: print(project.table(options)), project.Options)
+    commands[project.__name__] = Entry(main, project.Options,
+                                       ["--node_gbs=300", "--network_gbs=40"])
+    main = partial(cli.run, compare_run.main, compare_run.Options,
+                   markers=(PositionalRequiredArgs,))
+    commands[compare_run.__name__] = Entry(main, compare_run.Options, [str(trained), str(trained)],
+                                           codes=(0, 1, 2))
+    return commands
 
 
-def parsed(options):
+def parse_only(options):
     return partial(cli.run, lambda _: 0, options)
 
 
-def main_of(main, argv):
+def run_main(main, argv):
     return cli.run(main, argv=argv)
 
 
 def values(name, hint, rng):
-    """What may be tried for a flag: half of it extreme, half of it what it is not meant for."""
-    said = str(hint)
-    for kind, taken in TAKEN.items():
-        if kind in said and "Literal" not in said and rng.random() < 0.5:
-            return taken
-    if get_origin(hint) is not None and "Literal" in said and "int" not in said:
+    """The values to draw from for a flag: for a number, in half of the cases only valid ones."""
+    words = str(hint)
+    for kind, valid in VALID.items():
+        if kind in words and "Literal" not in words and rng.random() < 0.5:
+            return valid
+    if get_origin(hint) is not None and "Literal" in words and "int" not in words:
         return [*map(str, get_args(hint)), *WORDS[:4]]
-    if "bool" in said:
+    if "bool" in words:
         return ["True", "False", "yes", "", "1", "true"]
-    if "float" in said:
+    if "float" in words:
         return FLOATS
-    if "int" in said:
+    if "int" in words:
         return INTS
     return WORDS if name in ("device", "split", "backend") else [*PATHS, *WORDS]
 
@@ -136,7 +139,7 @@ def misspelt(name, rng):
 
 
 def command_line(entry, rng):
-    """A command line for `entry`, which costs a second at most."""
+    """A random command line for `entry` that takes a second at most."""
     argv = list(entry.base)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 5])):
         if not entry.types or rng.random() < 0.05:
@@ -148,26 +151,26 @@ def command_line(entry, rng):
         name = misspelt(name, rng) if rng.random() < 0.1 else name
         flag = f"--{name}={value}"
         argv += rng.choice([[flag]] * 6 + [[f"--{name}", value], [f"--{name}"], [flag] * 2])
-    return [*argv, *entry.last, *too_costly(argv)]
+    return [*argv, *entry.last, *cheaper(argv)]
 
 
-def too_costly(argv):
-    """Flags that take back what would cost too much, and is not refused."""
-    back = []
+def cheaper(argv):
+    """Flags that override valid values which would take too long."""
+    overrides = []
     for flag, following in zip(argv, [*argv[1:], ""]):
         name, equals, value = flag.lstrip("-").partition("=")
         cheap, limit = COSTLY.get(name.replace("-", "_"), (0, 0))
         try:
             if cheap < int(value if equals else following) < limit:
-                back.append(f"--{name}={cheap}")
+                overrides.append(f"--{name}={cheap}")
         except ValueError:
             pass
-    return back
+    return overrides
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    """A trained run, its data, and a file that is nobody's to touch."""
+    """A trained run, its data, and canary.txt, which must stay as it is."""
     folder = tmp_path_factory.mktemp("ground")
     data = write_tiny_data(folder / "tiny")
     flags = [*TINY, f"--data_dir={data}", f"--out_dir={folder / 'trained'}", "--max_iters=4"]
@@ -176,8 +179,8 @@ def ground(tmp_path_factory):
     return folder
 
 
-def lay(folder):
-    """The files that a case may name."""
+def make_case(folder):
+    """Make a folder with the files that a command line may name."""
     folder.mkdir()
     (folder / "in.txt").write_text("To be, or not to be: that is the question.\n" * 9)
     (folder / "empty.txt").write_text("")
@@ -189,33 +192,34 @@ def lay(folder):
 
 
 def drill(ground, tmp_path, capsys, monkeypatch, seeds):
-    """Give a command line for each seed, entry after entry: how many ended with which code."""
+    """Run a random command line for each seed; the exit codes of each command."""
     def no_network(*_, **__):
         raise ValueError("no network in a test")
 
     monkeypatch.setattr(small, "_download", no_network)
-    known = entries(ground / "trained", ground / "tiny")
+    commands = entries(ground / "trained", ground / "tiny")
     for name in SETS[:3]:
         monkeypatch.setattr(importlib.import_module(f"data.{name}.prepare"), "Hub", no_network)
-    before, ended = contents(ground), dict.fromkeys(known, ())
+    before, exit_codes = contents(ground), {name: [] for name in commands}
     for seed in seeds:
         rng = random.Random(seed)
-        name = rng.choice(list(known)[:6] * 3 + list(known))
-        lay(tmp_path / "case")
+        name = rng.choice(list(commands)[:6] * 3 + list(commands))
+        make_case(tmp_path / "case")
         monkeypatch.chdir(tmp_path / "case")
-        argv = command_line(known[name], rng)
-        ended[name] += (assert_ends_well(known[name].main, argv, capsys, known[name].codes),)
+        entry = commands[name]
+        argv = command_line(entry, rng)
+        exit_codes[name].append(assert_ends_well(entry.main, argv, capsys, entry.codes))
         monkeypatch.chdir(tmp_path)
         shutil.rmtree(tmp_path / "case")
         assert before.items() <= contents(ground).items(), seed
-    for name, codes in ended.items():
+    for name, codes in exit_codes.items():
         print(name, {code: codes.count(code) for code in (0, 1, 2) if code in codes})
-    return ended
+    return exit_codes
 
 
 def test_no_command_line_harms(ground, tmp_path, capsys, monkeypatch):
-    ended = drill(ground, tmp_path, capsys, monkeypatch, range(150))
-    assert {0, 2} <= {code for codes in ended.values() for code in codes}
+    exit_codes = drill(ground, tmp_path, capsys, monkeypatch, range(150))
+    assert {0, 2} <= {code for codes in exit_codes.values() for code in codes}
 
 
 @pytest.mark.slow
@@ -224,12 +228,12 @@ def test_many_command_lines(part, ground, tmp_path, capsys, monkeypatch):
     drill(ground, tmp_path, capsys, monkeypatch, range(1000 * (part + 1), 1000 * (part + 2)))
 
 
-def test_the_lines_begin_with_one_that_is_taken(ground, tmp_path, capsys, monkeypatch):
-    """Else all ends with 2, whatever is added."""
+def test_the_flags_that_begin_each_line_are_valid(ground, tmp_path, capsys, monkeypatch):
+    """Otherwise every line would end with exit code 2, whatever is added."""
     for name, entry in entries(ground / "trained", ground / "tiny").items():
         if name == "data/python_stdlib/prepare.py":  # several seconds
             continue
-        lay(tmp_path / "case")
+        make_case(tmp_path / "case")
         monkeypatch.chdir(tmp_path / "case")
         base = [*entry.base, *entry.last] + ["--val_tokens=9"] * ("val_tokens" in entry.types)
         assert assert_ends_well(entry.main, base, capsys, entry.codes) in (0, 1), name

@@ -1,5 +1,4 @@
-"""Preparation of large sets: the same exact files for any number of workers and after any death, or
-a loud failure."""
+"""Preparing large data sets: the same files for any number of workers and after any kill."""
 
 import errno
 import json
@@ -23,7 +22,8 @@ from data.tokenizer import load_tokenizer, read_meta
 from data.tokens import open_split
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the of and to in that is was he for it with as his on be at by I\n this had not are but from or have".split(" ")
+WORDS = ("the of and to in that is was he for it with as his on be at by I\n this had not are but "
+         "from or have").split(" ")
 
 
 def documents(n, words=60, seed=0):
@@ -37,8 +37,8 @@ def write_lines(path, texts):
 
 
 def ids_of(texts):
-    return [token for text in texts
-            for token in [*gpt2_encoding().encode_ordinary(text), END_OF_TEXT]]
+    encode_text = gpt2_encoding().encode_ordinary
+    return [token for text in texts for token in [*encode_text(text), END_OF_TEXT]]
 
 
 def tokens_of(folder, split):
@@ -50,16 +50,16 @@ def contents(folder):
 
 
 def go(pattern, out, split=None, **options):
-    prepare(Files(str(pattern)), split or Split(fraction=0.1), out,
-            **({"name": "t", "workers": 1} | options))
+    options = {"name": "t", "workers": 1} | options
+    prepare(Files(str(pattern)), split or Split(fraction=0.1), out, **options)
 
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    """Tasks of a few words, a commit after each of them, which no power cut will test."""
+    """Tasks of a few words, a commit after each, and no fsync."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(encode, "_TASK", 300)
-    monkeypatch.setattr(sources, "_PIECE", 100)
+    monkeypatch.setattr(encode, "_TASK_CHARACTERS", 300)
+    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 100)
     monkeypatch.setattr(encode, "_COMMIT_SECONDS", -1.0)
 
 
@@ -72,14 +72,15 @@ def small_steps(monkeypatch):
 def test_the_files_hold_each_document_and_its_end(tmp_path, small_steps, n, options):
     texts = documents(n)
     go(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "out", **options)
-    chosen = validation_documents(n, 0.1)
-    for split, wanted in (("train", ~chosen), ("val", chosen)):
-        assert tokens_of(tmp_path / "out",
-                         split) == ids_of([text for text, take in zip(texts, wanted) if take])
+    is_validation = validation_documents(n, 0.1)
+    for split, wanted in (("train", ~is_validation), ("val", is_validation)):
+        expected = ids_of([text for text, take in zip(texts, wanted) if take])
+        assert tokens_of(tmp_path / "out", split) == expected
     verify(tmp_path / "out", full=True)
     assert load_tokenizer(read_meta(tmp_path / "out")).vocab_size == 50257
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["splits"]["train"]["max_id"] == END_OF_TEXT and manifest["source"]["text"]["documents"] == n
+    assert manifest["splits"]["train"]["max_id"] == END_OF_TEXT
+    assert manifest["source"]["text"]["documents"] == n
 
 
 def test_shards_are_full_and_named_like_those_of_llmc(tmp_path, small_steps):
@@ -94,9 +95,9 @@ def test_shards_are_full_and_named_like_those_of_llmc(tmp_path, small_steps):
 def test_the_first_tokens_can_be_the_validation_split(tmp_path, small_steps):
     texts = documents(50)
     go(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "out", Split(tokens=333))
-    stream = ids_of(texts)
-    assert tokens_of(tmp_path / "out",
-                     "val") == stream[:333] and tokens_of(tmp_path / "out", "train") == stream[333:]
+    ids = ids_of(texts)
+    assert tokens_of(tmp_path / "out", "val") == ids[:333]
+    assert tokens_of(tmp_path / "out", "train") == ids[333:]
 
 
 def test_the_split_is_that_of_the_package_datasets():
@@ -104,12 +105,12 @@ def test_the_split_is_that_of_the_package_datasets():
     for n in (2, 4, 1999, 2001, 5000):
         rows = datasets.Dataset.from_dict({"i": range(n)})
         theirs = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-        assert sorted(theirs["test"]["i"]) == np.flatnonzero(validation_documents(n,
-                                                                                  0.0005)).tolist()
+        ours = np.flatnonzero(validation_documents(n, 0.0005)).tolist()
+        assert sorted(theirs["test"]["i"]) == ours
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "_TASK", 3000)
+    monkeypatch.setattr(encode, "_TASK_CHARACTERS", 3000)
     source = write_lines(tmp_path / "a.jsonl", documents(300))
     for workers in (1, 3):
         go(source, tmp_path / str(workers), workers=workers)
@@ -117,13 +118,12 @@ def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_empty_documents_and_half_characters_are_encoded_as_tiktoken_does(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "a \\ud83d b"}\n{"text": '
-                                      '""}\n{"text": "x"}\n')
+    rows = ['{"text": ""}', r'{"text": "a \ud83d b"}', '{"text": ""}', '{"text": "x"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
     go(tmp_path / "a.jsonl", tmp_path / "out", Split(tokens=1))
     assert tokens_of(tmp_path / "out", "train") == ids_of(["a \ud83d b", "", "x"])
-    assert tokens_of(tmp_path / "out",
-                     "val") == [
-                         END_OF_TEXT] and "4 documents, 2 of them empty" in capsys.readouterr().out
+    assert tokens_of(tmp_path / "out", "val") == [END_OF_TEXT]
+    assert "4 documents, 2 of them empty" in capsys.readouterr().out
 
 
 def test_a_large_document_is_encoded_exactly(tmp_path):
@@ -132,11 +132,11 @@ def test_a_large_document_is_encoded_exactly(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("x")
     go(tmp_path, tmp_path / "out", Split(tokens=1))
-    assert tokens_of(tmp_path / "out", "val") + tokens_of(tmp_path / "out",
-                                                          "train") == ids_of([text, "x"])
+    val, train = (tokens_of(tmp_path / "out", split) for split in ("val", "train"))
+    assert val + train == ids_of([text, "x"])
 
 
-# -- once more -----------------------------------------------------------------------
+# -- a folder that was used before -----------------------------------------------------
 
 
 def test_the_same_again_is_reused_and_a_change_is_not(tmp_path, small_steps, capsys):
@@ -148,9 +148,9 @@ def test_the_same_again_is_reused_and_a_change_is_not(tmp_path, small_steps, cap
     assert "already made" in capsys.readouterr().out and contents(out) == first
     go(write_lines(source, documents(30, seed=1)), out, format="shards", shard_tokens=200)
     assert 3 < len(contents(out)) < len(first)  # no shard of the first set is left
-    assert tokens_of(out, "train") == ids_of(t for t, v in zip(documents(30, seed=1),
-                                                               validation_documents(30, 0.1))
-                                             if not v)
+    is_validation = validation_documents(30, 0.1)
+    texts = [text for text, val in zip(documents(30, seed=1), is_validation) if not val]
+    assert tokens_of(out, "train") == ids_of(texts)
     go(source, out)
     assert set(contents(out)) == {"train.bin", "val.bin", "meta.json", "manifest.json"}
 
@@ -165,11 +165,9 @@ def test_tokens_of_unknown_origin_are_not_overwritten(tmp_path):
 
 
 def test_two_preparations_do_not_share_a_folder(tmp_path):
-    source = write_lines(tmp_path / "a.jsonl", documents(9))
-    with encode._alone_in(tmp_path / "out"), pytest.raises(ValueError,
-                                                           match="another preparation is writing "
-                                                                 "here"):
-        go(source, tmp_path / "out")
+    source, out = write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path / "out"
+    with encode._locked(out), pytest.raises(ValueError, match="another preparation is writing"):
+        go(source, out)
 
 
 @pytest.mark.parametrize("n, split, says",
@@ -182,16 +180,15 @@ def test_a_split_without_text_is_refused(tmp_path, n, split, says):
         open_split(tmp_path / "out", "train")
 
 
-# -- deaths --------------------------------------------------------------------------
+# -- kills and failures ----------------------------------------------------------------
 
 
 class Death(BaseException):
-    """Stands for kill -9: nothing that comes after it has an effect on the disk."""
+    """Stands for kill -9: what comes after it does not reach the disk."""
 
 
 def die_at(patch, step):
-    """Let the process die before the given one of its steps on the disk; returns the count of
-    steps."""
+    """Raise Death before the given disk operation and all later ones; returns [their count]."""
     steps = [0]
 
     def dying(function):
@@ -210,8 +207,7 @@ def die_at(patch, step):
 
 @pytest.mark.parametrize("options", [{}, {"format": "shards", "shard_tokens": 200}],
                          ids=["raw", "shards"])
-def test_death_at_any_step_and_the_same_command_again_give_the_same_files(tmp_path,
-                                                                          small_steps, options):
+def test_death_at_any_step_and_the_same_command_again(tmp_path, small_steps, options):
     source = write_lines(tmp_path / "a.jsonl", documents(6))
     with pytest.MonkeyPatch.context() as patch:
         steps = die_at(patch, 10**9)
@@ -223,7 +219,7 @@ def test_death_at_any_step_and_the_same_command_again_give_the_same_files(tmp_pa
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Death):
                 die_at(patch, attempt)
                 go(source, out, **options)
-            # never taken for whole
+            # The folder is never taken for a finished one.
             assert (out / "unfinished.json").exists() or not list(out.glob("*.bin"))
         go(source, out, **options)
         assert contents(out) == wanted
@@ -247,11 +243,12 @@ def long_text(tmp_path):
 
 
 def start(text, out, log):
-    """data/text/prepare.py with two workers, when it has written its first shards; the process and
-    its workers."""
+    """Start data/text/prepare.py with two workers, and wait for its second shard of training text.
+
+    Returns the process and its command.
+    """
     command = [sys.executable, str(ROOT / "data" / "text" / "prepare.py"), f"--input={text}",
-               f"--out={out}",
-               "--workers=2", "--format=shards", "--shard_tokens=30_000"]
+               f"--out={out}", "--workers=2", "--format=shards", "--shard_tokens=30_000"]
     process = subprocess.Popen(command, stdout=log, stderr=log)
     while len(list(out.glob("*_train_*.bin"))) < 2:
         assert process.poll() is None, "it ended before it could be killed"
@@ -286,12 +283,12 @@ def test_a_killed_worker_is_a_loud_failure(tmp_path, long_text):
         assert process.wait(30) == 2
         log.seek(0)
         assert "error: a worker process died" in log.read().splitlines()[-1]
-    assert (tmp_path / "out" / "unfinished.json").exists() and not (tmp_path / "out"
-                                                                    / "manifest.json").exists()
+    assert (tmp_path / "out" / "unfinished.json").exists()
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 class FullDisk:
-    """A file whose disk has room for so many bytes."""
+    """A file on a disk with room for `room` bytes."""
 
     def __init__(self, file, room):
         self.file, self.room = file, room
@@ -309,9 +306,8 @@ class FullDisk:
 def test_a_full_disk_is_said_and_what_was_finished_is_kept(tmp_path, small_steps, monkeypatch):
     source = write_lines(tmp_path / "a.jsonl", documents(50))
     go(source, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(OSError,
-                                                       match="out: the disk is full; what is "
-                                                             "finished is kept"):
+    message = "out: the disk is full; what is finished is kept"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
         patch.setattr(shards, "open", lambda path, mode: FullDisk(open(path, mode), 1500),
                       raising=False)
         go(source, tmp_path / "out")
@@ -327,8 +323,8 @@ def test_a_source_that_turns_out_broken_leaves_nothing_that_looks_whole(tmp_path
         go(tmp_path / "a.jsonl", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.bin"))
     go(write_lines(tmp_path / "a.jsonl", ["good"] * 30 + ["cut off"]), tmp_path / "out")
-    assert len(tokens_of(tmp_path / "out", "train")) + len(tokens_of(tmp_path / "out",
-                                                                     "val")) == 31 * 2 + 1
+    tokens = sum(len(tokens_of(tmp_path / "out", split)) for split in ("train", "val"))
+    assert tokens == 31 * 2 + 1
 
 
 def test_fewer_documents_than_announced_is_a_failure(tmp_path):

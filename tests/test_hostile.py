@@ -1,6 +1,7 @@
-"""Files of strangers, and damaged ones: one line or none, in time, and no other file touched."""
+"""Hostile and damaged files: at most one line of error, in time, and no other file touched."""
 
 import json
+import os
 import random
 import shutil
 from functools import partial
@@ -20,18 +21,17 @@ from data.tokens import check_vocabulary, check_window, open_split
 from gpt import GPT, GPTConfig
 from tests.conftest import TINY
 from tests.drills import assert_ends_well, contents, mutated_bytes, mutated_json, replaced
-from tests.test_encode import contents as files_of
 from tests.test_encode import documents, go, write_lines
 from train import evaluate, run
 from train.command_line import parse
 from train.parallel import World
 
-# -- each bug that an attack found ---------------------------------------------------------
+# -- one test for each bug that was found --------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../thesis.txt", "/thesis.bin", "thesis.txt", "..", ""])
-def test_a_manifest_cannot_have_files_of_others_removed(tmp_path, name):
-    """A downloaded manifest with "file": "../thesis.txt" had the next preparation delete it."""
+def test_a_manifest_cannot_make_us_delete_other_files(tmp_path, name):
+    """The next preparation deleted what a downloaded manifest named: "file": "../thesis.txt"."""
     source, out = write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path / "out"
     go(source, out)
     name = str(tmp_path / name[1:]) if name.startswith("/") else name
@@ -45,12 +45,12 @@ def test_a_manifest_cannot_have_files_of_others_removed(tmp_path, name):
     assert contents(tmp_path) == before
 
 
-def test_an_unfinished_preparation_takes_only_its_own_files_away(tmp_path):
-    """unfinished.json beside someone's weights.bin had the next preparation delete it, too."""
+def test_an_unfinished_preparation_deletes_only_its_own_files(tmp_path):
+    """The next preparation deleted every .bin file beside unfinished.json."""
     source, out = write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path / "out"
     go(source, out)
-    made_from = json.loads((out / "manifest.json").read_text())["source"] | {"name": "other"}
-    manifest.unfinished(out, made_from)
+    recipe = json.loads((out / "manifest.json").read_text())["source"] | {"name": "other"}
+    manifest.start_unfinished(out, recipe)
     (out / "weights.bin").write_bytes(b"mine")
     before = contents(out)
     with pytest.raises(ValueError, match="holds weights.bin, which no manifest accounts for"):
@@ -58,28 +58,29 @@ def test_an_unfinished_preparation_takes_only_its_own_files_away(tmp_path):
     assert contents(out) == before
     (out / "weights.bin").unlink()
     go(source, out)
-    assert set(files_of(out)) == {"train.bin", "val.bin", "meta.json", "manifest.json"}
+    assert sorted(os.listdir(out)) == ["manifest.json", "meta.json", "train.bin", "val.bin"]
+
+
+def start_preparation(source, out, name, fraction, splits):
+    """Write the unfinished.json of a preparation that has written `splits`."""
+    split = Split(fraction=fraction)._asdict()
+    recipe = {"name": name, "text": Files(str(source)).describe(), "split": split,
+              "format": "raw", "shard_tokens": None}
+    progress = manifest.start_unfinished(out, recipe) | {"splits": splits}
+    (out / "unfinished.json").write_text(json.dumps(progress))
 
 
 @pytest.mark.parametrize("link", ["train.bin.partial", "meta.json.tmp", "manifest.json.tmp"])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_no_link_is_written_through(tmp_path, link, resumed):
-    """A link in a downloaded folder, named like a file in the making, was written through."""
+    """A link in a downloaded folder, with the name of a temporary file, was written through."""
     source, out = write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path / "out"
     (tmp_path / "thesis.txt").write_bytes(b"all I wrote" * 1000)
     out.mkdir()
     (out / link).symlink_to("../thesis.txt")
     if resumed:
-        made_from = {
-            "name": "t",
-            "text": Files(source).describe(),
-            "split": Split(fraction=0.1)._asdict(),
-            "format": "raw",
-            "shard_tokens": None,
-        }
-        state = manifest.unfinished(out, made_from)
-        state["splits"] = {"train": {"shards": [], "open": 3, "max_id": 0}}
-        (out / "unfinished.json").write_text(json.dumps(state))
+        splits = {"train": {"shards": [], "open": 3, "max_id": 0}}
+        start_preparation(source, out, "t", 0.1, splits)
     try:
         go(source, out)
     except ValueError as error:
@@ -87,20 +88,14 @@ def test_no_link_is_written_through(tmp_path, link, resumed):
     assert (tmp_path / "thesis.txt").read_bytes() == b"all I wrote" * 1000
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"documents": -1},
-        {"begun": "x"},
-        {"splits": {"train": {"shards": [-3]}}},
-        {"splits": []},
-        {"made_from": None},
-    ],
-)
-def test_a_malformed_state_is_refused(tmp_path, change):
-    """unfinished.json of another form ended in a traceback."""
-    state = manifest.unfinished(tmp_path, {}) | change
-    (tmp_path / "unfinished.json").write_text(json.dumps(state))
+@pytest.mark.parametrize("change", [
+    {"documents": -1}, {"begun": "x"}, {"splits": {"train": {"shards": [-3]}}}, {"splits": []},
+    {"made_from": None},
+])
+def test_a_malformed_unfinished_json_is_refused(tmp_path, change):
+    """It ended in a traceback."""
+    progress = manifest.start_unfinished(tmp_path, {}) | change
+    (tmp_path / "unfinished.json").write_text(json.dumps(progress))
     with pytest.raises(ValueError, match=r"unfinished\.json: .*; remove it to start anew"):
         go(write_lines(tmp_path / "a.jsonl", documents(9)), tmp_path)
 
@@ -108,8 +103,8 @@ def test_a_malformed_state_is_refused(tmp_path, change):
 # -- mutations -----------------------------------------------------------------------------
 
 
-def look(folder):
-    """What the start of a run reads of its data."""
+def read_as_a_run(folder):
+    """Read what the start of a run reads of its data."""
     manifest.verify(folder, full=True)
     splits = [open_split(folder, split) for split in ("train", "val")]
     meta = read_meta(folder)
@@ -121,12 +116,12 @@ def look(folder):
 
 
 def mutate(path, rng):
-    """Change the file `path`: as JSON where it is, as bytes, or into something else."""
-    kind = rng.random()
-    if kind < 0.15:
+    """Change the file `path`: a value in its JSON, some bytes, or the kind of file."""
+    draw = rng.random()
+    if draw < 0.15:
         return replaced(path, rng)
     content = path.read_bytes()
-    if kind < 0.65 and path.suffix in (".json", ".jsonl"):
+    if draw < 0.65 and path.suffix in (".json", ".jsonl"):
         lines = content.decode().splitlines() if path.suffix == ".jsonl" else [content.decode()]
         i = rng.randrange(len(lines))
         lines[i] = json.dumps(mutated_json(json.loads(lines[i]), rng))
@@ -138,7 +133,7 @@ def mutate(path, rng):
 
 @pytest.fixture
 def ground(tmp_path):
-    """A folder for the cases, with a file beside it, and one in it, that are nobody's to touch."""
+    """A folder for the cases; canary.txt beside it and notes.txt in it must stay as they are."""
     (tmp_path / "canary.txt").write_text("all I wrote")
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -150,18 +145,13 @@ def ground(tmp_path):
 
 def prepared(ground):
     characters.main(ground / "in.txt", ground / "whole")
-    return ["manifest.json", "meta.json", "train.bin", "val.bin"], look
+    return ["manifest.json", "meta.json", "train.bin", "val.bin"], read_as_a_run
 
 
 def trained_on(ground):
     names, _ = prepared(ground)
-    flags = [
-        *TINY,
-        "--eval_only=True",
-        "--eval_iters=1",
-        "--n_layer=1",
-        f"--out_dir={ground / 'run'}",
-    ]
+    flags = [*TINY, "--eval_only=True", "--eval_iters=1", "--n_layer=1",
+             f"--out_dir={ground / 'run'}"]
     return names, lambda out: run.main([*flags, f"--data_dir={out}"])
 
 
@@ -173,31 +163,19 @@ def pickled(ground):
 
 
 def encoded(ground, more=("--val_tokens=5",)):
-    """Prepared once, and to be prepared again from something else."""
+    """A folder that was prepared once, and is prepared again in another way."""
     go(ground / "in.jsonl", ground / "whole")
     flags = [f"--input={ground / 'in.jsonl'}", "--workers=1", *more]
-    return ["manifest.json", "meta.json", "train.bin"], lambda out: cli.run(
-        text.main, argv=[*flags, f"--out={out}"]
-    )
+    names = ["manifest.json", "meta.json", "train.bin"]
+    return names, lambda out: cli.run(text.main, argv=[*flags, f"--out={out}"])
 
 
 def unfinished(ground):
-    """Killed in the middle, and to be gone on with."""
-    source = Files(str(ground / "in.jsonl"))
-    made_from = {
-        "name": "text",
-        "text": source.describe(),
-        "split": Split(fraction=0.05)._asdict(),
-        "format": "raw",
-        "shard_tokens": None,
-    }
-    state = manifest.unfinished(ground / "whole", made_from)
+    """A preparation that was killed in the middle, and is resumed."""
     (ground / "whole" / "train.bin.partial").write_bytes(bytes(80))
-    state["splits"] = {
-        "train": {"shards": [], "open": 40, "max_id": 7},
-        "val": {"shards": [], "open": 0, "max_id": 0},
-    }
-    (ground / "whole" / "unfinished.json").write_text(json.dumps(state))
+    splits = {"train": {"shards": [], "open": 40, "max_id": 7},
+              "val": {"shards": [], "open": 0, "max_id": 0}}
+    start_preparation(ground / "in.jsonl", ground / "whole", "text", 0.05, splits)
     flags = [f"--input={ground / 'in.jsonl'}", "--workers=1"]
     names = ["unfinished.json", "unfinished.json", "train.bin.partial"]
     return names, lambda out: cli.run(text.main, argv=[*flags, f"--out={out}"])
@@ -206,9 +184,8 @@ def unfinished(ground):
 def lines_to_prepare(ground):
     shutil.copy(ground / "in.jsonl", ground / "whole" / "in.jsonl")
     flags = ["--val_tokens=5", "--workers=1", f"--out={ground / 'case' / 'out'}"]
-    return ["in.jsonl"], lambda out: cli.run(
-        text.main, argv=[f"--input={out / 'in.jsonl'}", *flags]
-    )
+    return ["in.jsonl"], lambda out: cli.run(text.main,
+                                             argv=[f"--input={out / 'in.jsonl'}", *flags])
 
 
 def questions(ground, task, form, line):
@@ -252,31 +229,30 @@ SUBJECTS = {
 
 
 def drill(subject, ground, capsys, monkeypatch, seeds):
-    """Change a file of a whole folder for each seed, and use it: how often that ended how."""
+    """For each seed, damage a file of a good folder and use the folder; count the exit codes."""
     monkeypatch.setattr(encode.os, "fsync", lambda descriptor: None)
     names, action = SUBJECTS[subject](ground)
-    ended = {0: 0, 2: 0}
+    counts = {0: 0, 2: 0}
     for seed in (None, *seeds):
         rng, case = random.Random(seed), ground / "case"
         shutil.copytree(ground / "whole", case)
         if seed is not None:
             mutate(case / rng.choice(names), rng)
         code = assert_ends_well(lambda out: cli.exit_code(lambda: action(out)), case, capsys)
-        assert seed is not None or code == 0, "the whole folder is taken"
-        ended[code] += 1
-        assert (ground / "canary.txt").read_text() == "all I wrote" and (
-            case / "notes.txt"
-        ).read_text() == "mine", seed
+        assert seed is not None or code == 0, "the undamaged folder is accepted"
+        counts[code] += 1
+        assert (ground / "canary.txt").read_text() == "all I wrote", seed
+        assert (case / "notes.txt").read_text() == "mine", seed
         shutil.rmtree(case)
-    print(subject, ended)
-    return ended
+    print(subject, counts)
+    return counts
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_no_file_harms(subject, ground, capsys, monkeypatch):
     before = contents(ground)
-    ended = drill(subject, ground, capsys, monkeypatch, range(40))
-    assert ended[2] > 10
+    counts = drill(subject, ground, capsys, monkeypatch, range(40))
+    assert counts[2] > 10
     assert before.items() <= contents(ground).items()
 
 

@@ -1,5 +1,4 @@
-"""The loader: each window once per epoch, the same for any number of ranks, ordered by seed and
-position alone."""
+"""The loader: each window once per epoch, in an order of seed and position for any world size."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,7 @@ BLOCK = 7
 
 
 def opened(tmp_path, n):
-    # an id is its own place, so that a window tells where it began
+    # An id is its own index, so a window's first id says where the window begins.
     write_tokens(tmp_path / "train.bin", np.arange(n))
     return open_tokens(tmp_path / "train.bin")
 
@@ -37,8 +36,7 @@ def test_permute_permutes(n):
 
 
 def test_the_shuffle_is_fair():
-    """Over 20,000 keys each place of a permutation of 6 is hit as often as the others, as are
-    neighbouring pairs."""
+    """Over 20,000 keys all places of a permutation of 6, and all pairs, come equally often."""
     keys = np.arange(20_000, dtype=np.uint64)
     first, second = (permute(np.full(len(keys), i, np.uint64), 6, keys) for i in (0, 1))
     for values, cells in ((first, 6), (first * np.uint64(6) + second, 30)):
@@ -48,19 +46,19 @@ def test_the_shuffle_is_fair():
 
 
 def test_an_epoch_is_shuffled():
-    order = permute(np.arange(10_000, dtype=np.uint64), 10_000,
-                    np.zeros(10_000, np.uint64)).astype(int)
+    keys = np.zeros(10_000, np.uint64)
+    order = permute(np.arange(10_000, dtype=np.uint64), 10_000, keys).astype(int)
     assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
     assert np.abs(np.diff(order)).mean() == pytest.approx(10_000 / 3, rel=0.05)
 
 
 def test_targets_are_the_next_tokens(tokens):
     inputs, targets = next(Loader(tokens, block_size=BLOCK, batch_size=3, seed=1))
-    assert inputs.shape == targets.shape == (3,
-                                             BLOCK) and inputs.dtype == targets.dtype == torch.int64
+    assert inputs.shape == targets.shape == (3, BLOCK)
+    assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.is_contiguous() and targets.is_contiguous()
-    assert torch.equal(inputs,
-                       inputs[:, :1] + torch.arange(BLOCK)) and torch.equal(targets, inputs + 1)
+    assert torch.equal(inputs, inputs[:, :1] + torch.arange(BLOCK))
+    assert torch.equal(targets, inputs + 1)
 
 
 @pytest.mark.parametrize("n", [8, 9, 14, 15, 21, 22, 1000])
@@ -71,8 +69,7 @@ def test_each_window_comes_exactly_once_per_epoch(tmp_path, n):
     for _ in range(4):
         seen = sorted(starts(loader, per_epoch))
         assert len(set(seen)) == per_epoch
-        assert {start % BLOCK
-                for start in seen} == {seen[0] % BLOCK} and np.all(np.diff(seen) == BLOCK)
+        assert np.all(np.diff(seen) == BLOCK)
     assert loader.epoch == 4
 
 
@@ -84,12 +81,10 @@ def test_epochs_differ_in_order_and_in_where_windows_begin(tokens):
 
 
 def test_ranks_are_disjoint_and_make_the_same_global_batches(tokens):
-    """A step of 4 micro-batches sees the same windows on 1, 2 and 4 ranks, also across the end of
-    an epoch."""
+    """A step of 4 micro-batches has the same windows on 1, 2 and 4 ranks, at an epoch's end too."""
     def step_windows(world_size):
-        ranks = [Loader(tokens, block_size=BLOCK, batch_size=3, seed=5, rank=r,
-                        world_size=world_size)
-                 for r in range(world_size)]
+        options = {"block_size": BLOCK, "batch_size": 3, "seed": 5, "world_size": world_size}
+        ranks = [Loader(tokens, rank=rank, **options) for rank in range(world_size)]
         for _ in range(30):
             yield sorted(start for rank in ranks for start in starts(rank, 4 // world_size))
         assert {rank.position for rank in ranks} == {30 * 12}
@@ -101,13 +96,13 @@ def test_ranks_are_disjoint_and_make_the_same_global_batches(tokens):
     assert len(set(first_epoch)) == len(first_epoch) == 132
 
 
-class AheadOnTheHost:
-    """What `_Ahead` does, without a GPU: it has the batch sent last."""
+class PrefetcherOnTheHost:
+    """What `_Prefetcher` does, without a GPU."""
 
     def __init__(self, device, shape, read):
         self.batch, self.read = torch.empty(shape, dtype=torch.int64), read
 
-    def send(self, position):
+    def start(self, position):
         self.batch = torch.empty_like(self.batch)
         self.read(position, self.batch)
 
@@ -117,16 +112,15 @@ class AheadOnTheHost:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_position_that_is_set_counts_at_once(tokens, device, monkeypatch):
-    """On a GPU a batch is already on its way when a checkpoint sets the position: it must not be
-    handed out."""
-    monkeypatch.setattr(loader_module, "_Ahead", AheadOnTheHost)
+    """A batch that a GPU has already prefetched must not be used once the position is set."""
+    monkeypatch.setattr(loader_module, "_Prefetcher", PrefetcherOnTheHost)
     options = {"block_size": BLOCK, "batch_size": 3, "seed": 9, "device": device}
     fresh, resumed = Loader(tokens, position=30, **options), Loader(tokens, **options)
     for _ in range(2):
         resumed.position = fresh.position
         for _ in range(3):
-            assert all(map(torch.equal, next(fresh),
-                           next(resumed))) and fresh.position == resumed.position
+            assert all(map(torch.equal, next(fresh), next(resumed)))
+            assert fresh.position == resumed.position
         next(fresh)
     assert fresh.position == 30 + 8 * 3
 
@@ -160,16 +154,15 @@ def test_torch_and_numpy_random_state_are_not_touched(tokens):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
     next(Loader(tokens, block_size=BLOCK, batch_size=2, seed=0))
     list(eval_batches(tokens, block_size=BLOCK, batch_size=2, count=3, seed=0))
-    assert torch.equal(torch_state,
-                       torch.get_rng_state()) and numpy_state == np.random.get_state()[1].tolist()
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert numpy_state == np.random.get_state()[1].tolist()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(),
                     reason="resident memory is read from Linux's /proc")
 def test_memory_stays_flat_over_10_000_batches(tmp_path):
-    """A memory map would add the 32 MB of the file to this process's memory as its pages are
-    touched."""
-    write_tokens(tmp_path / "train.bin", (np.zeros(1 << 20, np.uint16) for _ in range(16)))
+    """With a memory map the pages that were read, up to 32 MB, would count as this process's."""
+    write_tokens(tmp_path / "train.bin", np.zeros(1 << 24, np.uint16))
     loader = Loader(open_tokens(tmp_path / "train.bin"), block_size=1023, batch_size=2, seed=0)
     next(loader)
     before = resident_bytes()
@@ -197,7 +190,7 @@ def test_evaluation_sees_the_same_windows_on_any_number_of_ranks(tokens, world_s
     options = {"block_size": BLOCK, "batch_size": 3, "count": 5, "seed": 2}
     ranks = [list(eval_batches(tokens, rank=r, world_size=world_size, **options))
              for r in range(world_size)]
-    # else FSDP's ranks would wait for one another for ever
+    # With different numbers, ranks under FSDP would wait for one another forever.
     assert len({len(batches) for batches in ranks}) == 1
     seen = []
     for inputs, targets in (batch for batches in ranks for batch in batches):
@@ -217,9 +210,10 @@ def test_evaluation_ends_with_the_data(tokens, tmp_path):
 
 
 def test_evaluation_of_the_training_text_is_not_the_first_training_batch(tokens):
-    first = starts(Loader(tokens, block_size=BLOCK, batch_size=10, seed=2), 1)
-    assert sorted(first) != sorted(starts(eval_batches(tokens, block_size=BLOCK, batch_size=10,
-                                                       count=1, seed=2), 1))
+    options = {"block_size": BLOCK, "batch_size": 10, "seed": 2}
+    trained = starts(Loader(tokens, **options), 1)
+    evaluated = starts(eval_batches(tokens, count=1, **options), 1)
+    assert sorted(trained) != sorted(evaluated)
 
 
 @pytest.mark.gpu
@@ -230,7 +224,7 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(tokens):
         if i == 25:
             on_gpu.position = on_cpu.position = 6
         kept = next(on_gpu)
-        # the device lags, and the host must not overwrite what is still to be copied
+        # The GPU lags behind, and the host must not overwrite what is still to be copied.
         torch.cuda._sleep(100_000)
         assert on_gpu.position == on_cpu.position + 3
         assert all(torch.equal(a.cpu(), b) for a, b in zip(kept, next(on_cpu)))

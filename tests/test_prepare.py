@@ -1,5 +1,4 @@
-"""The prepare.py of every data set: counts, the same files every time, and one line for what is
-wrong."""
+"""The prepare.py of every data set: its counts, the same files every time, errors of one line."""
 
 import hashlib
 import json
@@ -22,8 +21,7 @@ from data.tokens import open_split
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
-needs_text = pytest.mark.skipif(not TEXT.exists(), reason="the text of tiny Shakespeare is not on "
-                                                          "this machine")
+needs_text = pytest.mark.skipif(not TEXT.exists(), reason="needs the text of tiny Shakespeare")
 
 
 @pytest.fixture
@@ -54,8 +52,8 @@ def test_tiny_shakespeare_has_its_counts(tmp_path, closed_network, capsys):
     shakespeare_char.main(TEXT, tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         "length of dataset in characters: 1,115,394", "vocab size: 65",
-        "train has 1,003,854 tokens",
-        "val has 111,540 tokens"]
+        "train has 1,003,854 tokens", "val has 111,540 tokens",
+    ]
     train, val = (np.fromfile(tmp_path / f"{split}.bin", np.uint16) for split in ("train", "val"))
     assert (len(train), len(val)) == (1_003_854, 111_540)
     tokenizer = load_tokenizer(read_meta(tmp_path))
@@ -84,7 +82,7 @@ def test_a_bad_input_is_one_line_and_exit_code_2(tmp_path, content, says):
 
 
 class Answer:
-    """What urlopen gives for `content`; it raises `content` where that is an error."""
+    """Stands for urlopen: answers with `content`, or raises it if it is an error."""
 
     def __init__(self, content):
         self.content = content
@@ -104,10 +102,11 @@ class Answer:
         return self.content
 
 
-@pytest.mark.parametrize("answer, says",
-                         [(small.urllib.error.URLError("no route"), r"cannot be had \(no route\)"),
-                          (TimeoutError("timed out"), r"cannot be had \(timed out\)"),
-                          (b"404: Not Found", "14 bytes with the wrong SHA-256")])
+@pytest.mark.parametrize("answer, says", [
+    (small.urllib.error.URLError("no route"), r"cannot be had \(no route\)"),
+    (TimeoutError("timed out"), r"cannot be had \(timed out\)"),
+    (b"404: Not Found", "14 bytes with the wrong SHA-256"),
+])
 def test_without_text_and_network_nothing_is_written(tmp_path, monkeypatch, answer, says):
     monkeypatch.setattr(small.urllib.request, "urlopen", Answer(answer))
     with pytest.raises(ValueError, match=f"{says}.*give"):
@@ -140,7 +139,7 @@ def test_tiny_shakespeare_has_its_counts_in_gpt2s_tokens(tmp_path, closed_networ
 
 @pytest.fixture
 def four_documents(tmp_path):
-    """A parquet file of four documents; what their tokens are, one list for each."""
+    """A parquet file of four documents; returns the ids of each."""
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -159,21 +158,22 @@ def test_four_documents_of_a_local_parquet_are_enough(tmp_path, four_documents, 
     if set_name == "fineweb":
         assert val + train == [i for ids in four_documents for i in ids]
     else:
-        chosen = validation_documents(4, 0.0005)
-        assert val == four_documents[chosen.argmax()]
-        assert train == [i for ids, taken in zip(four_documents, chosen) if not taken for i in ids]
+        is_val = validation_documents(4, 0.0005)
+        assert val == four_documents[is_val.argmax()]
+        assert train == [i for ids, held_out in zip(four_documents, is_val) if not held_out
+                         for i in ids]
 
 
-@pytest.mark.parametrize("options, says",
-                         [([], "give either --input"),
-                          (["--input=a.txt", "--hub=x"], "give either --input"),
-                          (["--input=a.txt"], "a.txt: no such file"),
-                          (["--input=.", "--val_fraction=1.5"],
-                           "val_fraction=1.5: must be between")])
+@pytest.mark.parametrize("options, says", [
+    ([], "give either --input"),
+    (["--input=a.txt", "--hub=x"], "give either --input"),
+    (["--input=a.txt"], "a.txt: no such file"),
+    (["--input=.", "--val_fraction=1.5"], "val_fraction=1.5: must be between"),
+])
 def test_wrong_options_are_one_line_and_exit_code_2(tmp_path, options, says):
     code, _, errors = run("text", *options, "--out=out", cwd=tmp_path)
-    assert code == 2 and says in errors and errors.count("\n") == 1 and not (tmp_path
-                                                                             / "out").exists()
+    assert code == 2 and says in errors and errors.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # -- python_stdlib -------------------------------------------------------------------
@@ -188,21 +188,22 @@ def test_the_standard_library_becomes_bytes_and_a_second_call_reuses_them(tmp_pa
     train, val = (open_split(tmp_path / "std", split) for split in ("train", "val"))
     assert len(train) > 5_000_000 and 0.02 < len(val) / len(train) < 0.12
     assert load_tokenizer(read_meta(tmp_path / "std")).vocab_size == 256
-    again = subprocess.run([sys.executable, "-m", "data.python_stdlib.prepare", "--out=std"],
-                           cwd=tmp_path, text=True,
-                           capture_output=True, timeout=60)
+    command = [sys.executable, "-m", "data.python_stdlib.prepare", "--out=std"]
+    again = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
     assert "already made" in again.stdout and again.stdout.count("\n") == 1, again.stderr
     assert contents(tmp_path / "std") == first
 
 
+TAKEN = [f"m{i}.py" for i in range(38)] + ["json/a.py", "json/b.py"]
+
+
 @pytest.fixture
 def little_library(tmp_path, monkeypatch):
-    """A standard library of 40 files, and some that must not be taken."""
+    """A standard library of the 40 files TAKEN, and some that must not be taken."""
     library = tmp_path / "lib"
-    for name in [f"m{i}.py" for i in range(38)] + ["json/a.py", "json/b.py", "test/t.py",
-                                                   "json/tests/t.py", "x.txt",
-                                                   "_sysconfigdata_x.py", "site-packages/s.py",
-                                                   "__pycache__/c.py"]:
+    others = ["test/t.py", "json/tests/t.py", "x.txt", "_sysconfigdata_x.py", "site-packages/s.py",
+              "__pycache__/c.py"]
+    for name in [*TAKEN, *others]:
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_bytes(f"# {name} \xff\n".encode("latin-1"))
     monkeypatch.setattr(python_stdlib.sysconfig, "get_path", lambda _: str(library))
@@ -211,13 +212,13 @@ def little_library(tmp_path, monkeypatch):
 
 def test_every_file_is_in_one_split(little_library, tmp_path):
     python_stdlib.main(tmp_path / "out")
-    found = {
-        split: bytes(open_split(tmp_path / "out", split).read(np.array([0]), n)[0].astype(np.uint8))
-             for split, n in ((s, len(open_split(tmp_path / "out", s))) for s in ("train", "val"))}
-    names = sorted([f"m{i}.py" for i in range(38)] + ["json/a.py", "json/b.py"])
-    for split, content in found.items():
-        mine = [name for name in names if python_stdlib.is_validation(name) == (split == "val")]
-        assert content == b"".join(f"# {name} \xff\n".encode("latin-1") for name in mine) and mine
+    for split in ("train", "val"):
+        ids = np.concatenate(list(open_split(tmp_path / "out", split).chunks()))
+        names = [name for name in sorted(TAKEN)
+                 if python_stdlib.is_validation(name) == (split == "val")]
+        assert names
+        expected = b"".join(f"# {name} \xff\n".encode("latin-1") for name in names)
+        assert bytes(ids.astype(np.uint8)) == expected
 
 
 def test_a_changed_source_or_output_is_made_again(little_library, tmp_path, capsys):
@@ -234,18 +235,21 @@ def test_a_changed_source_or_output_is_made_again(little_library, tmp_path, caps
 
 
 def test_a_set_that_was_not_finished_is_not_taken_for_whole(little_library, tmp_path, monkeypatch):
-    """Killed between its files, a second preparation leaves some of each."""
+    """A second preparation that is killed between two files leaves old and new files together."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     out = tmp_path / "out"
     python_stdlib.main(out)
     (little_library / "m1.py").write_text("# other\n")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(small, "write_meta", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(small, "write_meta", interrupt)
         python_stdlib.main(out)
     with pytest.raises(ValueError, match="its preparation is not finished"):
         open_split(out, "train")
     python_stdlib.main(out)
-    assert len(open_split(out, "train")) and set(contents(out)) == {"train.bin", "val.bin",
-                                                                    "meta.json", "manifest.json"}
+    assert len(open_split(out, "train"))
+    assert set(contents(out)) == {"train.bin", "val.bin", "meta.json", "manifest.json"}
 
 
 def test_a_python_without_its_source_is_told(tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
-"""Documents out of files: each one exactly, from any number on, and what is wrong with a file is
-said."""
+"""Documents from files: each one exactly, from any number on, and a bad file is named."""
 
 import json
 import subprocess
@@ -19,7 +18,7 @@ DOCUMENTS = ["plain", "", "naïve — 東京 🙂", "two\nlines\r\n", " \t space
 
 
 def write(folder, kind, documents=tuple(DOCUMENTS), name="d"):
-    """The documents as one file (txt: a file each) of the kind; what to give for --input."""
+    """Write the documents as one file of `kind`, or as a txt file each; returns the --input."""
     if kind == "txt":
         for i, text in enumerate(documents):
             (folder / f"{name}{i:02}.txt").write_bytes(text.encode())
@@ -51,7 +50,7 @@ def read(source, start=0):
 def test_each_document_comes_exactly_from_any_number_on(tmp_path, kind, monkeypatch):
     source = Files(str(write(tmp_path, kind)))
     assert source.documents == len(DOCUMENTS) and source.text_bytes
-    monkeypatch.setattr(sources, "_BATCH", 2)
+    monkeypatch.setattr(sources, "_BATCH_ROWS", 2)
     for start in range(len(DOCUMENTS) + 1):
         assert read(source, start) == DOCUMENTS[start:]
 
@@ -68,18 +67,20 @@ def test_files_of_all_kinds_are_read_in_the_order_of_their_paths(tmp_path):
 
 
 def test_a_large_document_comes_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_PIECE", 100)
+    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 100)
     text = "Ein Wort, und noch eins. 東京\n" * 200
     for kind in ("txt", "jsonl"):
         (tmp_path / kind).mkdir()
-        (pieces,) = [list(pieces)
-                     for pieces in Files(str(write(tmp_path / kind, kind, [text]))).read(0)]
+        path = write(tmp_path / kind, kind, [text])
+        (pieces,) = [list(document) for document in Files(str(path)).read(0)]
         assert "".join(pieces) == text and len(pieces) > 40 and max(map(len, pieces)) < 250
 
 
+BLOCKS = st.text(alphabet="ab 1'.\n\t\r\x1c\x85\u00a0\u3000é東🙂st", max_size=30)
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.text(alphabet="ab 1'.\n\t\r\x1c\x85\u00a0\u3000é東🙂st", max_size=30), min_size=1,
-                max_size=4))
+@given(st.lists(BLOCKS, min_size=1, max_size=4))
 @example(["don't  stop\n\n  now \x1c a", " "])
 @example(["!!\x1c \n a", "\u3000 \u00a0 b"])
 def test_the_ids_of_the_pieces_are_the_ids_of_the_text(blocks):
@@ -91,20 +92,20 @@ def test_the_ids_of_the_pieces_are_the_ids_of_the_text(blocks):
 
 def pieces_of_one_character(blocks):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_PIECE", 1)  # cuts wherever a cut is allowed
+        patch.setattr(sources, "_PIECE_CHARACTERS", 1)  # cuts wherever a cut is allowed
         return list(in_pieces(iter(blocks)))
 
 
-@pytest.mark.parametrize("content, fraction",
-                         [("one\ntwo\nthree\nfour\nfive\n" * 40, 0.1), ("東" * 50, 0.1),
-                          ("ab", 0.5)])
+@pytest.mark.parametrize("content, fraction", [
+    ("one\ntwo\nthree\nfour\nfive\n" * 40, 0.1), ("東" * 50, 0.1), ("ab", 0.5),
+])
 def test_a_single_text_is_cut_in_two(tmp_path, content, fraction):
     (tmp_path / "book.txt").write_text(content)
     source = Files(str(tmp_path / "book.txt"))
     assert source.cut_single_text(fraction) and source.documents == 2
     first, last = read(source)
-    assert first + last == content and first and 0.5 * fraction <= len(last) / len(
-        content) <= 1.5 * fraction
+    assert first + last == content and first
+    assert 0.5 * fraction <= len(last) / len(content) <= 1.5 * fraction
     assert read(source, 1) == [last] and len(source.describe()["files"]) == 1
 
 
@@ -113,7 +114,7 @@ def test_what_is_not_a_single_text_is_not_cut(tmp_path):
     assert not Files(str(write(tmp_path, "txt", ["a", "b"]))).cut_single_text(0.5)
 
 
-# -- what is wrong with a file is said --------------------------------------------------
+# -- bad files --------------------------------------------------------------------------
 
 
 def fails(pattern, says, column="text"):
@@ -130,7 +131,7 @@ def test_no_file_and_an_unknown_kind(tmp_path):
 
 
 def test_invalid_utf8_is_placed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_PIECE", 25)
+    monkeypatch.setattr(sources, "_PIECE_CHARACTERS", 25)
     (tmp_path / "a.txt").write_bytes("東".encode() * 20 + b"\xff" + b"x" * 9)
     fails(tmp_path / "a.txt", r"a\.txt: not UTF-8 at byte 60;")
     (tmp_path / "a.txt").write_bytes(b"x" * 9 + "é".encode()[:1])
@@ -140,17 +141,18 @@ def test_invalid_utf8_is_placed(tmp_path, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    bad = pa.Array.from_buffers(pa.string(), 2,
-                                [None, pa.array([0, 1, 2], pa.int32()).buffers()[1],
-                                 pa.py_buffer(b"a\xff")])
+    offsets = pa.array([0, 1, 2], pa.int32()).buffers()[1]
+    bad = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"a\xff")])
     parquet.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
     fails(tmp_path / "a.parquet", r"a\.parquet: row 1 is not UTF-8")
 
 
-@pytest.mark.parametrize("line, says",
-                         [('{"text": "a', "line 3 is not UTF-8 JSON"),
-                          ('{"txt": "a"}', "its columns: txt"),
-                          ('{"text": 7}', "line 3 has no text"), ('["a"]', "its columns: none")])
+@pytest.mark.parametrize("line, says", [
+    ('{"text": "a', "line 3 is not UTF-8 JSON"),
+    ('{"txt": "a"}', "its columns: txt"),
+    ('{"text": 7}', "line 3 has no text"),
+    ('["a"]', "its columns: none"),
+])
 def test_a_bad_line_of_json_is_named(tmp_path, line, says):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n' + line)
     fails(tmp_path / "a.jsonl", rf"a\.jsonl: .*{says}")
@@ -162,7 +164,7 @@ def test_a_truncated_or_damaged_table_is_named(tmp_path, kind):
     content = path.read_bytes()
     for end in (0, 5, len(content) // 2, len(content) - 3):
         path.write_bytes(content[:end])
-        # a stream without its end mark is whole
+        # A stream without its end mark counts as complete.
         if not (kind == "arrow" and end == len(content) - 3):
             fails(path, path.name)
 
@@ -204,8 +206,7 @@ print(size(sys.argv[2]), peak_kb() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "arrow"])
 def test_memory_does_not_grow_with_the_text(tmp_path, kind):
-    """60 MB of text, in parquet as one row group, are read in a process that grows by a fraction of
-    that."""
+    """60 MB of text, in parquet one row group, are read by a process that grows by under 20 MB."""
     words = [f"word{i:07} " * 50 for i in range(100_000)]
     if kind == "parquet":
         pa = pytest.importorskip("pyarrow")
@@ -218,9 +219,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind):
     (tmp_path / "small").mkdir()
     small = write(tmp_path / "small", kind)
     command = [sys.executable, "-c", MEASURE, small, str(tmp_path / "d*.*")]
-    size, grown_kb = map(int,
-                         subprocess.run(command, capture_output=True, text=True,
-                                        check=True).stdout.split())
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    size, grown_kb = map(int, done.stdout.split())
     assert size == 60_000_000 and grown_kb < 20_000
 
 
@@ -229,9 +229,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path, kind):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub whose only data set is a parquet file here, at a commit of its own."""
-    datasets, huggingface_hub = pytest.importorskip("datasets"), pytest.importorskip(
-        "huggingface_hub")
+    """A fake Hub: its only data set is a local parquet file. Returns the list of its requests."""
+    datasets = pytest.importorskip("datasets")
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     path, asked = str(write(tmp_path, "parquet")), []
     builder, load = datasets.load_dataset_builder, datasets.load_dataset
     cache = {"data_files": path, "cache_dir": str(tmp_path / "cache")}

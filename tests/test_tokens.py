@@ -1,5 +1,4 @@
-"""Files of tokens: what is written is read, whole or not at all, and what is wrong with a file is
-said."""
+"""Token files: written atomically, read back in both formats, and a bad file is named."""
 
 import json
 import os
@@ -8,7 +7,15 @@ import numpy as np
 import pytest
 
 from data import manifest, tokens
-from data.tokens import check_vocabulary, check_window, open_split, open_tokens, write_tokens
+from data.shards import ShardWriter
+from data.tokens import (
+    check_vocabulary,
+    check_window,
+    header_of,
+    open_split,
+    open_tokens,
+    write_tokens,
+)
 
 
 @pytest.fixture
@@ -16,67 +23,77 @@ def ids():
     return np.random.default_rng(0).integers(0, 65536, 3001).astype(np.uint16)
 
 
-def everything(opened):
+def all_ids(opened):
     return np.concatenate(list(opened.chunks()))
+
+
+def write(path, ids, header):
+    """A raw file, or one with the header of llm.c's shards."""
+    if header:
+        path.write_bytes(header_of(len(ids)) + ids.tobytes())
+    else:
+        assert write_tokens(path, ids) == len(ids)
 
 
 @pytest.mark.parametrize("header", [False, True], ids=["raw", "header"])
 def test_what_is_written_is_read(tmp_path, ids, header):
-    assert write_tokens(tmp_path / "a.bin", np.array_split(ids, 7), header=header) == len(ids)
+    write(tmp_path / "a.bin", ids, header)
     opened = open_tokens(tmp_path / "a.bin")
-    assert len(opened) == len(ids) and opened.dtype == np.uint16
-    assert np.array_equal(everything(opened), ids)
-    assert np.array_equal(opened.read(np.array([0, 2990, 17]), 11),
-                          np.stack([ids[:11], ids[-11:], ids[17:28]]))
+    assert len(opened) == len(ids)
+    assert np.array_equal(all_ids(opened), ids)
+    windows = opened.read(np.array([0, 2990, 17]), 11)
+    assert windows.dtype == np.uint16
+    assert np.array_equal(windows, np.stack([ids[:11], ids[-11:], ids[17:28]]))
 
 
 def test_the_formats_are_those_of_the_other_trainers(tmp_path, ids):
     write_tokens(tmp_path / "raw.bin", ids)
-    write_tokens(tmp_path / "headed.bin", ids, header=True)
     assert np.array_equal(np.fromfile(tmp_path / "raw.bin", np.uint16), ids)
-    with open(tmp_path / "headed.bin", "rb") as file:
+    writer = ShardWriter(tmp_path, "val", "t", 5000, {"shards": [], "open": 0, "max_id": 0})
+    for part in np.array_split(ids, 7):
+        writer.write(part)
+    writer.finish()
+    with open(tmp_path / "t_val_000000.bin", "rb") as file:
         header = np.frombuffer(file.read(256 * 4), dtype=np.int32)
-        assert (header[0], header[1], header[2]) == (20240520, 1, len(ids)) and not header[3:].any()
+        assert header[:3].tolist() == [20240520, 1, len(ids)] and not header[3:].any()
         assert np.array_equal(np.frombuffer(file.read(), dtype=np.uint16), ids)
 
 
 @pytest.mark.parametrize("header", [False, True], ids=["raw", "header"])
 def test_shards_read_as_one_file(tmp_path, ids, header, monkeypatch):
     for i, part in enumerate(np.split(ids, [5, 5, 1000, 1003])):
-        write_tokens(tmp_path / f"text_train_{i:06}.bin", part, header=header)
-    write_tokens(tmp_path / "text_val_000000.bin", ids[:9], header=header)
-    monkeypatch.setattr(tokens, "_CHUNK", 100)
+        write(tmp_path / f"text_train_{i:06}.bin", part, header)
+    write(tmp_path / "text_val_000000.bin", ids[:9], header)
+    monkeypatch.setattr(tokens, "_CHUNK_TOKENS", 100)
     for opened in (open_split(tmp_path, "train"), open_tokens(tmp_path / "*train_*.bin")):
-        assert np.array_equal(everything(opened), ids)
-        starts = np.arange(len(ids) - 1001)
-        assert np.array_equal(opened.read(starts, 1002),
-                              np.lib.stride_tricks.sliding_window_view(ids, 1002))
+        assert np.array_equal(all_ids(opened), ids)
+        windows = opened.read(np.arange(len(ids) - 1001), 1002)
+        assert np.array_equal(windows, np.lib.stride_tricks.sliding_window_view(ids, 1002))
     assert len(open_split(tmp_path, "val")) == 9
 
 
 @pytest.mark.parametrize("outside", [65536, -1])
 def test_an_id_beyond_16_bits_is_refused_and_nothing_is_left(tmp_path, outside):
     with pytest.raises(ValueError, match=f"id {outside} does not fit"):
-        write_tokens(tmp_path / "a.bin", [np.array([1, 2]), np.array([3, outside])])
+        write_tokens(tmp_path / "a.bin", np.array([1, 2, 3, outside]))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, ids, monkeypatch):
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
     write_tokens(tmp_path / "a.bin", ids)
-    monkeypatch.setattr(os,
-                        "fsync", lambda _: (_
-                                            for _ in ()).throw(OSError(28,
-                                                                       "No space left on device")))
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_tokens(tmp_path / "a.bin", ids[:7])
-    assert [path.name
-            for path in tmp_path.iterdir()] == [
-                    "a.bin"] and len(open_tokens(tmp_path / "a.bin")) == len(ids)
+    assert os.listdir(tmp_path) == ["a.bin"]
+    assert len(open_tokens(tmp_path / "a.bin")) == len(ids)
 
 
 def test_an_absent_file_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(ValueError, match=r"train.bin.*python data/shakespeare_char/prepare.py "
-                                         r"--out="):
+    command = r"train.bin.*python data/shakespeare_char/prepare.py --out="
+    with pytest.raises(ValueError, match=command):
         open_split(tmp_path / "shakespeare_char", "train")
     with pytest.raises(ValueError, match=r"mine.bin.*data/SET/prepare.py.*shakespeare_char"):
         open_tokens(tmp_path / "mine.bin")
@@ -91,7 +108,7 @@ def test_a_folder_with_two_answers_is_refused(tmp_path, ids):
 
 @pytest.mark.parametrize("content, says", [
     (b"abc", "3 bytes is no whole number"),
-    (tokens.header_of(5) + bytes(8), "header says 5 tokens"),
+    (header_of(5) + bytes(8), "header says 5 tokens"),
     (np.array([20240520, 2, 4] + [0] * 253, np.int32).tobytes() + bytes(8), "version 2"),
     (np.array([20240801, 7, 4] + [0] * 253, np.int32).tobytes() + bytes(8), "magic 20240801"),
 ], ids=["odd", "truncated", "version", "magic"])
@@ -102,8 +119,8 @@ def test_a_broken_file_is_named(tmp_path, content, says):
 
 
 def test_a_shard_without_the_header_of_its_siblings_is_named(tmp_path, ids):
-    write_tokens(tmp_path / "train_0.bin", ids, header=True)
-    write_tokens(tmp_path / "train_1.bin", ids)
+    write(tmp_path / "train_0.bin", ids, header=True)
+    write(tmp_path / "train_1.bin", ids, header=False)
     with pytest.raises(ValueError, match=r"train_1\.bin.*magic"):
         open_split(tmp_path, "train")
 
@@ -126,13 +143,13 @@ def test_a_text_shorter_than_a_window_is_refused(tmp_path):
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "_CHUNK", 10)
+    monkeypatch.setattr(tokens, "_CHUNK_TOKENS", 10)
     ids = np.zeros(1000, int)
     ids[777] = 65
     write_tokens(tmp_path / "train.bin", ids)
     check_vocabulary(open_tokens(tmp_path / "train.bin"), 66)
-    with pytest.raises(ValueError,
-                       match=r"train\.bin: holds the id 65, the model's vocab_size is 65"):
+    message = r"train\.bin: holds the id 65, the model's vocab_size is 65"
+    with pytest.raises(ValueError, match=message):
         check_vocabulary(open_tokens(tmp_path / "train.bin"), 65)
 
 
@@ -199,18 +216,18 @@ def test_a_folder_without_a_manifest_passes_and_a_broken_one_does_not(tmp_path):
         manifest.verify(tmp_path)
 
 
-# -- what is no file -------------------------------------------------------------------
+# -- not a regular file ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["train_0.bin", "manifest.json", "train_1.bin"])
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 def test_what_is_no_regular_file_is_refused(folder, name, kind):
     """A FIFO in a data folder was waited for, and a link to /dev/zero read without an end."""
-    (folder / name).unlink()
-    def device(path):
+    def link_to_device(path):
         path.symlink_to("/dev/zero")
 
-    {"fifo": os.mkfifo, "device": device, "folder": os.mkdir}[kind](folder / name)
+    (folder / name).unlink()
+    {"fifo": os.mkfifo, "device": link_to_device, "folder": os.mkdir}[kind](folder / name)
     with pytest.raises(ValueError, match=rf"{name}: no regular file"):
         manifest.verify(folder)
     with pytest.raises(ValueError, match=rf"{name}: no regular file"):

@@ -106,7 +106,7 @@ def report(config: Doctor) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 2 after one line on stderr for what the user can mend."""
+    """Exit code: 0, or 2 after one line on stderr for bad input."""
     return cli.run(report, Doctor, argv)
 
 

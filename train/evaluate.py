@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 from common import cli
 from common.bounds import Must, NotEmpty, Positive
-from common.files import formed, read_text
+from common.files import check_json, read_text
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def read_lines(path: str, form: Any) -> list[Example]:
         if missing := form.__annotations__.keys() - line.keys():
             raise ValueError(f"{where}: no {sorted(missing)[0]!r}")
         line = {key: line[key] for key in form.__annotations__}
-        examples.append(Example(where, formed(line, form, where, "mend the line, or leave it out")))
+        examples.append(Example(where, check_json(line, form, where, "mend the line, or leave it out")))
     if not examples:
         raise ValueError(f"{path}: no examples in it")
     return examples
@@ -236,7 +236,7 @@ def lambada(examples: list[Example], model, tokenizer, world) -> dict[str, float
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all is printed; 2, after one line on stderr, for what the user can mend."""
+    """Exit code: 0, or 2 after one line on stderr for bad input."""
     return cli.run(evaluate, Evaluate, argv)
 
 

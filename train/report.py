@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import hardware
-from common.files import parsed, whole, write_json
+from common.files import atomic_write, parse_json, write_json
 from data.loader import Loader
 from gpt.flops import mfu
 from train.checkpoint import METRICS
@@ -94,7 +94,7 @@ class Report:
             log = self.out_dir / METRICS
             before = [e for e in read_metrics(log) if e["iter"] < step
                       or (evaluated and "val/loss" in e and e["iter"] == step)]
-            with whole(log) as file:
+            with atomic_write(log) as file:
                 file.writelines(json.dumps(entry).encode() + b"\n" for entry in before)
             self.bar = tqdm(total=self.config.optim.max_iters, initial=step, unit="step",
                             disable=None, dynamic_ncols=True, smoothing=0.05)
@@ -207,7 +207,7 @@ def read_metrics(log: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n") or not line.strip():
             continue
-        entry = parsed(line, Any, f"{log}, line {number}", REMEDY)
+        entry = parse_json(line, Any, f"{log}, line {number}", REMEDY)
         if not (isinstance(entry, dict) and isinstance(entry.get("iter"), int)
                 and all(value is None or isinstance(value, int | float)
                         for value in entry.values())):

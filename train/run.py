@@ -8,8 +8,7 @@ from train.command_line import parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the run is done; 2, after one line on stderr, for what the user can mend; 130 for
-    Ctrl-C."""
+    """Exit code: 0; 2 after one line on stderr for bad input; 130 for Ctrl-C."""
     return exit_code(lambda: start(argv))
 
 

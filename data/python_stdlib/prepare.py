@@ -1,5 +1,4 @@
-"""The source of Python's standard library as a corpus of bytes: real text on every machine, without
-a network."""
+"""The source of Python's standard library, as bytes: real text on every machine, no network."""
 
 import hashlib
 import os
@@ -14,27 +13,26 @@ from common.cli import run
 from data.manifest import already_made
 from data.small import write_dataset
 
-# Tests and demos, which repeat themselves; generated tables and topics; what is not the library's;
-# and what differs between builds of one version.
+# Tests and demos, which repeat themselves; generated tables and topics; installed packages; and
+# files that differ between builds of one version.
 SKIPPED = {"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "site-packages",
            "dist-packages"}
 SKIPPED_BEGINNINGS = ("config-", "_sysconfigdata", "__pycache__")
 
 
 def source_files(root: Path) -> list[str]:
-    """The paths below `root` of the .py files that are taken, sorted, with forward slashes."""
-    found = []
+    """The .py files to take: paths relative to `root`, sorted, with forward slashes."""
+    paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED
                       and not name.startswith(SKIPPED_BEGINNINGS)]
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files
+        paths += [(Path(folder) / name).relative_to(root).as_posix() for name in files
                   if name.endswith(".py") and not name.startswith(SKIPPED_BEGINNINGS)]
-    return sorted(found)
+    return sorted(paths)
 
 
 def is_validation(path: str) -> bool:
-    """Whether a file belongs to the validation split: one in twenty does, by the hash of its
-    path."""
+    """Whether a file is in the validation split: one in twenty is, by the hash of its path."""
     return hashlib.sha256(path.encode()).digest()[0] % 20 == 0
 
 
@@ -61,10 +59,9 @@ def main(out: Path = Path(__file__).parent) -> None:
         return
     print(f"{len(files)} files of Python {source['python']}, {len(parts['val'])} of them for "
           "validation")
-    write_dataset(out,
-                  {split: np.frombuffer(b"".join(contents), np.uint8)
-                   for split, contents in parts.items()},
-                  source, "bytes", 256)
+    splits = {split: np.frombuffer(b"".join(contents), np.uint8)
+              for split, contents in parts.items()}
+    write_dataset(out, splits, source, "bytes", 256)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare in GPT-2's tokens, for fine-tuning: nanoGPT's data set, and its counts."""
+"""Tiny Shakespeare in GPT-2's tokens, for fine-tuning, split as in nanoGPT."""
 
 import hashlib
 import sys
@@ -10,11 +10,10 @@ from data.small import tiny_shakespeare, write_dataset
 
 
 def main(input: Path | None = None, out: Path = Path(__file__).parent) -> None:
-    """Write train.bin (the first nine tenths of the characters), val.bin, meta.json and
-    manifest.json.
+    """Write train.bin (nine tenths of the characters), val.bin, meta.json and manifest.json.
 
     Args:
-        input: any UTF-8 text; without it, OUT/input.txt, which is downloaded if it is not there
+        input: any UTF-8 text; by default OUT/input.txt, which is downloaded if it is absent
         out: the folder to write to
     """
     text = tiny_shakespeare(input, out)

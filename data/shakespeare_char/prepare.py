@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, one id for each character: nanoGPT's first data set, and its counts."""
+"""Tiny Shakespeare with one id for each character, split as in nanoGPT."""
 
 import hashlib
 import sys
@@ -14,12 +14,12 @@ def main(input: Path | None = None, out: Path = Path(__file__).parent) -> None:
     """Write train.bin (the first nine tenths), val.bin, meta.json, meta.pkl and manifest.json.
 
     Args:
-        input: any UTF-8 text; without it, OUT/input.txt, which is downloaded if it is not there
+        input: any UTF-8 text; by default OUT/input.txt, which is downloaded if it is absent
         out: the folder to write to
     """
     text = tiny_shakespeare(input, out)
-    points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    chars, ids = np.unique(points, return_inverse=True)
+    code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    chars, ids = np.unique(code_points, return_inverse=True)
     print(f"length of dataset in characters: {len(ids):,}")
     train = len(ids) * 9 // 10
     source = {"name": "shakespeare_char", "sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -9,44 +9,42 @@ from common.cli import run
 from data.encode import Format, Split, Workers, prepare
 from data.sources import Files, Hub, Source
 
-Inside = Annotated[float, Must("be between 0 and 1", lambda x: 0 < x < 1)]
+InsideZeroOne = Annotated[float, Must("be between 0 and 1", lambda x: 0 < x < 1)]
 
 
 def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "",
          config: str | None = None, hub_split: NotEmpty = "train", revision: NotEmpty = "main",
-         column: NotEmpty = "text", val_fraction: Inside = 0.05, val_tokens: NonNegative = 0,
+         column: NotEmpty = "text", val_fraction: InsideZeroOne = 0.05, val_tokens: NonNegative = 0,
          name: FileName = "text", format: Format = "raw", shard_tokens: Positive = 100_000_000,
          workers: Workers = 0) -> None:
-    """Write train.bin and val.bin, or shards, and meta.json and manifest.json. After a kill the
-    same command goes on.
+    """Write the token files, meta.json and manifest.json. After a kill the same command resumes.
 
     Args:
-        input: a file, folder or pattern of txt files (a document each; a single one is cut in two),
-        or of jsonl, parquet
-            or arrow files (a document a row)
+        input: a file, folder or pattern of txt files (each is a document, and a single one is cut
+            in two) or of jsonl, parquet or arrow files (each row is a document)
         out: the folder to write to
-        hub: instead of files, the name of a data set on the Hub
-        config: of the Hub's data set
-        hub_split: of the Hub's data set
-        revision: of the Hub's data set
-        column: where the text is in a row
-        val_fraction: the share of the documents that is for validation, drawn with a fixed seed
-        val_tokens: instead of that, the first so many tokens
-        name: what the names of shards begin with
+        hub: the name of a data set on the Hub, instead of files
+        config: the configuration of the Hub's data set
+        hub_split: the split of the Hub's data set to read
+        revision: the revision of the Hub's data set
+        column: the column that holds the text
+        val_fraction: the share of the documents for validation, drawn with a fixed seed
+        val_tokens: the first tokens, this many, are for validation, instead of a share
+        name: the beginning of the names of shards
         format: raw for nanoGPT's train.bin and val.bin, shards for files with llm.c's header
-        shard_tokens: tokens in a shard
-        workers: processes that encode; 0 for one a core
+        shard_tokens: the number of tokens in a shard
+        workers: the number of processes that encode; 0 for one per core
     """
     if bool(input) == bool(hub):
         raise ValueError("give either --input=FILE, FOLDER or PATTERN, or --hub=OWNER/NAME")
     source: Source
-    cut = False
+    was_cut = False
     if input:
         source = files = Files(input, column)
-        cut = not val_tokens and files.cut_single_text(val_fraction)
+        was_cut = not val_tokens and files.cut_single_text(val_fraction)
     else:
         source = Hub(hub, config, split=hub_split, column=column, revision=revision)
-    split = Split(tokens=val_tokens) if val_tokens else Split(fraction=val_fraction, last=cut)
+    split = Split(tokens=val_tokens) if val_tokens else Split(fraction=val_fraction, last=was_cut)
     prepare(source, split, out, name=name, format=format, shard_tokens=shard_tokens,
             workers=workers)
 

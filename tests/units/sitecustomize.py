@@ -1,8 +1,8 @@
-"""Make a Python process say of its CPU's bf16 units what BF16_UNITS says: first on PYTHONPATH under
-`pytest --bf16-units=...`.
+"""Make torch report the CPU's bf16 units as the variable BF16_UNITS says: "claimed" or "denied".
 
-torch.cpu is patched when it is imported, and not before: that a config error imports no torch is
-tested, too.
+`pytest --bf16-units=...` puts this file first on PYTHONPATH, so every process of the tests runs it.
+torch.cpu is patched once it is imported, not before, since tests check that a config error imports
+no torch.
 """
 
 import os
@@ -15,13 +15,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def claim(cpu) -> None:
-    """Let torch.cpu.get_capabilities() have all units or none."""
-    detected, there = cpu.get_capabilities, os.environ["BF16_UNITS"] == "claimed"
-    cpu.get_capabilities = lambda: detected() | dict.fromkeys(FEATURES, there)
+    """Make torch.cpu.get_capabilities() report all bf16 units or none."""
+    detected, has_units = cpu.get_capabilities, os.environ["BF16_UNITS"] == "claimed"
+    cpu.get_capabilities = lambda: detected() | dict.fromkeys(FEATURES, has_units)
 
 
 class WhenImported:
-    """A finder that finds torch.cpu as ever, and lets `claim` follow its code."""
+    """An import finder that runs `claim` on torch.cpu after its import."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "torch.cpu":
@@ -35,7 +35,7 @@ class WhenImported:
 
 if __name__ == "sitecustomize":
     sys.meta_path.insert(0, WhenImported())
-    elsewhere = PathFinder.find_spec("sitecustomize",
-                                     [p for p in sys.path if os.path.abspath(p) != HERE])
-    if elsewhere:  # the one that would have run
-        elsewhere.loader.exec_module(module_from_spec(elsewhere))
+    others = [path for path in sys.path if os.path.abspath(path) != HERE]
+    shadowed = PathFinder.find_spec("sitecustomize", others)
+    if shadowed:  # run the one that would have run without this file
+        shadowed.loader.exec_module(module_from_spec(shadowed))
