@@ -291,7 +291,7 @@ def result_path(given: str, name: str) -> Path:
 
 
 def write_result(path: str | Path, result: dict) -> None:
-    """Write a result as JSON, atomic_write or not at all, with each list of numbers on one line."""
+    """Write a result as JSON, whole or not at all, with each list of numbers on one line."""
     text = json.dumps(result, indent=1, default=_encode, allow_nan=False)
     text = NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
     with atomic_write(Path(path)) as file:

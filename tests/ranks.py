@@ -12,7 +12,7 @@ from pathlib import Path
 
 ranks = multiprocessing.get_context("forkserver")
 ranks.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "train.run", "train.loop", "matplotlib.pyplot"])
+    ["torch", "torch.distributed.fsdp", "train.run", "train.loop", "matplotlib.figure"])
 
 
 def free_port() -> int:

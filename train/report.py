@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common import hardware
 from common.files import atomic_write, parse_json, write_json
+from common.plot import picture
 from data.loader import Loader
 from gpt.flops import mfu
 from train.checkpoint import METRICS
@@ -254,22 +255,16 @@ def _to_tensorboard(writer: Any, values: dict[str, Any]) -> None:
 
 def draw(out_dir: Path) -> None:
     """Draw loss.png from metrics.jsonl: the loss of every step and of every evaluation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     entries = read_metrics(out_dir / METRICS)
     steps = [e for e in entries if "loss" in e]
     evaluations = [e for e in entries if "val/loss" in e]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([e["iter"] for e in steps], [e["loss"] for e in steps], color="0.75", linewidth=0.8,
-              label="batch")
-    evaluated_at = [e["iter"] for e in evaluations]
-    for key, label in (("train/loss", "train"), ("val/loss", "validation")):
-        axes.plot(evaluated_at, [e[key] for e in evaluations], "o-", markersize=4, label=label)
-    axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out_dir.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out_dir / "loss.png", dpi=120)
-    plt.close(figure)
+    with picture(out_dir / "loss.png", width=8, height=4.5) as figure:
+        axes = figure.subplots()
+        axes.plot([e["iter"] for e in steps], [e["loss"] for e in steps], color="0.75",
+                  linewidth=0.8, label="batch")
+        evaluated_at = [e["iter"] for e in evaluations]
+        for key, label in (("train/loss", "train"), ("val/loss", "validation")):
+            axes.plot(evaluated_at, [e[key] for e in evaluations], "o-", markersize=4, label=label)
+        axes.set(xlabel="step", ylabel="cross-entropy (nats per token)", title=out_dir.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
