@@ -16,7 +16,7 @@ from gpt.pretrained import fill
 from kernels import Choice, load, resolve
 from train import compiling, memory, optim, parallel
 from train.config import Config, changed
-from train.documents import mask_of
+from train.documents import Mask, mask_of
 from train.init_from import InitFrom, complete, in_reading_order, resolve_init_from
 from train.parallel import World
 from train.state import Run
@@ -32,7 +32,8 @@ class Inputs(NamedTuple):
     """with the model's shape filled in"""
     init: InitFrom
     tokens: dict[str, Tokens]
-    meta: dict[str, Any] | None
+    tokenizer: dict[str, Any]
+    mask: Mask
 
 
 def build(config: Config, held: ExitStack | None = None) -> Run:
@@ -53,8 +54,7 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         lock = run_folder.lock(Path(config.run.out_dir))
         parallel.broadcast_from_rank_0(lambda: held.enter_context(lock), world)
 
-    config, init, tokens, meta = read_inputs(config, world)
-    mask = mask_of(config, choice, meta, tokens["train"])
+    config, init, tokens, tokenizer, mask = read_inputs(config, choice, world)
     torch.set_float32_matmul_precision("high")
     model = new_model(config, init, choice, device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
@@ -69,16 +69,15 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         config=config, world=world, device=device, dtype=dtype, choice=choice, model=model,
         wrapped=wrapped, optimizer=optim.build(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), tokens=tokens,
-        batches=loader(tokens["train"], config, world, device), mask=mask,
-        tokenizer=meta or GPT2_META, compiled=compiled, why_compiled=why_compiled, store=store,
-        started=init.name,
+        batches=loader(tokens["train"], config, world, device), mask=mask, tokenizer=tokenizer,
+        compiled=compiled, why_compiled=why_compiled, store=store, started=init.name,
     )
     if init.resume is not None:
         init.resume(run)
     return run
 
 
-def read_inputs(config: Config, world: World) -> Inputs:
+def read_inputs(config: Config, choice: Choice, world: World) -> Inputs:
     """Open the data, and read what the run begins with. Every rank must call it."""
     parallel.broadcast_from_rank_0(lambda: verify(config.data_dir), world)
     splits = {split: open_split(config.data_dir, split) for split in ("train", "val")}
@@ -86,7 +85,8 @@ def read_inputs(config: Config, world: World) -> Inputs:
     init = resolve_init_from(config, world)
     config = complete(config, init, meta)
     tokens = {split: fitting(part, config.model) for split, part in splits.items()}
-    return Inputs(config, init, tokens, meta)
+    mask = mask_of(config, choice, meta, tokens["train"])
+    return Inputs(config, init, tokens, meta or GPT2_META, mask)
 
 
 def fitting(tokens: Tokens, model: GPTConfig) -> Tokens:

@@ -52,10 +52,9 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     """Print and return the figures of all ranks. Raises ValueError or OSError for bad input."""
     from common import hardware
     from gpt.model import load_with_tokenizer
-    from gpt.run_folder import reading
     from train import parallel
     from train.config import ParallelConfig
-    from train.documents import Mask, mask_at, no_mask, trained_with_mask
+    from train.documents import Mask, mask_at, no_mask
 
     if not (c.dataset or c.data_dir or c.hellaswag or c.lambada):
         raise ValueError("nothing to evaluate on; give --dataset=, --data_dir=, --hellaswag=FILE "
@@ -63,10 +62,7 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     world = parallel.world()
     device = hardware.resolve_device(c.device, world.local_rank)
     model, tokenizer = load_with_tokenizer(c.init_from, c.out_dir, device)
-    masked = c.document_mask is True
-    if c.document_mask == "auto" and c.init_from == "resume":
-        with reading(c.out_dir) as folder:
-            masked = trained_with_mask(folder)
+    masked = hides_documents(c)
     if model.config.direction == "backward" and (c.hellaswag or c.lambada):
         raise ValueError("--hellaswag and --lambada ask what follows a context; this model has "
                          "--direction=backward")
@@ -90,6 +86,17 @@ def evaluate(c: Evaluate) -> dict[str, float]:
             print(f"{name}: {value:.6g}")
     parallel.stop()
     return figures
+
+
+def hides_documents(c: Evaluate) -> bool:
+    """Whether attention must not look beyond a document: --document_mask, auto as in training."""
+    from gpt.run_folder import reading
+    from train.documents import trained_with_mask
+
+    if c.document_mask != "auto" or c.init_from != "resume":
+        return c.document_mask is True
+    with reading(c.out_dir) as folder:
+        return trained_with_mask(folder)
 
 
 def whole_split(c: Evaluate, model, tokenizer, world, mask=lambda idx: {}) -> dict[str, float]:
