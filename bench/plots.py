@@ -1,13 +1,11 @@
-"""Three pictures from the results: `python bench/plots.py` draws those that bench/results has the
-figures for.
+"""Three pictures of the results; `python bench/plots.py` draws those that bench/results allows.
 
-roofline-DEVICE.png   every operator of operators-DEVICE.json under the two measured ceilings
-tokens-DEVICE.png     tokens/s by peer, of mfu-DEVICE.json
-waterfall-DEVICE.png  a training step from its floor to what was measured, of profile-DEVICE.json
-(made by bench/mfu.py
-                      --profile=True --out=...) or, where there is none, of mfu-DEVICE.json
+roofline-DEVICE.png    every operator of operators-DEVICE.json under the two measured ceilings
+tokens-DEVICE.png      tokens/s by peer, of mfu-DEVICE.json
+waterfall-DEVICE.png   a training step from its floor to its measured time, of profile-DEVICE.json
+                       (bench/mfu.py --profile=True --out=...), or else of mfu-DEVICE.json
 
-Nothing here is typed by hand; under each picture stands where it was measured.
+All figures come from the files; under each picture stands where they were measured.
 """
 
 import json
@@ -18,21 +16,21 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from bench.report import RESULTS, where
+from bench.report import where
+from bench.timing import RESULTS
 from common import cli
+from common.plot import picture
 
-# What one element of a norm's or a loss's input takes, forward: two sums, centring, scaling,
-# shifting; an exponential, its sum, a maximum. They only place these points along the axis, where
-# their distance to the roof is the measured one.
+# Forward operations per input element: of a norm two sums, centring, scaling, shifting; of a loss
+# an exponential, its sum, a maximum. They only place a point along the axis; its distance to the
+# roof is the measured one.
 NOMINAL_OPERATIONS = {"layernorm": 8, "add_layernorm": 9, "cross_entropy": 5}
 NOMINAL_PASSES = {"forward": 1, "backward": 2, "both": 3}
 MARKERS = {"attention": "o", "attention_qkv": "s", "layernorm": "^", "add_layernorm": "v",
-           "cross_entropy": "D",
-           "linear_cross_entropy": "P"}
+           "cross_entropy": "D", "linear_cross_entropy": "P"}
 COLORS = {"ours": "tab:red", "torch": "tab:blue", "torch, compiled": "tab:cyan",
-          "reference": "tab:gray", "Liger": "tab:purple",
-          "flash-attn": "tab:brown", "SDPA flash": "tab:olive", "SDPA cuDNN": "tab:green",
-          "SDPA efficient": "tab:pink"}
+          "reference": "tab:gray", "Liger": "tab:purple", "flash-attn": "tab:brown",
+          "SDPA flash": "tab:olive", "SDPA cuDNN": "tab:green", "SDPA efficient": "tab:pink"}
 
 
 @dataclass(frozen=True)
@@ -50,28 +48,27 @@ class Options:
 
 def intensity_and_speed(case: dict[str, Any], phase: str, of_floor: float,
                         rates: dict[str, Any]) -> tuple[float, float]:
-    """(operations per byte, TFLOP/s) of a measured phase: as far below the roof as it is from its
-    floor."""
+    """(operations per byte, TFLOP/s) of a phase; its share of the roof is that of its floor."""
     floor = case["floor"][phase]
-    elements = case["shape"][0] * case["shape"][1]
-    flops = floor["flops"] or NOMINAL_PASSES[phase] * NOMINAL_OPERATIONS[case["operator"]] * elements
+    flops = floor["flops"]
+    if not flops:
+        elements = case["shape"][0] * case["shape"][1]
+        flops = NOMINAL_PASSES[phase] * NOMINAL_OPERATIONS[case["operator"]] * elements
     intensity = flops / floor["bytes"]
     roof = min(rates["matmul_tflops"], intensity * rates["copy_gbs"] / 1e3)
     return intensity, of_floor * roof
 
 
 def phases(case: dict[str, Any]) -> tuple[str, str]:
-    """What is shown: forward and backward; of a loss, whose backward has no floor of its own, both
-    together instead."""
+    """Forward and backward; of a loss, whose backward has no floor of its own, forward and both."""
     return "forward", "both" if case["floor"]["backward"] is None else "backward"
 
 
 def roofline(result: dict[str, Any], figure: Any) -> None:
-    """Operators under the roof: matrix products where it is flat, what only moves bytes where it
-    rises."""
+    """Operators under the roof: flat for matrix products, rising for what only moves bytes."""
     axes, rates = figure.add_subplot(), result["rates"]
     intensities = [rates["matmul_tflops"] * 1e3 / rates["copy_gbs"]]  # the ridge
-    shown: dict[str, dict[str, Any]] = {}  # for the legend: how each one's points look
+    shown: dict[str, dict[str, Any]] = {}  # for the legend: the look of each implementation
     operators: dict[str, dict[str, Any]] = {}
     for case in result["cases"].values():
         for name, row in case["variants"].items():
@@ -86,14 +83,13 @@ def roofline(result: dict[str, Any], figure: Any) -> None:
                 shown[name] = {"marker": "o", "color": COLORS[name]}
                 operators[case["operator"]] = {"marker": look["marker"], "color": "k"}
     ends = [min(intensities) / 2, intensities[0], max(intensities) * 2]
-    axes.plot(ends, [min(rates["matmul_tflops"], x * rates["copy_gbs"] / 1e3) for x in ends], "k-",
-              linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte (of norms and losses: "
-                                                "nominal)", ylabel="TFLOP/s",
-             title=f"Operators under the roof of a copy, {rates['copy_gbs']:,.4g} GB/s, and a "
-                   "matrix product, "
-                   f"{_rate(rates['matmul_tflops'])}\nfilled: forward; hollow: backward, of a loss "
-                   "both together")
+    roof = [min(rates["matmul_tflops"], x * rates["copy_gbs"] / 1e3) for x in ends]
+    axes.plot(ends, roof, "k-", linewidth=1)
+    title = (f"Operators under the roof of a copy, {rates['copy_gbs']:,.4g} GB/s, and a matrix "
+             f"product, {_rate(rates['matmul_tflops'])}\nfilled: forward; hollow: backward, of a "
+             "loss both together")
+    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", title=title,
+             xlabel="operations per byte (of norms and losses: nominal)")
     handles = [axes.plot([], [], linestyle="none", label=label, **look)[0]
                for label, look in (shown | operators).items()]
     figure.legend(handles=handles, fontsize=8, loc="outside right upper")
@@ -108,14 +104,12 @@ def _rate(tflops: float) -> str:
 
 def tokens(result: dict[str, Any], figure: Any) -> None:
     """One panel per case, one bar per variant, with quartiles."""
-    lines = -(-len(result["cases"]) // 2)  # of two panels each
-    figure.set_size_inches(10,
-                           max(6.0,
-                               lines
-                               * (1 + 0.35 * max(len(found["variants"])
-                                                 for found in result["cases"].values()))))
-    for i, (case, found) in enumerate(result["cases"].items()):
-        axes = figure.add_subplot(lines, min(2, len(result["cases"])), i + 1)
+    cases = result["cases"]
+    lines = -(-len(cases) // 2)  # of two panels each
+    bars = max(len(found["variants"]) for found in cases.values())
+    figure.set_size_inches(10, max(6.0, lines * (1 + 0.35 * bars)))
+    for i, (case, found) in enumerate(cases.items()):
+        axes = figure.add_subplot(lines, min(2, len(cases)), i + 1)
         rows = found["variants"]
         count = found["batch_size"] * found["config"]["block_size"]
         speeds = [row["tokens_per_s"] for row in rows.values()]
@@ -124,8 +118,8 @@ def tokens(result: dict[str, Any], figure: Any) -> None:
                   [1e3 * count / row["step"]["q1_ms"] - row["tokens_per_s"]
                    for row in rows.values()]]
         labels = [f"{name}\n{row['dtype']}" for name, row in rows.items()]
-        axes.barh(labels, speeds, xerr=spread, capsize=3,
-                  color=["tab:red" if n.startswith("ours") else "tab:blue" for n in rows])
+        colors = ["tab:red" if name.startswith("ours") else "tab:blue" for name in rows]
+        axes.barh(labels, speeds, xerr=spread, capsize=3, color=colors)
         for bar, speed in enumerate(speeds):
             axes.text(0.02 * max(speeds), bar, f"{speed:,.0f}", va="center",
                       color="white", fontsize=8)
@@ -139,8 +133,7 @@ def tokens(result: dict[str, Any], figure: Any) -> None:
 
 
 def waterfall(result: dict[str, Any], figure: Any) -> None:
-    """The first profiled case's fastest variant of ours: the floor by category, then what each took
-    beyond its floor."""
+    """Our fastest variant in the first profiled case: floors by category, then the times beyond."""
     case, variants = next((name, found["profile"]["variants"])
                           for name, found in result["cases"].items() if found.get("profile"))
     ours = {name: row for name, row in variants.items() if name.startswith("ours")} or variants
@@ -162,8 +155,8 @@ def waterfall(result: dict[str, Any], figure: Any) -> None:
     axes.axvline(step["floor_ms"], color="k", linewidth=0.5, linestyle=":")
     axes.invert_yaxis()
     axes.margins(x=0.08)
-    axes.set(xlabel="ms", title=f"{case}, {name}: one step of {step['tokens']:,} tokens, under the "
-                                "profiler")
+    title = f"{case}, {name}: one step of {step['tokens']:,} tokens, under the profiler"
+    axes.set(xlabel="ms", title=title)
 
 
 # -- files -----------------------------------------------------------------------
@@ -173,40 +166,34 @@ PICTURES: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any], Any], None]
     "waterfall": (("profile", "mfu"), waterfall)}
 
 
-def source(picture: str, device: str, results: Path) -> dict[str, Any] | None:
-    """The result that a picture is drawn from, or None where it was not measured."""
-    for benchmark in PICTURES[picture][0]:
+def source(name: str, device: str, results: Path) -> dict[str, Any] | None:
+    """The result to draw a picture from, or None where it was not measured."""
+    for benchmark in PICTURES[name][0]:
         path = results / f"{benchmark}-{device}.json"
         result = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-        if any(picture != "waterfall" or case.get("profile") for case in result["cases"].values()):
+        if any(name != "waterfall" or case.get("profile") for case in result["cases"].values()):
             return result
     return None
 
 
-def draw(picture: str, result: dict[str, Any], path: Path) -> None:
+def draw(name: str, result: dict[str, Any], path: Path) -> None:
     """One picture, with the machine, versions, commit and command under it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    PICTURES[picture][1](result, figure)
-    figure.supxlabel(fill(where(result["environment"]).replace("`", ""), 150,
-                          break_on_hyphens=False), fontsize=7)
-    figure.savefig(path)
+    told = where(result["environment"]).replace("`", "")
+    with picture(path, 10, 6, dpi=110) as figure:
+        PICTURES[name][1](result, figure)
+        figure.supxlabel(fill(told, 150, break_on_hyphens=False), fontsize=7)
 
 
 def main(options: Options) -> list[Path]:
-    """Draw what there are results for; the pictures' paths. Raises ValueError where there are
-    none."""
+    """Draw what there are results for; the pictures' paths. Raises ValueError if there are none."""
     results = Path(options.results) if options.results else RESULTS
     out = Path(options.out) if options.out else results
     drawn = []
-    for picture in PICTURES:
+    for name in PICTURES:
         for device in ("cpu", "cpu-bf16", "cuda"):
-            if (result := source(picture, device, results)) is not None:
-                drawn.append(out / f"{picture}-{device}.png")
-                draw(picture, result, drawn[-1])
+            if (result := source(name, device, results)) is not None:
+                drawn.append(out / f"{name}-{device}.png")
+                draw(name, result, drawn[-1])
                 print(drawn[-1])
     if not drawn:
         raise ValueError(f"{results}: no results to draw; run `python bench/suite.py "

@@ -1,8 +1,7 @@
-"""README's tables, made from bench/results/*.json: `python bench/report.py` writes them,
-`--check=True` only compares.
+"""Write README's tables from bench/results/*.json; `--check=True` only compares.
 
-A table stands in README.md between `<!-- bench:NAME -->` and `<!-- /bench -->`. What has no result
-says so; nothing here is typed by hand.
+A table stands in README.md between `<!-- bench:NAME -->` and `<!-- /bench -->`. A table without a
+result says that it is not measured; nothing here is typed by hand.
 """
 
 import json
@@ -13,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.timing import ROOT
+from bench.timing import RESULTS, ROOT
 from common import cli
 
-RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -38,8 +36,7 @@ def where(environment: dict[str, Any]) -> str:
 
 
 def training(result: dict[str, Any]) -> str:
-    """Training steps, one line per case and variant, as a multiple of nanoGPT's own default where
-    it was measured."""
+    """Training steps, one line per case and variant, with the speed over nanoGPT's default."""
     lines = ["| case | variant | dtype | ms/step (quartiles) | tokens/s | x nanoGPT |",
              "|---|---|---|---|---|---|"]
     for case, found in result["cases"].items():
@@ -62,13 +59,13 @@ def generation(result: dict[str, Any]) -> str:
               f"{row['tokens_per_s']:.1f} | "
               f"{rows['ours']['tokens_per_s'] / row['tokens_per_s']:.2f} x this |"
               for name, row in rows.items()]
-    told = f"{result['options']['new_tokens']} new tokens of {result['options']['size']}, one sequence, on "
+    options = result["options"]
+    told = f"{options['new_tokens']} new tokens of {options['size']}, one sequence, on "
     return "\n".join([*lines, "", told + where(result["environment"])])
 
 
 def operators(result: dict[str, Any]) -> str:
-    """Each operator's implementations, forward and backward (of a loss, which may do all its work
-    forward: both together)."""
+    """Each operator's implementations, forward and backward; of a loss, forward and both."""
     lines = ["| operator | by | forward ms | | of floor | backward ms | | of floor |",
              "|---|---|---|---|---|---|---|---|"]
     for case, found in result["cases"].items():
@@ -78,10 +75,9 @@ def operators(result: dict[str, Any]) -> str:
                      for cell in _measured(row[phase], "both: " * (phase == "both"))]
             lines.append(f"| {case} | {name} | {' | '.join(cells)} |")
     rates = result["rates"]
-    return "\n".join([*lines, "", f"Floor: a copy at {rates['copy_gbs']:,.4g} GB/s, a matrix "
-                                  "product at "
-                      f"{rates['matmul_tflops']:.4g} TFLOP/s, measured in the same run on "
-                      + where(result["environment"])])
+    told = (f"Floor: a copy at {rates['copy_gbs']:,.4g} GB/s, a matrix product at "
+            f"{rates['matmul_tflops']:.4g} TFLOP/s, measured in the same run on ")
+    return "\n".join([*lines, "", told + where(result["environment"])])
 
 
 def _measured(row: dict[str, Any] | None, prefix: str) -> tuple[str, str, str]:
@@ -92,10 +88,10 @@ def _measured(row: dict[str, Any] | None, prefix: str) -> tuple[str, str, str]:
 
 
 def parity(result: dict[str, Any]) -> str:
-    """The same run on several suites."""
+    """The same run on several backends."""
     lines = ["| kernels | validation loss | training losses differ, mean | at most | tokens/s |",
              "|---|---|---|---|---|"]
-    for name, run in result["suites"].items():
+    for name, run in result["backends"].items():
         apart = result["against"].get(name)
         differ = f"{apart['mean']:.2g} | {apart['most']:.2g}" if apart else "|"
         lines.append(f"| {name} | {run['val_loss']:.4f} | {differ} | {run['tokens_per_s']:,.0f} |")
@@ -105,15 +101,16 @@ def parity(result: dict[str, Any]) -> str:
 
 def memory(result: dict[str, Any]) -> str:
     """Peak memory of a step by batch size, GiB."""
-    suites = result["suites"]
-    batches = sorted({int(batch) for found in suites.values() for batch in found["peak_bytes"]})
+    backends = result["backends"]
+    batches = sorted({int(batch) for found in backends.values() for batch in found["peak_bytes"]})
     lines = ["| kernels | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
              "|---" * (1 + len(batches)) + "|"]
-    for name, found in suites.items():
+    for name, found in backends.items():
         peaks = [found["peak_bytes"].get(str(batch)) for batch in batches]
-        lines.append(f"| {name} | " + " | ".join(f"{p / 2**30:.1f}" if p is not None
-                                                 else "does not fit" for p in peaks) + " |")
-    told = f"Peak memory in GiB of a step of {result['case']}, {result['config']['block_size']} tokens a sequence, on "
+        cells = ["does not fit" if p is None else f"{p / 2**30:.1f}" for p in peaks]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    told = (f"Peak memory in GiB of a step of {result['case']}, {result['config']['block_size']} "
+            "tokens a sequence, on ")
     return "\n".join([*lines, "", told + where(result["environment"])])
 
 
@@ -130,7 +127,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def table(name: str, results: Path = RESULTS) -> str:
-    """The text between the markers of `name`. Raises ValueError for a name that is none."""
+    """The text between the markers of `name`. Raises ValueError for an unknown name."""
     if name not in TABLES:
         raise ValueError(f"README.md has a table bench:{name}; there are {', '.join(TABLES)}")
     file, render = TABLES[name]
@@ -140,12 +137,12 @@ def table(name: str, results: Path = RESULTS) -> str:
 
 
 def filled(readme: str, results: Path = RESULTS) -> str:
-    """README.md with every table anew."""
+    """README.md with every table made anew."""
     return MARKED.sub(lambda m: m[1] + table(m[2], results) + m[3], readme)
 
 
 def main(options: Options) -> int:
-    """0 when README.md is, or now is, what the results say."""
+    """0 when README.md is what the results say, or has been written so."""
     path = ROOT / "README.md"
     before = path.read_text()
     after = filled(before)

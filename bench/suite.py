@@ -1,13 +1,12 @@
-"""Everything that is worth knowing of a machine, in one command and a fixed time: `python
-bench/suite.py --minutes=9`.
+"""Every measurement of a machine, in one command and a fixed time: `bench/suite.py --minutes=9`.
 
-In order of worth: the tests that need a GPU; operators against peers and floor; training steps at
-four sizes; whether the kernels learn what PyTorch's do; memory by batch size. Each part is a
-process of its own, with its share of what time is left; one that hangs is ended, one that fails is
-recorded, and the next one runs. Each part's JSON and log are in --out as soon as it ends, or as far
-as it came; suite-DEVICE.json has all of it in one file.
+The parts, the most important first: the tests that need a GPU; operators against peers and floor;
+training steps at four sizes; whether the kernels learn as PyTorch's do; memory by batch size. Each
+part is a process with a share of the time that is left. A part that takes longer is killed, one
+that fails is recorded, and the next one runs. Each part writes its JSON and log to --out as soon as
+it ends, and as far as it came; suite-DEVICE.json has all of it in one file.
 
-Exit code: 0; 1 if a part failed or was ended; 2 for a wrong flag.
+Exit code: 0; 1 if a part failed or was killed; 2 for bad input.
 """
 
 import json
@@ -23,7 +22,7 @@ from bench.timing import ROOT, environment, write_result
 from common import cli, hardware
 from common.bounds import PositiveFloat
 
-LOG_LINES = 40  # of a part's output that go into the JSON
+LOG_LINES = 40  # the last lines of a part's output that go into the JSON
 
 
 @dataclass(frozen=True)
@@ -32,34 +31,32 @@ class Options:
 
     device: str = "auto"
     minutes: PositiveFloat = 9.0
-    """for all parts together"""
+    """time for all parts together"""
     parts: str = ""
     """only these, with commas; empty: all that the device can run"""
     out: str = ""
-    """folder for the results, bench/results for those that README's tables are made from; empty:
+    """folder for the results; README's tables are made of those in bench/results; empty:
     out-suite"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, relative to the checkout, whose weight is its share of the time and `least_s` what
-    it cannot do without.
+    """A command, relative to the checkout.
 
-    `{out}` in the command is the part's JSON file, `{minutes}` what it should take to end by
-    itself.
+    In the command, `{out}` is the part's JSON file, `{minutes}` the time in which it should end.
     """
 
     name: str
     command: tuple[str, ...]
-    weight: float
-    least_s: float
+    weight: float  # its share of the time, relative to the others'
+    least_s: float  # with less time it is skipped
     skip: str = ""  # why it cannot run here
-    merge_into: str = ""  # a result whose "cases" this part's belong to
+    merge_into: str = ""  # a result that collects the "cases" of several parts
 
 
 @dataclass
 class Outcome:
-    """What became of a part: passed, failed, timed out or skipped."""
+    """How a part ended; `status` is passed, failed, timed out or skipped."""
 
     status: str
     why: str = ""
@@ -70,39 +67,43 @@ class Outcome:
 
 
 def parts(device: str) -> list[Part]:
-    """All parts, in order of worth. On a CPU, those that run there do so at a size it manages."""
-    if device == "cuda":
-        sizes = [Part(f"mfu-{size}", ("bench/mfu.py", f"--cases={size}", *flags, "--out={out}"),
-                      weight, least, merge_into="mfu")
-                 for size, weight, least, flags in (
-                     ("124M", 3, 60, ("--suites=torch,triton", "--peers=liger", "--profile=True")),
-                     ("350M", 1.5, 60, ("--suites=torch,triton", "--peers=")),
-                     ("774M", 1.5, 60, ("--suites=torch,triton", "--peers=")),
-                     ("1558M", 1.5, 60, ("--suites=torch,triton", "--peers=")))]
-        return [
-            Part("ring3", ("-m", "pytest", "-m", "gpu", "-v", "--tb=short"), 1.5, 20),
-            Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 1.5,
-                 20),
-            *sizes,
-            Part("parity", ("bench/curves/parity.py", "--out={out}"), 1, 60),
-            Part("memory", ("bench/steps/memory.py", "--out={out}"), 0.5, 15),
-        ]
+    """All parts, the most important first; on a CPU those that run there, at a small size."""
+    return parts_of_a_gpu() if device == "cuda" else parts_of_a_cpu(device)
+
+
+def parts_of_a_gpu() -> list[Part]:
+    """The parts on a CUDA device."""
+    def size(name: str, weight: float, *flags: str) -> Part:
+        return Part(f"mfu-{name}", ("bench/mfu.py", f"--cases={name}", "--backends=torch,triton",
+                                    *flags, "--out={out}"), weight, 60, merge_into="mfu")
+
+    return [
+        Part("ring3", ("-m", "pytest", "-m", "gpu", "-v", "--tb=short"), 1.5, 20),
+        Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 1.5, 20),
+        size("124M", 3, "--peers=liger", "--profile=True"),
+        *(size(name, 1.5, "--peers=") for name in ("350M", "774M", "1558M")),
+        Part("parity", ("bench/curves/parity.py", "--out={out}"), 1, 60),
+        Part("memory", ("bench/steps/memory.py", "--out={out}"), 0.5, 15),
+    ]
+
+
+def parts_of_a_cpu(device: str) -> list[Part]:
+    """The parts elsewhere."""
     none, here = f"needs a CUDA device, this is {device}", f"--device={device}"
     return [
         Part("ring3", (), 0, 0, skip=none),
-        Part("operators",
-             ("bench/operators.py", here, "--repeats=5", "--minutes={minutes}", "--out={out}"), 1,
-             10),
-        Part("mfu-macbook",
-             ("bench/mfu.py", here, "--cases=macbook", "--steps=5", "--compile=False",
-               "--profile=True", "--out={out}"), 1, 10, merge_into="mfu"),
+        Part("operators", ("bench/operators.py", here, "--repeats=5", "--minutes={minutes}",
+                           "--out={out}"), 1, 10),
+        Part("mfu-macbook", ("bench/mfu.py", here, "--cases=macbook", "--steps=5",
+                             "--compile=False", "--profile=True", "--out={out}"),
+             1, 10, merge_into="mfu"),
         Part("parity", ("bench/curves/parity.py", here, "--out={out}"), 1, 10),
         Part("memory", (), 0, 0, skip=none),
     ]
 
 
 def main(options: Options) -> int:
-    """Run the parts and say what became of each."""
+    """Run the parts and print how each ended."""
     ends = time.monotonic() + 60 * options.minutes
     device = hardware.resolve_device(options.device)
     chosen = choose(parts(device.type), options.parts)
@@ -125,7 +126,7 @@ def main(options: Options) -> int:
 
 
 def choose(known: list[Part], names: str) -> list[Part]:
-    """The parts of these names, in their own order. Raises ValueError for a name that is none."""
+    """The parts of these names, in the order of `known`. Raises ValueError for an unknown name."""
     wanted = names.split(",") if names else [part.name for part in known]
     if unknown := set(wanted) - {part.name for part in known}:
         raise ValueError(f"--parts={names}: no part {min(unknown)!r}; there are "
@@ -134,15 +135,15 @@ def choose(known: list[Part], names: str) -> list[Part]:
 
 
 def run(part: Part, seconds: float, out: Path, device: str) -> Outcome:
-    """One part, in at most that many seconds."""
+    """Run one part, in at most so many seconds."""
     if part.skip:
         return Outcome("skipped", part.skip)
     if seconds < part.least_s:
-        return Outcome("skipped", f"{max(0.0, seconds):.0f} s left for it, it needs at least "
-                                  f"{part.least_s:.0f}")
+        left = max(0.0, seconds)
+        return Outcome("skipped", f"{left:.0f} s left for it, it needs at least {part.least_s:.0f}")
     file = out / (f"{part.name}.json" if part.merge_into else f"{part.name}-{device}.json")
     file.unlink(missing_ok=True)  # an old result must not be taken for this one
-    # by itself it ends between two cases: a fifth is for the one under way
+    # it ends by itself between two cases: a fifth of the time is for the last one
     minutes = f"{0.8 * seconds / 60:.3f}"
     words = [word.replace("{out}", str(file)).replace("{minutes}", minutes)
              for word in part.command]
@@ -152,7 +153,8 @@ def run(part: Part, seconds: float, out: Path, device: str) -> Outcome:
                       log=text[-LOG_LINES:])
     last = next((line for line in reversed(text) if line.strip()), "")
     if code is None:
-        outcome.status, outcome.why = "timed out", f"ended after {seconds:.0f} s; what it had written is kept"
+        outcome.status = "timed out"
+        outcome.why = f"ended after {seconds:.0f} s; what it had written is kept"
     elif code != 0:
         outcome.status, outcome.why = "failed", f"exit code {code}: {last}"
     elif not file.exists():
@@ -165,8 +167,10 @@ def run(part: Part, seconds: float, out: Path, device: str) -> Outcome:
 
 
 def launch(command: list[str], log: Path, seconds: float) -> tuple[int | None, list[str]]:
-    """(exit code, or None if it had to be ended with all it started; lines of output). The output
-    is in `log` as it comes."""
+    """(exit code, lines of output); the code is None if it was killed with all it had started.
+
+    The output is written to `log` as it comes.
+    """
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                                    start_new_session=True,
@@ -190,8 +194,10 @@ def end(process: subprocess.Popen) -> None:
 
 
 def merge(file: Path, into: Path, result: dict) -> None:
-    """Put a part's cases beside those already in `into`, from the same commit and machine; else it
-    starts anew."""
+    """Add a part's cases to those in `into`, if they are of the same commit and machine.
+
+    If not, `into` is written anew. `file` is removed.
+    """
     same = ("commit", "dirty", "gpu_name", "cpu", "torch", "triton")
 
     def key(found: dict) -> list:

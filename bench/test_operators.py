@@ -1,10 +1,11 @@
-"""Every operator under pytest-benchmark: `pytest bench/ --benchmark-only`; `-k "layernorm and
-forward"` picks some.
+"""Every operator under pytest-benchmark.
 
-A result is checked before it is timed, as in bench/operators.py, whose cases these are. What is
-timed here is a whole call as the host sees it, launch and wait included, which is what
-pytest-benchmark's clock can tell; the device's own time, with an L2 that holds nothing, and the
-fraction of the floor are bench/operators.py's.
+    pytest bench/ --benchmark-only
+    pytest bench/ --benchmark-only -k "layernorm and forward"
+
+The cases and the check before timing are those of bench/operators.py. Here a whole call is timed as
+the host sees it, launch and wait included, which is what pytest-benchmark's clock can tell.
+bench/operators.py times the device's own work, with a flushed L2 cache, against the floor.
 """
 
 import pytest

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from bench import compare_run
-from bench.compare_run import Options, Run, band, judge, main, read_reference
-from bench.timing import ROOT
-
-QUICKSTART = ROOT / "bench" / "results" / "reference-quickstart.json"
+from bench.compare_run import Options, main
+from bench.curves.band import SMOOTH_STEPS, WIDENING, Run, band, judge, read_reference
+from bench.timing import RESULTS, ROOT
 
 
 def curve(level, steps=range(0, 1000, 100)):
@@ -20,8 +19,7 @@ def curve(level, steps=range(0, 1000, 100)):
 
 
 def run_at(level, name="x", noise=0.0, **curves):
-    """A run whose evaluations are at `level`, and whose batch losses alternate around it by
-    `noise`."""
+    """A run with its evaluations at `level`, and batch losses that alternate by `noise`."""
     losses = {s: level + noise * (-1) ** s for s in range(200)}
     found = {"train/loss": curve(level), "val/loss": curve(level), "loss": losses} | curves
     return Run(name, found, {"eval_iters": 4, "seed": level}, None)
@@ -69,7 +67,9 @@ def test_the_first_step_outside_and_the_excess_are_told():
     verdict = next(v for v in judge(run_at(2.0, **{"val/loss": val}), reference)
                    if v.curve == "val/loss")
     assert not verdict.inside and (verdict.beyond != 0).sum() == 3
-    assert "OUT from step 300: 6.2500, band [-2.0000, 6.0000], 0.2500 above; worst at step 400, 3.0000 above" in str(verdict)
+    told = ("OUT from step 300: 6.2500, band [-2.0000, 6.0000], 0.2500 above; worst at step 400, "
+            "3.0000 above")
+    assert told in str(verdict)
 
 
 def test_a_loss_that_is_no_number_is_outside():
@@ -116,29 +116,27 @@ def test_bad_input_is_one_clear_line(bad, told, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(text)
     folders = tuple(b for b in bad if not b.startswith("--"))
-    options = Options(folders,
-                      reference=next((b.partition("=")[2] for b in bad if b.startswith("--")), ""))
+    reference = next((b.partition("=")[2] for b in bad if b.startswith("--")), "")
     with pytest.raises(ValueError, match=told) as error:
-        main(options)
+        main(Options(folders, reference=reference))
     assert "\n" not in str(error.value)
 
 
 def test_bad_input_exits_with_2(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "bench" / "compare_run.py", tmp_path, tmp_path],
-                          capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode == 2 and done.stderr.count(
-        "\n") == 1 and "no metrics.jsonl" in done.stderr
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "no metrics.jsonl" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["quickstart", "shakespeare"])
 def test_committed_references_are_three_seeds_with_the_band_of_the_rule(name):
-    path = ROOT / "bench" / "results" / f"reference-{name}.json"
+    path = RESULTS / f"reference-{name}.json"
     told, runs = json.loads(path.read_text()), read_reference(path)
-    assert len(runs) == 3 and told["environment"]["commit"] and told["training"].startswith(
-        "train/run.py ")
-    assert told["rule"] | {"told_in": ""} == {"smooth_steps": compare_run.SMOOTH_STEPS,
-                                              "widening": compare_run.WIDENING, "told_in": ""}
+    assert len(runs) == 3 and told["environment"]["commit"]
+    assert told["training"].startswith("train/run.py ")
+    rule = {"smooth_steps": SMOOTH_STEPS, "widening": WIDENING, "told_in": ""}
+    assert told["rule"] | {"told_in": ""} == rule
     for curve_name, stored in told["band"].items():
         low, high = band(curve_name, np.array(told["steps"][curve_name]), runs)
         # losses have four decimals
@@ -149,8 +147,8 @@ def test_committed_references_are_three_seeds_with_the_band_of_the_rule(name):
 def test_a_reference_needs_seeds_of_one_recipe():
     one, two = ({"eval_iters": 4, "seed": s, "learning_rate": 1e-3} for s in (1, 2))
     runs = [replace(run_at(1.0), config=c) for c in (one, two | {"learning_rate": 2e-3})]
-    with pytest.raises(ValueError, match=r"b is another recipe than a: learning_rate=0.002 \(not "
-                                         r"0.001\)"):
+    told = r"b is another recipe than a: learning_rate=0.002 \(not 0.001\)"
+    with pytest.raises(ValueError, match=told):
         compare_run.reference_of(runs, ["a", "b"])
     with pytest.raises(ValueError, match="each with a seed of its own; these are 1, 1"):
         compare_run.reference_of([replace(r, config=one) for r in runs], ["a", "b"])
@@ -167,15 +165,14 @@ def stdlib_data(tmp_path_factory):
 
 @pytest.mark.parametrize("flags, code", [([], 0), (["--learning_rate=4e-4"], 1)],
                          ids=["as it should be", "wrong learning rate"])
-def test_the_first_steps_of_the_quickstart_tell_a_good_run_from_a_bad_one(flags, code, stdlib_data,
-                                                                          tmp_path, capsys):
-    """A seed that the reference does not know."""
+def test_the_first_steps_of_the_quickstart_tell_a_good_run_from_a_bad_one(
+        flags, code, stdlib_data, tmp_path, capsys):
+    """With a seed that is not in the reference."""
     from train.run import main as train
 
     out = tmp_path / "out"
     assert train([str(ROOT / "configs" / "quickstart.py"), f"--data_dir={stdlib_data}",
-                  f"--out_dir={out}", "--seed=5", "--device=cpu",
-                  "--dtype=float32", "--max_iters=25", "--log_interval=1", "--eval_iters=2",
-                  *flags]) == 0
+                  f"--out_dir={out}", "--seed=5", "--device=cpu", "--dtype=float32",
+                  "--max_iters=25", "--log_interval=1", "--eval_iters=2", *flags]) == 0
     assert main(Options((str(out),), reference="quickstart")) == code
     assert ("learning_rate=0.0004 (not 0.004)" in capsys.readouterr().out) == bool(code)

@@ -37,10 +37,10 @@ def test_a_rehearsal_leaves_the_weights_bit_for_bit(weights, batch):
     peer = peers.ours(CONFIG, weights, CPU, torch.float32)
     loss = peer.rehearse(*batch)
     assert all(torch.equal(v, weights[k]) for k, v in peer.module.state_dict().items())
-    assert peer.bytes_held() > 3 * sum(p.nbytes
-                                       for p in peer.module.parameters()), "weights and two moments"
-    assert peer.step(*batch) == loss and not torch.equal(peer.module.lm_head.weight,
-                                                         weights["lm_head.weight"])
+    held = sum(p.nbytes for p in peer.module.parameters())
+    assert peer.bytes_held() > 3 * held, "weights and two moments"
+    assert peer.step(*batch) == loss
+    assert not torch.equal(peer.module.lm_head.weight, weights["lm_head.weight"])
 
 
 @pytest.mark.parametrize("make", [peers.ours, peers.transformers_gpt2])
@@ -49,8 +49,8 @@ def test_variants_share_parameters_and_optimizer(make, weights, batch):
         pytest.importorskip("transformers", reason="transformers is not installed")
     one = make(CONFIG, weights, CPU, torch.float32)
     two = make(CONFIG, weights, CPU, torch.float32, like=one)
-    assert all(p is q
-               for p, q in zip(one.module.parameters(), two.module.parameters(), strict=True))
+    pairs = zip(one.module.parameters(), two.module.parameters(), strict=True)
+    assert all(p is q for p, q in pairs)
     one.step(*batch)
     assert one.evaluate(*batch) == two.evaluate(*batch) and one.optimizer is two.optimizer
 
@@ -61,9 +61,8 @@ def test_transformers_agrees_with_ours(weights, batch):
     peers.agree([peers.ours(*here), peers.transformers_gpt2(*here)], *batch)
 
 
-@pytest.mark.parametrize("loss, value",
-                         [(lambda x: x + 0.01, "has loss 3."),
-                          (lambda x: x * float("nan"), "has loss nan")])
+@pytest.mark.parametrize("loss, value", [(lambda x: x + 0.01, "has loss 3."),
+                                         (lambda x: x * float("nan"), "has loss nan")])
 def test_a_peer_with_another_loss_is_refused_with_both_values(loss, value, weights, batch):
     def wrong(*args, **kwargs):
         return loss(load("torch").linear_cross_entropy(*args, **kwargs))
@@ -77,15 +76,17 @@ def test_a_peer_with_another_loss_is_refused_with_both_values(loss, value, weigh
 
 
 def test_liger_is_given_what_it_takes(weights, batch, monkeypatch):
-    """A stand-in with the interface of liger-kernel 0.8: its norm needs a bias, its loss ignores
-    -100 unless told."""
+    """A stand-in with the interface of liger-kernel 0.8: its norm needs a bias, and its loss
+    ignores -100 by default."""
+    def fused(input, weight, target, bias=None, ce_weight=None, ignore_index=-100,
+              lse_square_scale=0.0, label_smoothing=0.0, reduction="mean"):
+        return F.cross_entropy(input @ weight.T, target, ignore_index=ignore_index,
+                               reduction=reduction)
+
     functional = ModuleType("liger_kernel.transformers.functional")
     functional.liger_layer_norm = lambda X, W, B, eps: F.layer_norm(X, W.shape, W, B.view(-1), eps)
     functional.liger_cross_entropy = F.cross_entropy
-    functional.liger_fused_linear_cross_entropy = (
-        lambda input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
-        reduction="mean": F.cross_entropy(input @ weight.T, target, ignore_index=ignore_index,
-                                          reduction=reduction))
+    functional.liger_fused_linear_cross_entropy = fused
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
         sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -103,23 +104,21 @@ def test_a_folder_without_nanogpt_is_refused(weights, tmp_path):
         peers.nanogpt(tmp_path, CONFIG, weights, CPU, torch.float32)
 
 
-@pytest.mark.parametrize("suites, told",
-                         [("triton", "needs a CUDA device"),
-                          ("torch+norm=torch", "no family 'norm'"),
-                          ("torch+attention=nonsense", "no such implementation"),
-                          ("fast", "no such implementation")])
-def test_suites_that_are_none_are_refused(suites, told, monkeypatch):
+@pytest.mark.parametrize("backends, told", [
+    ("triton", "needs a CUDA device"), ("torch+norm=torch", "no family 'norm'"),
+    ("torch+attention=nonsense", "no such implementation"), ("fast", "no such implementation")])
+def test_unknown_backends_are_refused(backends, told, monkeypatch):
     monkeypatch.setattr("kernels._interpreting", lambda: False)
     with pytest.raises(ValueError, match=told):
-        mfu.suites(Options(suites=suites), CPU)
+        mfu.backends(Options(backends=backends), CPU)
 
 
-def test_suites_are_read():
-    found = mfu.suites(Options(suites="torch,reference+attention=torch+layernorm=torch"), CPU)
+def test_backends_are_read():
+    found = mfu.backends(Options(backends="torch,reference+attention=torch+layernorm=torch"), CPU)
     assert found == [("torch", "torch", {}),
                      ("reference+attention=torch+layernorm=torch", "reference",
                       {"attention": "torch", "layernorm": "torch"})]
-    names = [name for name, *_ in mfu.suites(Options(suites=""), CPU)]
+    names = [name for name, *_ in mfu.backends(Options(backends=""), CPU)]
     assert names == ["torch"], "what runs on a CPU"
 
 
@@ -154,14 +153,14 @@ def test_batch_size_auto_needs_a_gpu():
         mfu.main(Options(device="cpu", dtype="float32", batch_size="auto"))
 
 
-def test_a_case_on_this_machine_has_losses_shares_and_no_mfu_where_the_device_is_unknown(tmp_path,
-                                                                                         monkeypatch, capsys):
-    """On a GPU the name is hidden, so that it is unknown there, too."""
+def test_a_case_on_this_machine_has_losses_shares_and_no_mfu_where_the_device_is_unknown(
+        tmp_path, monkeypatch, capsys):
+    """The name of a GPU is hidden, so that it is unknown, too."""
     monkeypatch.setitem(mfu.CASES, "tiny", (CONFIG, 2))
     monkeypatch.setattr(hardware, "device_name", lambda device: "some GPU")
     out = tmp_path / "mfu.json"
     options = Options(device=DEVICE, dtype="float32", cases="tiny",
-                      suites="torch,torch+cross_entropy=reference", compile=False,
+                      backends="torch,torch+cross_entropy=reference", compile=False,
                       peers="transformers", steps=2, out=str(out))
     mfu.main(options)
     case = json.loads(out.read_text())["cases"]["tiny"]
@@ -172,10 +171,9 @@ def test_a_case_on_this_machine_has_losses_shares_and_no_mfu_where_the_device_is
     (share,) = case["shares"]
     one, two = (rows[f"ours, {name}"]["step"]["median_ms"]
                 for name in ("torch", "torch+cross_entropy=reference"))
-    assert (share["suite"], share["change"]) == ("torch", "cross_entropy=reference")
-    assert share["more_ms"] == pytest.approx(two
-                                             - one) and share["more_of_step"] == pytest.approx(
-                                                 two / one - 1)
+    assert (share["backend"], share["change"]) == ("torch", "cross_entropy=reference")
+    assert share["more_ms"] == pytest.approx(two - one)
+    assert share["more_of_step"] == pytest.approx(two / one - 1)
     printed = capsys.readouterr().out
     assert "n/a" in printed and "%" not in printed.replace(" %", ""), "no MFU of an unknown device"
 
@@ -185,7 +183,6 @@ def test_a_speed_above_the_peak_is_an_error_not_a_figure(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(mfu, "measure", lambda steps, **_: dict.fromkeys(steps, Timing((1e-9,))))
     with pytest.raises(ValueError, match="above 100 %"):
-        mfu.main(Options(device=DEVICE, dtype="bfloat16", cases="tiny", suites="torch",
-                         compile=False, peers="",
-                         out=str(tmp_path / "x.json")))
+        mfu.main(Options(device=DEVICE, dtype="bfloat16", cases="tiny", backends="torch",
+                         compile=False, peers="", out=str(tmp_path / "x.json")))
     assert not (tmp_path / "x.json").exists()

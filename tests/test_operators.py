@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import operators
+from bench.accuracy import inaccuracy
 from bench.floors import Rates, Work
 from bench.ops import cases
 from bench.ops.cases import Case
@@ -15,9 +16,8 @@ from bench.timing import Timing
 CPU = torch.device("cpu")
 FP32 = torch.float32
 SMALL = [Case("attention_qkv", (2, 16, 2, 8), FP32), Case("attention", (2, 16, 2, 8), FP32),
-         Case("layernorm", (16, 16), FP32),
-         Case("add_layernorm", (12, 16), FP32), Case("cross_entropy", (12, 30), FP32),
-         Case("linear_cross_entropy", (12, 8, 30), FP32)]
+         Case("layernorm", (16, 16), FP32), Case("add_layernorm", (12, 16), FP32),
+         Case("cross_entropy", (12, 30), FP32), Case("linear_cross_entropy", (12, 8, 30), FP32)]
 RATES = Rates(matmul_tflops=1.0, copy_gbs=1.0)
 
 
@@ -34,6 +34,16 @@ def off_by(factor, phase, case):
     return broken
 
 
+def test_twice_the_yardsticks_error_and_one_rounding_are_allowed():
+    exact, yardstick = torch.tensor([1.0, -4.0]).double(), torch.tensor([1.0 + 2**-10, -4.0])
+    allowed = 2 * 2**-10 + 4 * torch.finfo(FP32).eps
+    for error, refused in ((0.99 * allowed, False), (1.01 * allowed, True), (float("nan"), True)):
+        got = torch.tensor([1.0 + error, -4.0])
+        assert bool(inaccuracy([got], [yardstick], [exact])) == refused
+    got = torch.tensor([1.5, -4.0])
+    assert "1.5 where 1 is right" in inaccuracy([exact, got], [exact, yardstick], [exact, exact])
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_what_is_right_is_admitted(case):
     assert operators.wrong(cases.operator(case, "torch"), case, CPU) == ""
@@ -48,10 +58,10 @@ def test_what_is_wrong_is_refused_with_both_values(case, phase):
 
 
 def test_attention_that_sees_its_future_is_refused():
-    def seeing(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2)
-                                                                  for t in (q, k, v))).transpose(1,
-                                                                                                 2)
+    def seeing(*qkv):
+        q, k, v = (t.transpose(1, 2) for t in qkv)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
     assert operators.wrong(seeing, SMALL[1], CPU)
 
 
@@ -66,8 +76,8 @@ def test_a_refused_one_is_not_timed(monkeypatch):
         OURS: off_by(1.01, "forward", case), "torch": cases.operator(case, "torch"),
         "other": "not installed"})
     found = operators.measure_case(case, RATES, CPU, repeats=2)
-    assert list(found["variants"]) == [
-        "torch"] and OURS in found["refused"] and found["skipped"] == {"other": "not installed"}
+    assert list(found["variants"]) == ["torch"] and OURS in found["refused"]
+    assert found["skipped"] == {"other": "not installed"}
 
 
 def test_a_backend_without_a_kernel_is_named():
@@ -80,38 +90,38 @@ def test_a_backend_without_a_kernel_is_named():
 def test_a_failure_of_ours_is_no_reason_to_skip_it(monkeypatch):
     def fails(*_):
         raise RuntimeError("launch failed")
-    monkeypatch.setattr(operators,
-                        "implementations", lambda *_: {OURS: fails,
-                                                       "torch": cases.operator(SMALL[2], "torch")})
+
+    found = {OURS: fails, "torch": cases.operator(SMALL[2], "torch")}
+    monkeypatch.setattr(operators, "implementations", lambda *_: found)
     with pytest.raises(RuntimeError, match="launch failed"):
         operators.admit(SMALL[2], CPU)
 
 
 def test_speed_is_work_over_time():
+    half = pytest.approx(0.5)
     row = operators.speed(Timing((2.0,)), Work(flops=1e9), RATES)
-    assert row["tflops"] == pytest.approx(
-        0.5) and row["gbs"] is None and row["of_floor"] == pytest.approx(0.5)
+    assert (row["tflops"], row["gbs"], row["of_floor"]) == (half, None, half)
     row = operators.speed(Timing((2.0,)), Work(bytes=1e6), RATES)
-    assert row["gbs"] == pytest.approx(
-        0.5) and row["tflops"] is None and row["of_floor"] == pytest.approx(0.5)
+    assert (row["tflops"], row["gbs"], row["of_floor"]) == (None, half, half)
     assert operators.speed(Timing((2.0,)), None, RATES)["of_floor"] is None
 
 
 def test_more_than_the_device_can_do_is_refused():
-    operators.refuse_impossible("x", "forward",
-                                operators.speed(Timing((0.95,)), Work(bytes=1e6), RATES))
+    fast, impossible = (operators.speed(Timing((ms,)), Work(bytes=1e6), RATES)
+                        for ms in (0.95, 0.5))
+    operators.refuse_impossible("x", "forward", fast)
     with pytest.raises(ValueError, match="x, forward: 0.5 ms is 200 %"):
-        operators.refuse_impossible("x", "forward",
-                                    operators.speed(Timing((0.5,)), Work(bytes=1e6), RATES))
+        operators.refuse_impossible("x", "forward", impossible)
 
 
 def test_the_least_work_of_each_operator():
-    """By hand, bf16: attention 2 products forward and 5 backward over half of the scores; a loss
-    reads its logits once."""
-    assert operators.work(Case("attention",
-                               (2, 64, 3, 8)))["forward"].flops == 4 * (2 * 3 * 64 * 64 / 2) * 8
-    assert operators.work(Case("attention_qkv",
-                               (2, 64, 3, 8)))["backward"].flops == 10 * (2 * 3 * 64 * 64 / 2) * 8
+    """By hand, bf16: attention has 2 products forward and 5 backward over half of the scores; a
+    loss reads its logits once."""
+    scores = 2 * 3 * 64 * 64 / 2
+    apart, packed = (operators.work(Case(name, (2, 64, 3, 8)))
+                     for name in ("attention", "attention_qkv"))
+    assert apart["forward"].flops == 4 * scores * 8
+    assert packed["backward"].flops == 10 * scores * 8
     loss = operators.work(Case("cross_entropy", (10, 50)))
     assert loss["both"].bytes == 2 * 10 * 50 * 2 + 2 * 8 * 10 and loss["backward"] is None
     head = operators.work(Case("linear_cross_entropy", (10, 4, 50)))
@@ -126,16 +136,17 @@ def test_implementations_are_callables_or_reasons(case):
 
 
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(operators,
-                        "implementations", lambda case, _: {"torch": cases.operator(case, "torch"),
-                                                            OURS: "no GPU"})
+    monkeypatch.setattr(operators, "implementations", lambda case, _: {
+        "torch": cases.operator(case, "torch"), OURS: "no GPU"})
     monkeypatch.setattr(operators, "chosen_cases", lambda *_: SMALL[:3])
     out = tmp_path / "o.json"
     assert operators.main(operators.Options(device="cpu", repeats=2, out=str(out))) == 0
     result = json.loads(out.read_text())
     assert list(result["cases"]) == [str(case) for case in SMALL[:3]]
     row = result["cases"][str(SMALL[0])]["variants"]["torch"]["backward"]
-    assert row["of_floor"] > 0 and row["timing"]["q1_ms"] <= row["timing"]["median_ms"] <= row["timing"]["q3_ms"]
+    timing = row["timing"]
+    assert row["of_floor"] > 0
+    assert timing["q1_ms"] <= timing["median_ms"] <= timing["q3_ms"]
     assert result["environment"]["torch"] and result["rates"]["matmul_tflops"] > 0
     assert "no GPU" in capsys.readouterr().out
 
@@ -157,5 +168,5 @@ def test_a_gpu_measures_four_sizes_and_six_lengths():
     chosen = operators.chosen_cases(operators.Options(), torch.device("cuda"))
     lengths = {case.shape[1] for case in chosen if case.operator == "attention"}
     assert lengths == {512, 1024, 2048, 4096, 8192, 16384}
-    assert {case.shape[-1]
-            for case in chosen if case.operator == "add_layernorm"} == {768, 1024, 1280, 1600}
+    widths = {case.shape[-1] for case in chosen if case.operator == "add_layernorm"}
+    assert widths == {768, 1024, 1280, 1600}

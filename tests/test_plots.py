@@ -10,8 +10,7 @@ from bench.ops.cases import Case
 from bench.ops.peers import implementations
 
 ENVIRONMENT = {"cpu": "X", "threads": 2, "gpu": None, "torch": "2", "python": "3",
-               "commit": "0123456789", "date": "2026-01-01T",
-               "command": "bench/x.py"}
+               "commit": "0123456789", "date": "2026-01-01T", "command": "bench/x.py"}
 STEP = {"median_ms": 10.0, "q1_ms": 9.0, "q3_ms": 11.0}
 RATES = {"matmul_tflops": 100.0, "copy_gbs": 1000.0}  # the ridge is at 100 operations per byte
 
@@ -63,8 +62,7 @@ def test_a_point_is_as_far_below_the_roof_as_it_is_from_its_floor():
 def test_the_roofline_has_every_measured_phase_and_no_other(figure):
     plots.roofline(OPERATORS, figure)
     points = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 1]
-    assert len(
-        points) == 2 + 1 + 2, "ours two, torch one (its backward is refused); of the loss forward and both"
+    assert len(points) == 2 + 1 + 2, "ours two; torch one, without its backward; the loss two"
     assert {name for case in implementations_of_all() for name in case} <= set(plots.COLORS)
 
 
@@ -93,5 +91,5 @@ def test_pictures_are_drawn_of_the_results_there_are(tmp_path):
 def test_a_result_without_a_profile_has_no_waterfall(tmp_path):
     case = {k: v for k, v in TRAINING["cases"]["small"].items() if k != "profile"}
     (tmp_path / "mfu-cpu.json").write_text(json.dumps(TRAINING | {"cases": {"small": case}}))
-    assert plots.source("waterfall", "cpu",
-                        tmp_path) is None and plots.source("tokens", "cpu", tmp_path) is not None
+    assert plots.source("waterfall", "cpu", tmp_path) is None
+    assert plots.source("tokens", "cpu", tmp_path) is not None

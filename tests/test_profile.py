@@ -40,8 +40,8 @@ def test_kernels_are_known_by_name_or_by_who_launched_them(names, category):
 
 
 def test_overlapping_spans_count_once():
-    assert profile_step.busy_ms([(0, 1000), (500, 1500), (600, 700),
-                                 (3000, 4000)]) == pytest.approx(2.5)
+    spans = [(0, 1000), (500, 1500), (600, 700), (3000, 4000)]
+    assert profile_step.busy_ms(spans) == pytest.approx(2.5)
     assert profile_step.busy_ms([]) == 0
 
 
@@ -85,7 +85,7 @@ def test_a_step_on_a_cpu_is_attributed_and_traced(tmp_path):
     assert spent["rest"] < 0.5 * found["step_ms"], found["longest"]
     assert sum(spent.values()) == pytest.approx(found["step_ms"], rel=0.05)
     calls = {row["name"]: row["calls"] for row in found["longest"]}
-    assert calls["aten::mm"] == 3 * (4 * SMALL.n_layer
-                                     + 1), "three products for each of the linear layers and the head"
+    layers = 4 * SMALL.n_layer + 1
+    assert calls["aten::mm"] == 3 * layers, "three products for each linear layer and the head"
     trace = json.loads(gzip.open(tmp_path / found["trace"]).read())
     assert any(e.get("name") == "aten::mm" for e in trace["traceEvents"])

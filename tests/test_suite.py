@@ -1,5 +1,4 @@
-"""One command for all measurements (bench/suite.py), and the parts that are its own: parity and
-memory."""
+"""One command for all measurements (bench/suite.py), and two of its parts: parity and memory."""
 
 import importlib
 import json
@@ -60,16 +59,14 @@ def test_what_does_not_fit_is_skipped_and_named(tmp_path):
 
 def test_one_failure_does_not_stop_the_next_part(tmp_path, monkeypatch, capsys):
     bad = Part("bad", ("-c", "raise SystemExit(3)"), 1, 0)
-    monkeypatch.setattr(suite,
-                        "parts", lambda _: [bad, Part("good", WRITES, 1, 0),
-                                            Part("big", WRITES, 1, 1e9)])
+    good, big = Part("good", WRITES, 1, 0), Part("big", WRITES, 1, 1e9)
+    monkeypatch.setattr(suite, "parts", lambda _: [bad, good, big])
     assert suite.main(suite.Options(device="cpu", minutes=1, out=str(tmp_path))) == 1
     result = json.loads((tmp_path / "suite-cpu.json").read_text())
-    assert [(name, p["status"])
-            for name, p in result["parts"].items()] == [("bad", "failed"), ("good", "passed"),
-                                                        ("big", "skipped")]
-    assert result["parts"]["good"]["result"] == {
-        "cases": {"a": 1}} and result["environment"]["torch"]
+    assert [(name, p["status"]) for name, p in result["parts"].items()] == [
+        ("bad", "failed"), ("good", "passed"), ("big", "skipped")]
+    assert result["parts"]["good"]["result"] == {"cases": {"a": 1}}
+    assert result["environment"]["torch"]
     assert "not passed: bad" in capsys.readouterr().out
 
 
@@ -77,9 +74,8 @@ def test_time_that_a_part_leaves_goes_to_those_after_it(tmp_path, monkeypatch):
     shares = []
     monkeypatch.setattr(suite, "run", lambda part, seconds, *_: shares.append(seconds)
                         or suite.Outcome("passed"))
-    monkeypatch.setattr(suite, "parts", lambda _: [Part(name, (), weight, 0)
-                                                   for name, weight in (("a", 2),
-                                                                        ("b", 1), ("c", 1))])
+    monkeypatch.setattr(suite, "parts", lambda _: [
+        Part(name, (), weight, 0) for name, weight in (("a", 2), ("b", 1), ("c", 1))])
     assert suite.main(suite.Options(device="cpu", minutes=1, out=str(tmp_path))) == 0
     assert shares == pytest.approx([30, 30, 60], abs=0.5)
 
@@ -97,8 +93,8 @@ def test_every_part_is_a_file_of_this_checkout_with_flags_it_knows(device):
 def test_an_unknown_part_is_named():
     with pytest.raises(ValueError, match="'mfu-2B'"):
         suite.choose(suite.parts("cuda"), "ring3,mfu-2B")
-    assert [part.name
-            for part in suite.choose(suite.parts("cuda"), "memory,ring3")] == ["ring3", "memory"]
+    found = suite.choose(suite.parts("cuda"), "memory,ring3")
+    assert [part.name for part in found] == ["ring3", "memory"]
 
 
 def test_sizes_are_gathered_in_one_file_unless_from_another_commit(tmp_path):
@@ -133,20 +129,19 @@ def test_parity_is_the_validation_losses_being_close(tmp_path, monkeypatch, off,
     monkeypatch.setattr(parity, "write_result", lambda path, result: saved.update(result))
     saved = {}
     assert parity.main(parity.Options(device="cpu", out=str(tmp_path / "p.json"))) == code
-    assert saved["against"]["torch"]["mean"] == pytest.approx(
-        0.05) and saved["against"]["torch"]["most"] == pytest.approx(0.1)
+    apart = saved["against"]["torch"]
+    assert (apart["mean"], apart["most"]) == (pytest.approx(0.05), pytest.approx(0.1))
 
 
-def test_parity_needs_two_suites():
+def test_parity_needs_two_backends():
     with pytest.raises(ValueError, match="at least two"):
-        parity.main(parity.Options(device="cpu", suites="torch"))
+        parity.main(parity.Options(device="cpu", backends="torch"))
 
 
 def test_the_corpus_of_parity_is_gpt2s_tokens_where_its_vocabulary_is(tmp_path, monkeypatch):
     pytest.importorskip("tiktoken")
-    monkeypatch.setattr(parity.prepare,
-                        "source_files", lambda root: ["abc.py", "this.py", "contextlib.py",
-                                                      "string.py"])
+    files = ["abc.py", "this.py", "contextlib.py", "string.py"]
+    monkeypatch.setattr(parity.prepare, "source_files", lambda root: files)
     monkeypatch.setattr(parity.prepare, "is_validation", lambda path: path == "this.py")
     assert "GPT-2" in parity.write_corpus(tmp_path / "data", True)
     assert json.loads((tmp_path / "data" / "manifest.json").read_text())["vocab_size"] == 50257

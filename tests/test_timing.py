@@ -62,8 +62,8 @@ def test_each_variant_gets_its_own_samples_though_the_order_rotates(fake_clock):
 
 def test_warmup_is_not_timed(fake_clock):
     log = []
-    times = measure(variants_that_take(fake_clock, {"a": 1}, log), device="cpu",
-                    warmup=5, repeats=2)
+    times = measure(variants_that_take(fake_clock, {"a": 1}, log), device="cpu", warmup=5,
+                    repeats=2)
     assert len(log) == 7 and len(times["a"].samples) == 2
 
 
@@ -90,9 +90,9 @@ def test_median_and_quartiles():
 
 
 def test_the_clock_of_this_machine_measures_time():
-    # 20 ms at 2 GHz
-    work = (lambda: time.sleep(0.02)) if DEVICE == "cpu" else (
-        lambda: torch.cuda._sleep(40_000_000))
+    def work():
+        return time.sleep(0.02) if DEVICE == "cpu" else torch.cuda._sleep(40_000_000)  # at 2 GHz
+
     slow = measure({"work": work, "nothing": lambda: None}, device=DEVICE, warmup=1, repeats=3)
     assert 10 < slow["work"].median_ms < 200
     assert slow["nothing"].median_ms < 5

@@ -1,5 +1,4 @@
-"""Choosing launch settings by measurement (bench/tune.py). The measuring itself runs on a CPU here,
-in the interpreter."""
+"""Choosing launch settings by measurement (bench/tune.py); here on a CPU, in the interpreter."""
 
 import json
 from pathlib import Path
@@ -79,28 +78,27 @@ def peer(size, family, triton_ms, torch_ms):
 
 def test_triton_is_fastest_only_where_it_wins_at_every_size():
     rows = [peer("124M", "attention", 1, 2), peer("350M", "attention", 3, 2),
-            peer("124M", "layernorm", 1, 2),
-            peer("350M", "layernorm", 1, 3)]
+            peer("124M", "layernorm", 1, 2), peer("350M", "layernorm", 1, 3)]
     assert fastest(rows) == {"attention": "torch", "layernorm": "triton"}
 
 
 def test_a_familys_operators_count_together():
-    assert fastest([peer("124M", "layernorm", 3, 2), peer("124M", "layernorm", 1, 4)]) == {
-        "layernorm": "triton"}
+    rows = [peer("124M", "layernorm", 3, 2), peer("124M", "layernorm", 1, 4)]
+    assert fastest(rows) == {"layernorm": "triton"}
 
 
 def test_results_are_kept_per_gpu_in_the_users_cache():
-    assert tune.cache_file("NVIDIA H200",
-                           {"XDG_CACHE_HOME": "/c"}) == Path("/c/ridgegpt/tune-NVIDIA-H200.json")
+    given = tune.cache_file("NVIDIA H200", {"XDG_CACHE_HOME": "/c"})
+    assert given == Path("/c/ridgegpt/tune-NVIDIA-H200.json")
     assert tune.cache_file("A (b)", {}) == Path.home() / ".cache/ridgegpt/tune-A-b.json"
 
 
 def test_steering_replaces_one_call_and_is_undone():
     before = launch.layernorm_backward
     with tune.steered() as (today, chosen):
-        assert launch.layernorm_backward(768) == before(
-            768) == today[Call("layernorm_backward", (768,))]
-        chosen[Call("layernorm_backward", (768,))] = {"ROWS": 1}
+        call = Call("layernorm_backward", (768,))
+        assert launch.layernorm_backward(768) == before(768) == today[call]
+        chosen[call] = {"ROWS": 1}
         assert launch.layernorm_backward(768) == {"ROWS": 1}
         assert launch.layernorm_backward(1024) == before(1024)
     assert launch.layernorm_backward is before
@@ -113,9 +111,8 @@ def test_without_a_gpu_it_says_so():
 
 
 SMALL = Case("layernorm", (5, 96), torch.float32)
-needs_kernels = pytest.mark.skipif(not (torch.cuda.is_available()
-                                        or triton.knobs.runtime.interpret),
-                                   reason="nothing runs them")
+RUNS = torch.cuda.is_available() or triton.knobs.runtime.interpret
+needs_kernels = pytest.mark.skipif(not RUNS, reason="nothing runs the Triton kernels here")
 
 
 @needs_kernels
@@ -129,23 +126,20 @@ def test_inaccurate_operators_are_told():
 
 
 @needs_kernels
-def test_only_settings_with_right_results_are_timed_and_all_is_written(monkeypatch,
-                                                                       tmp_path, capsys):
-    """A tile of half the row forgets elements; a tile whose size is no power of two does not run at
-    all."""
+def test_only_settings_with_right_results_are_timed_and_all_is_written(
+        monkeypatch, tmp_path, capsys):
+    """A tile of half the row forgets elements; one whose size is no power of two does not run."""
     good, forgetful, broken = [{"ROWS": r, "BLOCK_N": n, "num_warps": 4}
                                for r, n in ((1, 128), (1, 64), (3, 96))]
-    monkeypatch.setattr(tune, "KNOBS",
-                        {"layernorm_backward": ("step", lambda call, current: [good,
-                                                                               forgetful, broken])})
+    tried = {"layernorm_backward": ("step", lambda call, current: [good, forgetful, broken])}
+    monkeypatch.setattr(tune, "KNOBS", tried)
     result = tune.tune([("tiny", SMALL, SMALL)], DEVICE, repeats=2, compiled=lambda fn: fn)
     (row,) = result["rows"]
-    assert set(row["failed"]) == {str(forgetful),
-                                  str(broken)} and "backward tensor" in row["failed"][str(
-                                      forgetful)]
+    assert set(row["failed"]) == {str(forgetful), str(broken)}
+    assert "backward tensor" in row["failed"][str(forgetful)]
     assert set(row["times"]) == {str(good), str(row["before"])}
     assert row["settings"] in (good, row["before"])
     write_result(tmp_path / "r.json", result)
-    assert json.loads(
-        (tmp_path / "r.json").read_text())["peers"][0]["step"]["torch"]["median_ms"] > 0
+    read = json.loads((tmp_path / "r.json").read_text())
+    assert read["peers"][0]["step"]["torch"]["median_ms"] > 0
     assert f"layernorm_backward(96): {row['settings']}" in capsys.readouterr().out
