@@ -26,7 +26,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # from a killed run; or a link
+    temporary.unlink(missing_ok=True)  # left by a killed run, or a link to another file
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -83,7 +83,7 @@ def check_json(value: Any, form: type[T], name: str, remedy: str) -> T:
         every = CollectionCheckStrategy.ALL_ITEMS
         value = check_type(value, form, collection_check_strategy=every)
         check_declared(value, form, "")
-    except (TypeCheckError, ValueError) as error:  # several lines long for a union
+    except (TypeCheckError, ValueError) as error:  # of several lines for a union
         raise ValueError(f"{name}: {' '.join(str(error).split())}; {remedy}") from None
     return value
 
@@ -100,7 +100,7 @@ def read_text(path: Path, remedy: str = "name a text file") -> str:
 def regular_file(path: Path, remedy: str) -> Path:
     """Return `path` if it is a regular file, or a link to one. Raises ValueError otherwise.
 
-    To open a FIFO would wait forever, and /dev/zero has no end.
+    Opening a FIFO would wait forever, and reading /dev/zero would never end.
     """
     if not path.is_file():
         problem = "no regular file" if path.exists() else "no such file"

@@ -72,7 +72,7 @@ class ShardWriter:
         self.max_id = max(self.max_id, int(ids.max(initial=0)))
         while len(ids):
             if self._file is None:
-                self._partial().unlink(missing_ok=True)  # from a killed run; or a link
+                self._partial().unlink(missing_ok=True)  # left by a killed run, or a link
                 self._file = open(self._partial(), "xb")
                 self._file.write(bytes(self._offset))
             room = self._shard_tokens - self._open_tokens if self._shard_tokens else len(ids)

@@ -19,8 +19,8 @@ from data.manifest import fingerprint
 
 _PIECE_CHARACTERS = 1 << 20
 _BATCH_ROWS = 256  # rows of parquet that are read together
-# No alternative of GPT-2's pattern matches a non-space character followed by a space, and none
-# looks back. So a cut before such a space changes no id.
+# No alternative of GPT-2's pattern matches whitespace after a character that is not, and none looks
+# back. So a cut before such whitespace changes no id.
 _CUT = re.compile(r"(?<=\S)[ \n]")
 
 

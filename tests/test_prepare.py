@@ -18,6 +18,7 @@ from data.shakespeare import prepare as shakespeare
 from data.shakespeare_char import prepare as shakespeare_char
 from data.tokenizer import load_tokenizer, read_meta
 from data.tokens import open_split
+from tests.test_encode import contents, tokens_of
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -30,10 +31,6 @@ def closed_network(monkeypatch):
         raise AssertionError("the network was touched")
 
     monkeypatch.setattr(small.urllib.request, "urlopen", refuse)
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def run(set_name, *options, cwd):
@@ -153,8 +150,7 @@ def four_documents(tmp_path):
 def test_four_documents_of_a_local_parquet_are_enough(tmp_path, four_documents, set_name):
     code, out, errors = run(set_name, "--input=four.parquet", "--out=out", cwd=tmp_path)
     assert code == 0 and "4 documents, 1 of them empty" in out and "documents/s" in errors, errors
-    train, val = (np.concatenate(list(open_split(tmp_path / "out", split).chunks())).tolist()
-                  for split in ("train", "val"))
+    train, val = (tokens_of(tmp_path / "out", split) for split in ("train", "val"))
     if set_name == "fineweb":
         assert val + train == [i for ids in four_documents for i in ids]
     else:
@@ -213,12 +209,11 @@ def little_library(tmp_path, monkeypatch):
 def test_every_file_is_in_one_split(little_library, tmp_path):
     python_stdlib.main(tmp_path / "out")
     for split in ("train", "val"):
-        ids = np.concatenate(list(open_split(tmp_path / "out", split).chunks()))
         names = [name for name in sorted(TAKEN)
                  if python_stdlib.is_validation(name) == (split == "val")]
         assert names
         expected = b"".join(f"# {name} \xff\n".encode("latin-1") for name in names)
-        assert bytes(ids.astype(np.uint8)) == expected
+        assert bytes(tokens_of(tmp_path / "out", split)) == expected
 
 
 def test_a_changed_source_or_output_is_made_again(little_library, tmp_path, capsys):

@@ -27,7 +27,7 @@ def main(input: str = "", out: Path | None = None, *, edu: bool = False,
         revision: the revision of the data set on the Hub
         format: shards for files with llm.c's header, raw for nanoGPT's train.bin and val.bin
         shard_tokens: the number of tokens in a shard
-        val_tokens: the first tokens, this many, are for validation; 0 for 100 million, as in llm.c,
+        val_tokens: how many of the first tokens are for validation; 0 for 100 million, as in llm.c,
             or for one per 40 bytes of local text if that is less
         workers: the number of processes that encode; 0 for one per core
     """

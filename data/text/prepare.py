@@ -29,7 +29,7 @@ def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "",
         revision: the revision of the Hub's data set
         column: the column that holds the text
         val_fraction: the share of the documents for validation, drawn with a fixed seed
-        val_tokens: the first tokens, this many, are for validation, instead of a share
+        val_tokens: how many of the first tokens are for validation, instead of a share
         name: the beginning of the names of shards
         format: raw for nanoGPT's train.bin and val.bin, shards for files with llm.c's header
         shard_tokens: the number of tokens in a shard
