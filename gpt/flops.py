@@ -1,15 +1,15 @@
-"""Operations per token, in the two conventions in use, and the peaks they are divided by.
+"""FLOPs per token in the two conventions in use, and the GPUs' peaks for the MFU.
 
 L layers, d width, T sequence length, N parameters.
-palm:   6 N + 12 L d T, N without the positions   (PaLM, appendix B; nanoGPT): attention as if it were not causal
-causal: 6 N +  6 L d T, N with them               (llm.c): each score that is used, once
+palm (PaLM, appendix B; nanoGPT): 6 N + 12 L d T, N without positions; counts masked scores, too.
+causal (llm.c): 6 N + 6 L d T, N with positions; counts only the scores that are used.
 """
 
 from gpt import seam
 from gpt.config import GPTConfig, StitchedConfig
 
-# Dense bf16 tensor-core peak in TFLOP/s, by the device's name. Source: NVIDIA's data sheets for
-# A100, H100 and H200, whose sparse figures are twice these. A GPU that is not here has no MFU.
+# Dense bf16 peak of the tensor cores in TFLOP/s, by device name. Source: NVIDIA's data sheets of
+# A100, H100 and H200, whose sparse figures are twice these. Any other GPU has no MFU.
 PEAK_TFLOPS = {
     "NVIDIA H200": 989.5,
     "NVIDIA H100 80GB HBM3": 989.5,
@@ -20,15 +20,14 @@ PEAK_TFLOPS = {
 
 
 def matmul_params(c: GPTConfig) -> int:
-    """All parameters that are multiplied with: the token embedding only as the head, no
-    positions."""
+    """The number of parameters without positions, and without the token embedding if untied."""
     norms = (2 * c.n_layer + 1) * c.n_embd * (2 if c.bias else 1)
     biases = c.n_layer * 9 * c.n_embd if c.bias else 0
     return c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd + norms + biases
 
 
 def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
-    """Operations of forward and backward per token, {"palm": ..., "causal": ...}."""
+    """FLOPs of forward and backward per token: {"palm": ..., "causal": ...}."""
     T = T or c.block_size
     N, attention = matmul_params(c), 6.0 * c.n_layer * c.n_embd * T
     if isinstance(c, StitchedConfig):
@@ -39,10 +38,9 @@ def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
 
 def mfu(c: GPTConfig, tokens_per_s: float, device_name: str,
         T: int | None = None) -> dict[str, float | None]:
-    """Model FLOPs utilisation of one device as fractions, "mfu_palm" and "mfu_causal"; None for an
-    unknown one.
+    """Model FLOPs utilisation of one device: fractions "mfu_palm" and "mfu_causal".
 
-    Raises ValueError above 1: then the clock or the formula is wrong.
+    None for an unknown device. Raises ValueError above 1: the clock or the formula is wrong.
     """
     peak = PEAK_TFLOPS.get(device_name)
     result: dict[str, float | None] = {}

@@ -1,7 +1,7 @@
-"""What a model expects: `python gpt/predict.py --out_dir=out --text="To be or not to"`.
+"""Score a text: `python gpt/predict.py --out_dir=out --text="To be or not to"`.
 
 Prints the mean loss and the perplexity of the text, and the likeliest next tokens with their
-probabilities; those of a model trained with --direction=backward stand before the text.
+probabilities. A model trained with --direction=backward predicts the token before the text.
 """
 
 import sys
@@ -15,7 +15,7 @@ from common.files import read_text
 
 @dataclass(frozen=True)
 class Predict:
-    """Score a text and look one token ahead."""
+    """Score a text and predict its next token."""
 
     out_dir: NotEmpty = "out"
     """a run's folder, or one checkpoint in it"""
@@ -23,13 +23,13 @@ class Predict:
     file: str = ""
     """read the text from here instead"""
     top: Positive = 10
-    """how many next tokens are shown"""
+    """how many next tokens to show"""
     device: str = "auto"
-    """cuda, mps, cpu; auto: the first that is there"""
+    """cuda, mps or cpu; auto: the first that there is"""
 
 
 def predict(c: Predict) -> None:
-    """Print the scores and the table. Raises ValueError or OSError for what the user can mend."""
+    """Print the scores and the table. Raises ValueError or OSError for bad input."""
     import torch
 
     from common import hardware
@@ -60,7 +60,7 @@ def predict(c: Predict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all is printed; 2, after one line on stderr, for what the user can mend."""
+    """Exit code 0, or 2 after one line on stderr for bad input."""
     return cli.run(predict, Predict, argv)
 
 
