@@ -1,4 +1,4 @@
-"""The model: GPT and its configuration."""
+"""The model: GPT and its config."""
 
 from gpt.config import SIZES, GPTConfig
 
@@ -6,7 +6,7 @@ __all__ = ["GPT", "SIZES", "GPTConfig"]
 
 
 def __getattr__(name: str):
-    if name == "GPT":  # imported when asked for, so that configs do not wait for torch
+    if name == "GPT":  # imported only when used, so that reading a config does not wait for torch
         from gpt.model import GPT
 
         return GPT

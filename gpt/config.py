@@ -1,11 +1,11 @@
-"""The shape of a GPT, and the four published ones. No torch here: config errors must be instant."""
+"""The config of a GPT, and the four published sizes. No torch here: config errors are instant."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from common.bounds import BelowOne, Must, NonNegative, check
 
-# Limits far beyond any model, so that a number of too many digits is no endless loop.
+# Limits far beyond any model: --n_embd=1000000000000 must fail at once, not loop without end.
 Width = Annotated[int, Must("be from 1 to 1048576", lambda n: 1 <= n <= 1 << 20)]
 Depth = Annotated[int, Must("be from 1 to 10000", lambda n: 1 <= n <= 10_000)]
 Block = Annotated[int, Must("be the number of a block, or -1 for none", lambda n: n >= -1)]
@@ -18,8 +18,8 @@ class GPTConfig:
     block_size: Width = 1024
     """longest sequence, in tokens"""
     vocab_size: NonNegative = 50304
-    """rows of the embedding; GPT-2's 50257 rounded up to a multiple of 64. The trainer's 0: the
-    data set's own"""
+    """rows of the token embedding; 50304 is GPT-2's 50257 rounded up to a multiple of 64. In a
+    run's config 0 takes the vocabulary of the data set"""
     n_layer: Depth = 12
     """transformer blocks"""
     n_head: Width = 12
@@ -27,15 +27,15 @@ class GPTConfig:
     n_embd: Width = 768
     """width of the residual stream"""
     dropout: BelowOne = 0.0
-    """probability, for embeddings, attention and both branches; 0 is good for pretraining"""
+    """probability, for embeddings, attention, and what attention and MLP add; 0 for pretraining"""
     bias: bool = False
-    """bias in the linear layers and norms, as in GPT-2; without is a little better and faster"""
+    """bias in linear layers and norms, as in GPT-2; False is a little better and faster"""
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     """gelu (erf) as in nanoGPT; gelu_tanh for GPT-2's published weights"""
     tie_weights: bool = True
-    """the head is the token embedding, as in GPT-2; else it has weights of its own"""
+    """the head is the token embedding, as in GPT-2; False: it has weights of its own"""
     direction: Literal["forward", "backward"] = "forward"
-    """backward: the model reads from the end and predicts the token before"""
+    """backward: the model reads a text from its end and predicts the previous token"""
     window: NonNegative = 0
     """each token attends to itself and the window - 1 tokens before it; 0: to all of them"""
 
@@ -44,8 +44,8 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             fits = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             near = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
-            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; nearest "
-                             f"that do: {near}")
+            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; "
+                             f"nearest that do: {near}")
 
     @property
     def head_dim(self) -> int:
@@ -54,10 +54,10 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class StitchedConfig(GPTConfig):
-    """Two GPT-2s joined by a linear layer, the seam, which alone is trained: --init_from=stitch."""
+    """Two GPT-2s joined by a linear layer, the seam; only the seam is trained."""
 
     seam: Block = 0
-    """the block that the seam stands before; n_layer: it stands before the last norm"""
+    """the block that the seam stands before; n_layer: before the last norm"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,9 +70,8 @@ def make_config(seam: int = -1, **fields: Any) -> GPTConfig:
     return GPTConfig(**fields) if seam < 0 else StitchedConfig(**fields, seam=seam)
 
 
-# As published: vocabulary 50257, positions 1024, biases, tanh GELU.
-# Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, and OpenAI's
-# release.
+# As published: vocabulary 50257, 1024 positions, biases, tanh GELU. Source: Radford et al.,
+# "Language Models are Unsupervised Multitask Learners", 2019, and OpenAI's release.
 SIZES: dict[str, GPTConfig] = {
     name: GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257, bias=True,
                     activation="gelu_tanh")

@@ -1,11 +1,11 @@
-"""Hand a trained model on: `python gpt/export.py --out_dir=out --to=hf --folder=DIR`, or
---to=nanogpt, --to=safetensors.
+"""Write a model in another format: `python gpt/export.py --out_dir=out --to=hf --folder=DIR`.
 
-hf: config, safetensors and tokenizer for transformers' AutoModelForCausalLM, without the padding
-rows of the vocabulary, reloaded and compared. nanogpt: a ckpt.pt that its train.py resumes and its
-sample.py reads, with a meta.pkl for a model of characters. safetensors: the model alone, in one
-file, also where the ranks of a run under FSDP saved a shard each; our commands read it with
---init_from=FOLDER or --out_dir.
+--to=hf: config, safetensors and tokenizer for transformers' AutoModelForCausalLM, without the
+padding rows of the vocabulary. The folder is loaded again and its logits are compared.
+--to=nanogpt: a ckpt.pt that nanoGPT's train.py resumes and its sample.py reads, and a meta.pkl
+unless the tokens are GPT-2's.
+--to=safetensors: the model alone, in one file even if FSDP saved it in shards. Our commands read
+the folder with --init_from=FOLDER or --out_dir=FOLDER.
 """
 
 import sys
@@ -16,25 +16,25 @@ from typing import Literal
 from common import cli
 from common.bounds import NotEmpty
 
-PLAIN = {"tie_weights": True, "direction": "forward", "window": 0,
-         "seam": -1}  # all that GPT-2 elsewhere is
+# What transformers' and nanoGPT's GPT-2 is; a config without the field has no such thing.
+PLAIN = {"tie_weights": True, "direction": "forward", "window": 0, "seam": -1}
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model in another project's format."""
+    """Write a trained model in another format."""
 
     out_dir: NotEmpty = "out"
     """a run's folder, or one checkpoint in it"""
     to: Literal["hf", "nanogpt", "safetensors"] = "hf"
     folder: str = ""
-    """where to; empty: OUT_DIR/hf, OUT_DIR/nanogpt, OUT_DIR/safetensors"""
+    """what to write; empty: OUT_DIR/hf, OUT_DIR/nanogpt or OUT_DIR/safetensors"""
 
 
 def export(c: Export) -> Path:
-    """Write the folder, and print where it is and what its user must know.
+    """Write the folder, and print its path and what the user should know.
 
-    Raises ValueError or OSError; a folder that is not whole is not left under its name.
+    Raises ValueError or OSError, and then leaves nothing under the folder's name.
     """
     import shutil
 
@@ -43,14 +43,13 @@ def export(c: Export) -> Path:
     folder = Path(c.folder) if c.folder else Path(c.out_dir) / c.to
     if folder.exists():
         raise ValueError(f"{folder} exists; remove it or give another --folder")
+    write = {"hf": to_huggingface, "nanogpt": to_nanogpt, "safetensors": to_safetensors}[c.to]
     partial = folder.with_name(f".{folder.name}.unfinished")
     with reading(c.out_dir) as checkpoint:
         check_expressible(checkpoint, c.to)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            write = {"hf": to_huggingface, "nanogpt": to_nanogpt,
-                     "safetensors": to_safetensors}[c.to]
             notes = write(checkpoint, partial)
             partial.rename(folder)
         finally:
@@ -60,14 +59,15 @@ def export(c: Export) -> Path:
 
 
 def check_expressible(checkpoint: Path, to: str) -> None:
-    """Raise ValueError where the format lacks what the model has."""
+    """Raise ValueError if the format cannot express this model."""
     from gpt.checkpoint_files import read_config
 
     config = read_config(checkpoint)
     for key, value in PLAIN.items():
-        if to != "safetensors" and getattr(config, key, value) != value:
-            raise ValueError(f"{checkpoint}: {key}={getattr(config, key, value)}, which --to={to} cannot "
-                             f"express; only a model with {key}={value} can be exported")
+        found = getattr(config, key, value)
+        if to != "safetensors" and found != value:
+            raise ValueError(f"{checkpoint}: {key}={found}, which --to={to} cannot express; only "
+                             f"a model with {key}={value} can be exported")
 
 
 def to_huggingface(checkpoint: Path, folder: Path) -> list[str]:
@@ -99,13 +99,13 @@ def to_nanogpt(checkpoint: Path, folder: Path) -> list[str]:
     model, state = GPT.from_checkpoint(checkpoint), read_state(checkpoint)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     settings, meta, notes = state["config"], read_tokenizer(checkpoint), []
-    if data_dir := str(settings.get("data_dir", "")):  # nanoGPT knows data by folders' names alone
+    if data_dir := str(settings.get("data_dir", "")):  # nanoGPT names data by its folder
         settings["dataset"] = Path(data_dir).absolute().name
     optimizer = nanogpt.adamw_state(read_part(checkpoint, "optimizer"), weights, settings)
     nanogpt.write(folder / nanogpt.FILE, model.config, weights, optimizer,
                   state["step"], state["best_val_loss"], settings)
     if settings.get("optimizer") == "sgd":
-        notes.append("without sgd's momentum: nanoGPT's AdamW starts afresh")
+        notes.append("without sgd's momentum: nanoGPT's AdamW starts from zero moments")
     if meta["kind"] != "gpt2":
         write_meta(folder, meta["kind"], meta["vocab_size"], meta.get("chars", ""))
     if meta["kind"] == "char":

@@ -1,18 +1,18 @@
-"""Operations per token, in the two conventions in use, and the peaks they are divided by.
+"""FLOPs per token in the two conventions in use, and the GPUs' peaks for the MFU.
 
 L layers, d width, T sequence length, w = min(T, window), or T without a window, N parameters.
-palm:   6 N + 12 L d w                N without the positions: as if each token met w others, also
-                                      where fewer are before it (PaLM, appendix B; nanoGPT)
-causal: 6 N + 12 L d (w - w^2 / 2T)   N with them: each score that is used, once (llm.c)
-Without a window these are 12 L d T and 6 L d T. A document mask is not in them: how much it hides
+palm (PaLM, appendix B; nanoGPT): 6 N + 12 L d w, N without positions; each token meets w others,
+    also where fewer are before it.
+causal (llm.c): 6 N + 12 L d (w - w^2 / 2T), N with positions; counts only the scores that are used.
+Without a window these are 12 L d T and 6 L d T. A document mask is not counted: how much it hides
 depends on the data.
 """
 
 from gpt import seam
 from gpt.config import GPTConfig, StitchedConfig
 
-# Dense bf16 tensor-core peak in TFLOP/s, by the device's name. Source: NVIDIA's data sheets for
-# A100, H100 and H200, whose sparse figures are twice these. A GPU that is not here has no MFU.
+# Dense bf16 peak of the tensor cores in TFLOP/s, by device name. Source: NVIDIA's data sheets of
+# A100, H100 and H200, whose sparse figures are twice these. Any other GPU has no MFU.
 PEAK_TFLOPS = {
     "NVIDIA H200": 989.5,
     "NVIDIA H100 80GB HBM3": 989.5,
@@ -23,15 +23,14 @@ PEAK_TFLOPS = {
 
 
 def matmul_params(c: GPTConfig) -> int:
-    """All parameters that are multiplied with: the token embedding only as the head, no
-    positions."""
+    """The number of parameters without positions, and without the token embedding if untied."""
     norms = (2 * c.n_layer + 1) * c.n_embd * (2 if c.bias else 1)
     biases = c.n_layer * 9 * c.n_embd if c.bias else 0
     return c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd + norms + biases
 
 
 def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
-    """Operations of forward and backward per token, {"palm": ..., "causal": ...}."""
+    """FLOPs of forward and backward per token: {"palm": ..., "causal": ...}."""
     T = T or c.block_size
     N, w = matmul_params(c), min(T, c.window or T)
     palm, causal = (12.0 * c.n_layer * c.n_embd * keys for keys in (w, w - w**2 / (2 * T)))
@@ -42,10 +41,9 @@ def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
 
 def mfu(c: GPTConfig, tokens_per_s: float, device_name: str,
         T: int | None = None) -> dict[str, float | None]:
-    """Model FLOPs utilisation of one device as fractions, "mfu_palm" and "mfu_causal"; None for an
-    unknown one.
+    """Model FLOPs utilisation of one device: fractions "mfu_palm" and "mfu_causal".
 
-    Raises ValueError above 1: then the clock or the formula is wrong.
+    None for an unknown device. Raises ValueError above 1: the clock or the formula is wrong.
     """
     peak = PEAK_TFLOPS.get(device_name)
     result: dict[str, float | None] = {}

@@ -11,20 +11,18 @@ from gpt.kv_cache import KVCache
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None,
                  top_p: float | None) -> Tensor:
-    """One id per row of logits (B, V), as (B, 1). Temperature 0 or top_k 1 is greedy, without a
-    draw."""
+    """Draw one id for each row of logits (B, V): (B, 1). Temperature 0 or top_k 1 is greedy."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1, keepdim=True)
-    # From the largest down, a temperature near 0 overflows to minus infinity, which softmax takes;
-    # as a divisor in fp32 it must not round to 0.
+    # The largest is subtracted first: near temperature 0 the others overflow to minus infinity,
+    # which softmax can take. The divisor is at least 1e-30, which fp32 does not round to 0.
     logits, ids = logits.float(), None
     logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-    # in falling order, so that what is kept is a beginning
     if top_k is not None or top_p is not None:
-        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+        logits, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # sorted
     p = logits.softmax(-1)
     if top_p is not None:
-        higher = p.cumsum(-1) - p  # what all that rank higher have; 0 for the first, which stays
+        higher = p.cumsum(-1) - p  # of all ids that rank higher; 0 for the first, which stays
         p = p.masked_fill((higher >= top_p) & (higher > 0), 0)
     choice = torch.multinomial(p, 1)
     return choice if ids is None else ids.gather(-1, choice)
@@ -32,16 +30,17 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None,
 
 @torch.no_grad()
 def generate(model: GPT2, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
-             top_k: int | None = None,
-             top_p: float | None = None, cached: bool = True,
+             top_k: int | None = None, top_p: float | None = None, cached: bool = True,
              n_tokens: int | None = None) -> Iterator[Tensor]:
-    """Yield max_new_tokens ids, (B, 1) each, that continue idx (B, T), given as one reads it.
+    """Yield max_new_tokens ids, (B, 1) each, that continue idx (B, T), given in reading order.
 
-    A backward model continues it to the left: the first id yielded stands before idx, the next
-    before that one. The model sees the nearest block_size tokens. Beyond them positions shift at
-    every step: nothing cached stays true, and the window is computed anew. `n_tokens`: ids from
-    there on are padding of the vocabulary and are never sampled (default: 50257 where the model has
-    GPT-2's padded vocabulary). `cached=False` is the slow definition.
+    A backward model continues to the left: the first id yielded stands before idx, the next one
+    before that. The model sees the nearest block_size tokens; in longer texts each step shifts
+    all positions, so the cache is of no use and the window is computed anew.
+
+    `n_tokens`: ids from there on pad the vocabulary and are never sampled; by default 50257 if
+    the vocabulary is GPT-2's, padded. `cached=False` is the slow definition. Raises ValueError
+    for settings out of range or an empty prompt.
     """
     if (not temperature >= 0 or (top_k is not None and top_k < 1)
             or (top_p is not None and not 0 < top_p <= 1)):
@@ -70,6 +69,7 @@ def generate(model: GPT2, idx: Tensor, max_new_tokens: int, temperature: float =
 
 
 def _compute_dtype(model: GPT2) -> torch.dtype:
-    device = model.lm_head.weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(
-        device) else model.lm_head.weight.dtype
+    weight = model.lm_head.weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype

@@ -1,7 +1,7 @@
-"""GPT-2 as published, on the operators of a kernel suite.
+"""GPT-2's architecture as published, on the operators of a kernel backend.
 
-Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`, ...); linear weights are stored
-(out, in). Letters: B batch, T sequence, C = n_embd, H heads, D = C / H, V vocabulary.
+Parameters have nanoGPT's names (`transformer.h.0.attn.c_attn.weight`, ...); linear weights are
+stored (out, in). Letters: B batch, T sequence, C = n_embd, H heads, D = C / H, V vocabulary.
 """
 
 import math
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         if cache is not None:
             y = cache.attend(qkv)
         elif self.training and self.config.dropout > 0:
-            # one draw; the kernels make the mask from it
+            # One draw from torch's generator; the kernels make the mask from it.
             seed = torch.randint(2**62, (), device=x.device)
             y = self.kernels.attention_qkv(qkv, dropout=self.config.dropout, seed=seed, **options)
         else:
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between."""
+    """Two linear layers with an activation between them, four times as wide there."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -89,8 +89,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. What it adds to the residual stream is handed on, so that the add fuses with the
-    next norm."""
+    """Attention and MLP. The next norm adds the MLP's output to the residual stream: one kernel."""
 
     def __init__(self, config: GPTConfig, kernels: Kernels):
         super().__init__()
@@ -99,14 +98,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, doc_start: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """(branch, residual), still to be added, in and out, each (B, T, C)."""
+        """(branch, residual), whose sum is the residual stream, in and out, each (B, T, C)."""
         residual, x = self.ln_1(x, residual)
         residual, x = self.ln_2(self.attn(x, doc_start, cache), residual)
         return self.mlp(x), residual
 
 
 class Transformer(nn.Module):
-    """The embeddings, the blocks and the last norm: all but the head."""
+    """The embeddings, the blocks and the last norm: everything but the head."""
 
     def __init__(self, config: GPTConfig, kernels: Kernels):
         super().__init__()
@@ -117,7 +116,7 @@ class Transformer(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2: `forward` gives the loss, `logits` the logits."""
+    """GPT-2: `forward` returns the loss, `logits` the logits."""
 
     def __init__(self, config: GPTConfig, kernels: Kernels | None = None):
         super().__init__()
@@ -132,33 +131,40 @@ class GPT2(nn.Module):
             self.seam = Seam(config.n_embd, layers[config.seam])
 
     def tie(self) -> None:
-        """Make the head the token embedding where the config says so; due again once parameters are
-        replaced."""
+        """Make the head share the token embedding if the config says so.
+
+        Call it again after parameters were replaced, as `to_empty` does.
+        """
         if self.config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialisation: normal(0.02), and the 2 * n_layer projections into the residual
-        stream scaled down."""
+        """GPT-2's initialisation: normal with standard deviation 0.02, biases 0.
+
+        The 2 * n_layer projections into the residual stream have 0.02 / sqrt(2 * n_layer).
+        """
+        into_the_stream = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
             if name.endswith(".bias"):
                 p.zero_()
             elif p.dim() == 2:
-                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer)
-                          if name.endswith("c_proj.weight") else 0.02)
+                p.normal_(0.0, into_the_stream if name.endswith("c_proj.weight") else 0.02)
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Parameters, shared ones once; `non_embedding` leaves out the positions, and the tokens if
-        not the head."""
-        embeddings = [self.transformer.wpe] if self.config.tie_weights else [self.transformer.wpe,
-                                                                             self.transformer.wte]
+        """The number of parameters, a shared one counted once.
+
+        `non_embedding` leaves out the positions, and the token embedding unless it is the head.
+        """
         n = sum(p.numel() for p in self.parameters())
-        return n - sum(e.weight.numel() for e in embeddings) if non_embedding else n
+        if not non_embedding:
+            return n
+        tokens = 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
+        return n - self.transformer.wpe.weight.numel() - tokens
 
     def features(self, idx: Tensor, doc_start: Tensor | None = None,
                  cache: KVCache | None = None) -> Tensor:
-        """What the head reads, (B, T, C), of token ids idx (B, T)."""
+        """The last norm's output (B, T, C), which the head reads, for token ids idx (B, T)."""
         start = 0 if cache is None else cache.length
         if start + idx.shape[1] > self.config.block_size:
             raise ValueError(f"sequence of {start + idx.shape[1]} tokens, block_size is "
@@ -172,14 +178,13 @@ class GPT2(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor, *, doc_start: Tensor | None = None,
                 reduction: str = "mean") -> Tensor:
-        """The cross-entropy of predicting targets (B, T) from idx (B, T), in nats; target -1 is
-        ignored.
+        """Cross-entropy in nats of targets (B, T) given idx (B, T); targets of -1 are ignored.
 
-        Tokens come in the order the model reads them, here and in `features` and `predict`: the
-        last one first where config.direction is backward.
+        Tokens come in the order the model reads them, here and in `features` and `logits`: a
+        backward model gets the last token of a text first.
 
-        `doc_start` (B, T) int32: the first position of the document each position is in, which
-        attention will not look beyond. `reduction`: "mean" over the targets, or "sum".
+        `doc_start` (B, T) int32: for each position the first one of its document; attention does
+        not look before it. `reduction`: "mean" over the targets, or "sum".
         """
         x = self.features(idx, doc_start)
         return self.kernels.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight,

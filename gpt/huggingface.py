@@ -1,7 +1,7 @@
-"""Hugging Face's GPT-2, in and out: the Hub's, folders of GPT2LMHeadModel, and ones that it loads.
+"""Hugging Face's GPT-2: read published sizes and folders of GPT2LMHeadModel, and write folders.
 
-What is read is read here, as JSON and safetensors: transformers would import, download or unpickle
-what a stranger's config.json asks for (_attn_implementation, auto_map, quantization_config, ...).
+Folders are read here as JSON and safetensors. transformers would import, download or unpickle what
+their config.json asks for (_attn_implementation, auto_map, quantization_config, ...).
 """
 
 from pathlib import Path
@@ -18,32 +18,32 @@ from gpt.gpt2 import GPT2
 from gpt.tensors import EMBEDDING, HEAD, about, described, fitting, floats, shown
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
-          "mlp.c_proj.weight")  # stored (in, out) there
+# transformers stores these as (in, out).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")
-SAID = {"n_layer": "n_layer", "n_embd": "n_embd", "n_positions": "block_size",
-        "vocab_size": "vocab_size"}
+SIZE_KEYS = {"n_layer": "n_layer", "n_embd": "n_embd", "n_positions": "block_size",
+             "vocab_size": "vocab_size"}
 EXPECTED = {
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "model_type": "gpt2",
     "quantization_config": None,
 }
 REMEDY = "give a folder that `save_pretrained` wrote"
-META = "tokenizer_meta.json"  # of a model whose tokenizer is not GPT-2's, written by our export
+META = "tokenizer_meta.json"  # written by our export if the tokenizer is not GPT-2's
 
 
 class Index(TypedDict, total=False):
-    """model.safetensors.index.json: where weights lie that are in several files."""
+    """model.safetensors.index.json: which file has which weight, if there are several."""
 
     metadata: dict[str, Any]
     weight_map: Required[dict[str, str]]
 
 
 def read(source: str) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any] | None]:
-    """The shape, the weights under our names, and the tokenizer's meta, None for GPT-2's.
+    """The config, the weights under our names, and the tokenizer's meta, None for GPT-2's.
 
-    `source`: a folder, or a published size (SIZES). Raises ValueError, in one line, where they
-    cannot be had or are of another kind of model.
+    `source`: a folder, or a published size (SIZES). Raises ValueError, in one line, if it cannot
+    be loaded or is another kind of model.
     """
     folder = Path(source) if Path(source).is_dir() else downloaded(source)
     theirs = read_json(folder / "config.json", dict[str, Any], REMEDY)
@@ -57,7 +57,7 @@ def read(source: str) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any] | No
 
 
 def downloaded(size: str) -> Path:
-    """The folder of a published size in the user's cache, downloaded where it is not there."""
+    """The folder of a published size in the user's cache, downloaded if it is not there."""
     from transformers.utils import cached_file, logging
 
     logging.disable_progress_bar()
@@ -70,7 +70,7 @@ def downloaded(size: str) -> Path:
 
 
 def _check(theirs: dict[str, Any]) -> None:
-    """Raise ValueError where a config.json is of a model that is not this trainer's GPT-2."""
+    """Raise ValueError if the config.json is not that of this trainer's GPT-2."""
     for key, value in EXPECTED.items():
         if theirs.get(key, value) != value:
             raise ValueError(f"{key}={shown(theirs[key])}, this trainer's GPT-2 has {value}")
@@ -106,16 +106,18 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _parsed(theirs: dict[str, Any],
             tensors: dict[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Shape and weights, under our names. Raises ValueError where the two do not fit."""
-    whole = any(name.startswith("transformer.") for name in tensors)  # else a GPT2Model's, no head
-    named = {name if whole or name == HEAD else f"transformer.{name}": tensor
+    """Config and weights under our names. Raises ValueError if the two do not fit."""
+    prefixed = any(name.startswith("transformer.") for name in tensors)  # not in a GPT2Model
+    named = {name if prefixed or name == HEAD else f"transformer.{name}": tensor
              for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     shape, head = described(named), named.pop(HEAD, None)
     if head is not None and not torch.equal(floats(head, HEAD).float(), named[EMBEDDING].float()):
         raise ValueError(f"{HEAD} is not the embedding, which this trainer's GPT-2 has as its head")
-    weights = {name: tensor.t().contiguous() if name.endswith(TURNED) and tensor.dim() == 2
-               else tensor for name, tensor in named.items()}
-    for key, name in SAID.items():
+    weights = dict(named)
+    for name, tensor in named.items():
+        if name.endswith(TRANSPOSED) and tensor.dim() == 2:
+            weights[name] = tensor.t().contiguous()
+    for key, name in SIZE_KEYS.items():
         if theirs.get(key, shape[name]) != shape[name]:
             raise ValueError(f"config.json says {key}={shown(theirs[key])}, its weights "
                              f"{shape[name]}")
@@ -126,35 +128,33 @@ def _parsed(theirs: dict[str, Any],
 
 @torch.no_grad()
 def write(model: GPT2, folder: Path, vocab_size: int) -> None:
-    """Save config and weights as a folder for AutoModelForCausalLM, with the first vocab_size rows
-    of the vocabulary.
+    """Write a folder for AutoModelForCausalLM, with the first vocab_size rows of the vocabulary.
 
-    GPT-2 has biases; a model without gets zeros, which is the same function. The folder is loaded
-    again and its logits compared before this returns; ValueError if they differ.
+    GPT-2 has biases; a model without them gets zeros, which is the same function. The folder is
+    loaded again: raises ValueError if its logits differ from the model's by 1e-3.
     """
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     c = model.config
+    end = min(50256, vocab_size - 1)
     theirs = GPT2LMHeadModel(GPT2Config(
         vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head,
-        activation_function="gelu_new" if c.activation == "gelu_tanh" else "gelu",
-        resid_pdrop=c.dropout,
-        embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=min(50256, vocab_size - 1),
-        eos_token_id=min(50256, vocab_size - 1),
+        n_head=c.n_head, activation_function="gelu_new" if c.activation == "gelu_tanh" else "gelu",
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        bos_token_id=end, eos_token_id=end,
     ))
-    ours = {k: v.T if k.endswith(TURNED) else v for k, v in model.state_dict().items()}
-    ours |= {k: ours[k][:vocab_size] for k in ("transformer.wte.weight", "lm_head.weight")}
+    ours = {k: v.T if k.endswith(TRANSPOSED) else v for k, v in model.state_dict().items()}
+    ours |= {k: ours[k][:vocab_size] for k in (EMBEDDING, HEAD)}
     theirs.load_state_dict({k: ours.get(k, torch.zeros_like(v))
                             for k, v in theirs.state_dict().items()})
     theirs.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):  # safetensors makes them 0600
+    for file in folder.glob("*.safetensors"):  # safetensors makes its files 0600
         file.chmod((folder / "config.json").stat().st_mode)
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     idx = torch.randint(vocab_size, (1, min(c.block_size, 32)),
                         generator=torch.Generator().manual_seed(0))
-    difference = (again(idx).logits
-                  - model.cpu().eval().logits(idx)[..., :vocab_size]).abs().max().item()
+    logits = model.cpu().eval().logits(idx)[..., :vocab_size]
+    difference = (again(idx).logits - logits).abs().max().item()
     if not difference < 1e-3:
         raise ValueError(f"{folder}: reloaded, its logits differ from the model's by "
                          f"{difference:.2g}; not a usable export")

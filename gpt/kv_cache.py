@@ -1,4 +1,4 @@
-"""The key-value cache that generation reads instead of computing its text anew."""
+"""The key-value cache: generation computes only the new positions and reads the others here."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,10 @@ from gpt.config import GPTConfig
 
 
 class KVCache:
-    """Keys and values of all positions so far, for every layer: two tensors (L, B, H, block_size,
-    D)."""
+    """Keys and values of all positions so far, in two tensors (n_layer, B, H, block_size, D).
+
+    They are allocated once. New positions come one at a time, or together into an empty cache.
+    """
 
     def __init__(self, c: GPTConfig, batch_size: int, dtype: torch.dtype, device: torch.device):
         shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.head_dim)
@@ -17,11 +19,9 @@ class KVCache:
         self.length, self.layer, self.window = 0, 0, c.window or c.block_size
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Causal attention of the new positions qkv (B, T, 3, H, D) over the cached and themselves:
-        (B, T, H, D).
+        """Store new positions qkv (B, T, 3, H, D) and return their causal attention (B, T, H, D).
 
-        The layers call it in their order; the length moves on after the last one. New positions
-        come one at a time, or all at once into an empty cache.
+        The layers must call it in their order; the last one's call makes the cache longer.
         """
         T = qkv.shape[1]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""A linear layer that reads its matrix at the speed of memory when one text is decoded on a CPU."""
+"""A linear layer that reads its matrix at memory speed when a CPU decodes one text."""
 
 import torch
 import torch.nn.functional as F
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a faster product of one row, which is what each new token of a text is.
+    """nn.Linear with a faster product of one row, the input that each new token gives.
 
-    It takes as long as reading the matrix, and the libraries behind F.linear are slow at that. On
-    two cores of an EPYC, where memory gives 32 GB/s, MKL's in fp32 reads 12.5: it uses one core,
-    and both, 22, for a batch of products. oneDNN's in bf16 reads 15; PyTorch's own, which runs
-    where oneDNN is off, 30. Elsewhere nothing is measured.
+    Such a product takes as long as reading the matrix. Two cores of an EPYC read 32 GB/s from
+    memory. In fp32 MKL reads 12.5 GB/s, on one core; 22 in a batch of products, on both. In bf16
+    oneDNN reads 15 GB/s and PyTorch's own product, used when oneDNN is off, 30. Other CPUs and
+    dtypes were not measured and use nn.Linear's product.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,14 +29,14 @@ class Linear(nn.Linear):
             torch.backends.mkldnn.enabled = onednn
 
     def _measured(self, x: Tensor) -> bool:
-        """Row and matrix both in fp32 or both in bf16, on an x86 CPU, where PyTorch has MKL."""
+        """Whether row and matrix are both fp32 or both bf16, on an x86 CPU with MKL."""
         return (x.device.type == "cpu" and torch.backends.mkl.is_available()
                 and x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
                 and not torch.is_autocast_enabled("cpu"))
 
 
 def row_times(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T of x (1, K) and w (N, K): (1, N). Each thread gets a share of w's rows, all equal."""
+    """x w^T of x (1, K) and w (N, K): (1, N). Each thread reads an equal share of w's rows."""
     threads = torch.get_num_threads()
     even = len(w) // threads * threads
     shares = w[:even].unflatten(0, (threads, -1)).mT  # views (threads, K, N / threads)

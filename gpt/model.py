@@ -1,4 +1,4 @@
-"""GPT, the model as its users hold it: an architecture that loads its weights and writes text."""
+"""GPT: an architecture with the methods of its users, which load weights and write text."""
 
 from pathlib import Path
 
@@ -18,12 +18,12 @@ class GPT(GPT2):
     """GPT-2, with what a user does with a model."""
 
     def predict(self, idx: Tensor, targets: bool = True) -> Tensor:
-        """`logits` by the name that scripts call: of all positions, or with False of the last."""
+        """The same as `logits`, under the name that scripts use; False: the last position alone."""
         return self.logits(idx, last_only=not targets)
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float | None = None) -> Tensor:
-        """idx (B, T) with max_new_tokens sampled ones after it, or before it in a backward model.
+        """idx (B, T) and max_new_tokens sampled ids after it, or before it for a backward model.
 
         gpt/generate.py describes the settings.
         """
@@ -36,7 +36,7 @@ class GPT(GPT2):
                         kernels: Kernels | None = None) -> "GPT":
         """The model of a checkpoint folder, or of the newest one in a run's folder, in eval mode.
 
-        Its files are compared with their checksums: raises ValueError for damaged ones.
+        Raises ValueError if a file does not have its checksum.
         """
         with reading(path) as folder:
             verify(folder)
@@ -49,16 +49,15 @@ class GPT(GPT2):
 
     @classmethod
     def from_pretrained(cls, source: str, kernels: Kernels | None = None) -> "GPT":
-        """The model of anything that `read_source` reads, on the CPU, in eval mode.
+        """A published size (gpt2, ..., gpt2-xl), or the model in a folder, in eval mode on the CPU.
 
-        That is gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder, a nanoGPT
-        checkpoint's folder, or one of ours.
+        The folder is Hugging Face's, a nanoGPT checkpoint's, or one of ours.
         """
         return cls.from_trained(read_source(source), kernels)
 
     @classmethod
     def from_trained(cls, trained: Trained, kernels: Kernels | None = None) -> "GPT":
-        """The model of weights that were read, on the CPU, in eval mode."""
+        """A model with these weights, on the CPU, in eval mode."""
         model = cls(trained.config, kernels)
         fill(model, trained.weights)
         return model.eval()
@@ -66,7 +65,7 @@ class GPT(GPT2):
 
 def load_with_tokenizer(init_from: str, out_dir: str,
                         device: torch.device) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer that --init_from names: out_dir's for "resume"."""
+    """The model and tokenizer that --init_from names; "resume" takes those of `out_dir`."""
     if init_from != "resume":
         trained = read_source(init_from)
         return GPT.from_trained(trained).to(device), tokenizer_of(trained)

@@ -1,8 +1,8 @@
-"""nanoGPT's ckpt.pt, in and out: model, optimizer, model_args, iter_num, best_val_loss, config.
+"""Read and write nanoGPT's ckpt.pt: model, optimizer, model_args, iter_num, best_val_loss, config.
 
-Its parameters have our names; its optimizer numbers them, in one of two `layouts`. What the file
-was since December 2022, and what Stitch-LLMs put into it, is in docs/stitching.md. All of it is a
-stranger's: no code in it is run, and nothing is computed with before it was looked at.
+Its parameters have our names, and its optimizer numbers them in one of two `layouts`.
+docs/stitching.md lists the versions of the file since December 2022, and what Stitch-LLMs added.
+The file may be anyone's: no code in it is run, and its values are checked before they are used.
 """
 
 import math
@@ -51,23 +51,23 @@ MOST_STEPS = 2**31
 
 @dataclass
 class NanoGPT:
-    """A ckpt.pt: a model, and the rest as it was found, for `progress` and `moments` to check."""
+    """A ckpt.pt: its checked model, and its raw content, which `progress` and `moments` check."""
 
     config: GPTConfig
     weights: dict[str, Tensor]
     untold: tuple[str, ...]
-    """fields of config that the file does not say"""
+    """fields of config that the file does not tell, so a guess"""
     content: dict[str, Any]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those it was trained with, of any names and types; {} in files before January 2023."""
+        """The training's settings, unchecked; {} in files from before January 2023."""
         found = self.content.get("config")
         return found if isinstance(found, dict) else {}
 
 
 def read(path: str | Path) -> NanoGPT:
-    """The checkpoint at `path`, the file or its folder. Raises ValueError for what is not one."""
+    """Read the checkpoint at `path`, a file or its folder. Raises ValueError for anything else."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     content = _load(regular_file(file, REMEDY))
     with about(file, REMEDY):
@@ -76,10 +76,10 @@ def read(path: str | Path) -> NanoGPT:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle's versions, beside the error
+        with warnings.catch_warnings(action="ignore"):  # about pickle's versions
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError,
-            ValueError, AttributeError, AssertionError, struct.error) as error:  # of damaged files
+            ValueError, AttributeError, AssertionError, struct.error) as error:  # damaged files
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{file}: not a nanoGPT checkpoint that can be read safely ({why:.200}); "
                          f"{REMEDY}") from None
@@ -97,7 +97,7 @@ def _parsed(content: dict[str, Any]) -> NanoGPT:
             raise ValueError(f"model_args says {name}={args[name]}, its weights {value}")
     head = weights.get(HEAD)
     tied = head is None or torch.equal(floats(head, HEAD).float(), weights[EMBEDDING].float())
-    if tied:  # a head of its own it had until 14 January 2023
+    if tied:  # nanoGPT's own were not until 14 January 2023
         weights.pop(HEAD, None)
     seam = args.get("stitching_layer", 0) if args.get("stitching") else -1
     if not -1 <= seam < shape["n_layer"]:
@@ -107,8 +107,9 @@ def _parsed(content: dict[str, Any]) -> NanoGPT:
         seam=seam, direction="backward" if args.get("backward") else "forward",
     )
     weights = fitting(config, weights)
-    # Its GELU was tanh's until June 2023. Before May 2023 the optimizer's layout tells, and before
-    # 27 January 2023 that there is no `bias`; Stitch-LLMs, which kept it, tells by its arguments.
+    # Its GELU was the tanh form until June 2023. A file from before May 2023 shows that by its
+    # optimizer's layout, one from before 27 January 2023 by having no `bias`, and one of
+    # Stitch-LLMs, which kept that GELU, by its arguments.
     older = by_module(content.get("optimizer"), weights) or "bias" not in args
     if older or args.keys() & STITCH_ARGS.keys():
         return NanoGPT(replace(config, activation="gelu_tanh"), weights, (), content)
@@ -132,27 +133,27 @@ def _arguments(found: Any) -> dict[str, Any]:
 
 
 def _named(found: Any) -> dict[str, Any]:
-    """The tensors by our names."""
+    """The tensors under our names."""
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError("'model' is no dict of tensors by name")
     ours = {theirs: name for name, theirs in SEAM.items()}
-    plain = {key: key.removeprefix("_orig_mod.") for key in found}  # of torch.compile
+    plain = {key: key.removeprefix("_orig_mod.") for key in found}  # torch.compile's prefix
     weights = {ours.get(name, name): found[key] for key, name in plain.items()}
     if len(weights) < len(found):
         raise ValueError("'model' has a tensor twice, with and without the prefix _orig_mod.")
-    masks = ".attn.bias"  # of attention, saved by versions without PyTorch's own
+    masks = ".attn.bias"  # the causal mask, saved where PyTorch had no attention of its own
     return {name: tensor for name, tensor in weights.items() if not name.endswith(masks)}
 
 
-# -- what a run goes on from -------------------------------------------------------
+# -- what a run resumes ----------------------------------------------------------------
 
 
 def progress(content: Mapping[str, Any]) -> tuple[int, float]:
-    """The step and the best validation loss. Raises ValueError for what is neither."""
+    """The step and the best validation loss. Raises ValueError if they are not usable."""
     step, loss = content["iter_num"], content.get("best_val_loss", math.inf)
     if type(step) is not int or not 0 <= step < MOST_STEPS:
         raise ValueError(f"iter_num={shown(step)}: a step below {MOST_STEPS:,} is needed")
-    if isinstance(loss, Tensor):  # nanoGPT keeps the mean as it was computed
+    if isinstance(loss, Tensor):  # nanoGPT saves the mean as a tensor
         loss = finite(loss, torch.Size(()), "best_val_loss").item()
     if type(loss) not in (int, float) or not (abs(loss) < 1e300 or loss == math.inf):
         raise ValueError(f"best_val_loss={shown(loss)}: a number is needed")
@@ -160,12 +161,13 @@ def progress(content: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def layouts(names: Mapping[str, Any]) -> dict[str, list[list[str]]]:
-    """How nanoGPT's optimizers number the parameters: a list of names for each group.
+    """How nanoGPT's optimizers number the parameters: for each layout two groups of names.
 
-    `names`: in the model's order, each with its shape, or a tensor of it. "dimension", since May
-    2023: what has two dimensions, then the rest, in the model's order. "module", before, and in
-    Stitch-LLMs: the weights of linear layers, then the rest, embeddings included, each sorted. The
-    first group has two more in the one than in the other, so their sizes tell them apart.
+    "dimension", since May 2023: the `decay_groups`, in the model's order. "module", before that and
+    in Stitch-LLMs: the weights of linear layers, then the rest with the embeddings, each sorted.
+    The groups' sizes differ by the two embeddings, which tells the layouts apart.
+
+    `names`: in the model's order, each with its shape or its tensor.
     """
     matrices, others = decay_groups(names)
     linear = [name for name in matrices if name not in (EMBEDDING, POSITIONS)]
@@ -177,23 +179,23 @@ def layouts(names: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 
 
 def _groups(optimizer: Any) -> list[dict[str, Any]]:
-    """The groups of an optimizer's state_dict, each with a list "params"; [] for anything else."""
+    """The groups of an optimizer's state_dict, each with a list "params"; [] if it is not one."""
     groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
     if not isinstance(groups, list) or not isinstance(optimizer.get("state"), dict):
         return []
-    whole = all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
-    return groups if whole else []
+    valid = all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    return groups if valid else []
 
 
 def by_module(optimizer: Any, names: Mapping[str, Any]) -> bool:
-    """Whether a state_dict has the older layout, in which embeddings do not decay."""
+    """Whether a state_dict has the layout "module", in which embeddings do not decay."""
     sizes = [len(group["params"]) for group in _groups(optimizer)]
     return sizes == [len(group) for group in layouts(names)["module"]]
 
 
 def _numbered(groups: list[dict[str, Any]], shapes: Mapping[str, torch.Size],
               kind: str) -> list[str]:
-    """The parameters' names by their number. Raises ValueError where the groups are not known."""
+    """The parameters' names by number. Raises ValueError for unknown groups or other options."""
     sizes, known = [len(g["params"]) for g in groups], layouts(shapes).values()
     layout = next((names for names in known if [len(group) for group in names] == sizes), None)
     if layout is None:
@@ -218,10 +220,11 @@ def _numbered(groups: list[dict[str, Any]], shapes: Mapping[str, torch.Size],
 
 def moments(optimizer: Any, shapes: Mapping[str, torch.Size], trained: Collection[str],
             kind: str) -> dict[str, dict[str, Tensor]]:
-    """What an optimizer's state_dict knows of each trained parameter: by name, fp32, own memory.
+    """The state of each trained parameter in an optimizer's state_dict: by name, copied, in fp32.
 
-    `shapes`: of all parameters, in the model's order. `kind`: the optimizer that takes over, adamw,
-    adam or sgd. Raises ValueError for a state of another model or optimizer, or a damaged one.
+    `shapes`: those of all parameters, in the model's order. `kind`: the optimizer that takes over:
+    adamw, adam or sgd. Raises ValueError for a state of another model or optimizer, or a damaged
+    one.
     """
     names = _numbered(_groups(optimizer), shapes, kind)
     state = {names[i] if type(i) is int and 0 <= i < len(names) else shown(i): found
@@ -259,9 +262,9 @@ def _moments_of(name: str, found: Any, shape: torch.Size, kind: str) -> dict[str
 
 def adamw_state(saved: Mapping[str, Tensor], names: Mapping[str, Any],
                 settings: Mapping[str, Any]) -> dict[str, Any]:
-    """An AdamW state_dict in the layout "dimension", from moments saved as NAME:KEY.
+    """An AdamW state_dict in the layout "dimension", from a checkpoint's moments, NAME:KEY.
 
-    `names`: as for `layouts`. `settings`: the run's. A parameter without moments has no state.
+    `names`: as for `layouts`. `settings`: the run's. A parameter without moments gets no state.
     """
     matrices, others = decay_groups(names)
     state = {}
@@ -284,7 +287,7 @@ def adamw_state(saved: Mapping[str, Tensor], names: Mapping[str, Any],
 def write(path: str | Path, config: GPTConfig, weights: dict[str, Tensor],
           optimizer: dict[str, Any], step: int, best_val_loss: float,
           settings: dict[str, Any]) -> None:
-    """Write what nanoGPT's train.py resumes from and its sample.py reads."""
+    """Write a ckpt.pt that nanoGPT's train.py resumes and its sample.py reads."""
     if config.activation != "gelu":
         raise ValueError(f"nanoGPT knows only the exact GELU, this model has {config.activation}; "
                          "export it with --to=hf")

@@ -1,7 +1,7 @@
-"""What a model expects: `python gpt/predict.py --out_dir=out --text="To be or not to"`.
+"""Score a text: `python gpt/predict.py --out_dir=out --text="To be or not to"`.
 
 Prints the mean loss and the perplexity of the text, and the likeliest next tokens with their
-probabilities; those of a model trained with --direction=backward stand before the text.
+probabilities. A model trained with --direction=backward predicts the token before the text.
 """
 
 import sys
@@ -15,7 +15,7 @@ from common.files import read_text
 
 @dataclass(frozen=True)
 class Predict:
-    """Score a text and look one token ahead."""
+    """Score a text and predict its next token."""
 
     out_dir: NotEmpty = "out"
     """a run's folder, or one checkpoint in it"""
@@ -23,9 +23,9 @@ class Predict:
     file: str = ""
     """read the text from here instead"""
     top: Positive = 10
-    """how many next tokens are shown"""
+    """how many next tokens to show"""
     device: str = "auto"
-    """cuda, mps, cpu; auto: the first that is there"""
+    """cuda, mps or cpu; auto: the first that there is"""
 
 
 def predict(c: Predict) -> None:

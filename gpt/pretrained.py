@@ -1,6 +1,6 @@
-"""Trained models, ours and others': their config, weights and tokenizer, whatever file they are in.
+"""Trained models, ours and others': config, weights and tokenizer, from any format that is read.
 
-The readers of single formats are gpt/checkpoint_files.py, nanogpt.py and huggingface.py.
+checkpoint_files.py, nanogpt.py and huggingface.py read one format each.
 """
 
 from dataclasses import replace
@@ -23,21 +23,20 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 class Trained(NamedTuple):
-    """A model that someone trained, and what messages call it."""
+    """A trained model as it was read; `name` is what messages call it."""
 
     name: str
     config: GPTConfig
     weights: dict[str, Tensor]
     meta: dict[str, Any] | None = None
-    """its tokenizer's, for load_tokenizer; None where its files do not say, as GPT-2's do not"""
+    """its tokenizer's, for load_tokenizer; None if its files have none, as GPT-2's"""
     untold: tuple[str, ...] = ()
-    """fields of config that its files do not say"""
+    """fields of config that its files do not tell, so a guess"""
 
 
 @torch.no_grad()
 def fill(model: GPT2, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the parameters of the same names, all of them. Raises ValueError where they
-    do not fit."""
+    """Copy tensors into the parameters of the same names; ValueError unless all of them fit."""
     parameters = dict(model.named_parameters())
     if parameters.keys() != tensors.keys():
         odd = sorted(parameters.keys() ^ tensors.keys())
@@ -52,9 +51,9 @@ def fill(model: GPT2, tensors: dict[str, Tensor]) -> None:
 
 
 def read_source(source: str) -> Trained:
-    """A published size, a Hugging Face folder, a nanoGPT checkpoint, or one of ours; in fp32.
+    """Read a published size, a Hugging Face folder, a nanoGPT checkpoint, or one of ours; in fp32.
 
-    Raises ValueError, in one line, for what is none of them.
+    Raises ValueError, in one line, for anything else.
     """
     path = Path(source)
     if (path / nanogpt.FILE).exists():
@@ -72,16 +71,16 @@ def read_source(source: str) -> Trained:
 
 
 def _is_huggingface(file: Path) -> bool:
-    """Whether it is its config.json; a run's folder of ours has one, too."""
+    """Whether this is Hugging Face's config.json; our runs have a file of that name, too."""
     remedy = "give a folder that `save_pretrained` wrote"
     return file.exists() and "model_type" in read_json(file, dict[str, Any], remedy)
 
 
 def nanogpt_meta(folder: Path, found: nanogpt.NanoGPT) -> dict[str, Any] | None:
-    """The meta of the data it was trained on, where one is found.
+    """The meta of the data that a nanoGPT checkpoint was trained on, if it is found.
 
-    Looked for beside its ckpt.pt, and, with as many ids, in data/DATASET beside that folder, as in
-    a checkout of nanoGPT, or in ours.
+    First beside its ckpt.pt. Then in data/DATASET beside that folder, which is nanoGPT's layout,
+    and in our data/DATASET; there it must have as many ids as the model.
     """
     meta, dataset = read_meta(folder), found.settings.get("dataset")
     if meta or not isinstance(dataset, str) or dataset != Path(dataset).name or dataset == "..":
@@ -101,17 +100,17 @@ def cropped(trained: Trained, block_size: int) -> Trained:
 
 
 def same_vocabulary(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two metas give the same ids to the same text."""
+    """Whether two metas encode a text as the same ids."""
     return all(a.get(key) == b.get(key) for key in ("kind", "chars"))
 
 
 def has_rows_for(config: GPTConfig, tokenizer: Tokenizer) -> bool:
-    """Whether a vocabulary of which nothing else is known may be this tokenizer's, padded."""
+    """Whether the model's vocabulary may be this tokenizer's, padded by less than 1,024 rows."""
     return tokenizer.vocab_size <= config.vocab_size < tokenizer.vocab_size + 1024
 
 
 def tokenizer_of(trained: Trained) -> Tokenizer:
-    """A model's tokenizer, GPT-2's where its files name none. Raises ValueError where none fits."""
+    """The model's tokenizer, GPT-2's if its files name none. Raises ValueError if none fits."""
     tokenizer, rows = load_tokenizer(trained.meta), trained.config.vocab_size
     if tokenizer.vocab_size > rows or not (trained.meta or has_rows_for(trained.config, tokenizer)):
         raise ValueError(f"{trained.name}: no tokenizer is known for its {rows} ids; put "

@@ -1,10 +1,9 @@
-"""A run's folder: what in it is a checkpoint, and which is the newest, the best, whole, sound.
+"""A run's folder: which of its checkpoints is the newest, the best, sound; locks; removal.
 
-A checkpoint is a folder `step-NNNNNNNN` in a run's out_dir: model.safetensors, or the folder
-model/ with the shards of a run under FSDP; model.json (the GPTConfig), tokenizer.json, what the
-trainer needs to go on, and DONE, written last: {file: {"bytes", "sha256"}}. A folder without DONE
-was cut short and does not count; one with any other name is not ours, and is left alone. Saved
-anew, a step is `step-NNNNNNNN.again` until the older folder has made room for it.
+A checkpoint is a folder `step-NNNNNNNN` with the files of gpt/checkpoint_files.py. It is complete
+once DONE is there; one without was cut short and does not count. Folders with other names are not
+ours and are left alone. A step that is saved again is `step-NNNNNNNN.again` until the older folder
+is removed.
 """
 
 import fcntl
@@ -29,14 +28,14 @@ _NAME = re.compile(rf"step-(\d{{8,}})({re.escape(AGAIN)})?")
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint by its folder's name, which is one of ours."""
+    """The step in the name of a checkpoint's folder."""
     match = _NAME.fullmatch(folder.name)
     assert match, folder
     return int(match[1])
 
 
 def step_folders(out_dir: Path) -> list[Path]:
-    """The folders of a run that have a checkpoint's name, oldest first, whole or not."""
+    """The folders of a run that have a checkpoint's name, complete or not, oldest first."""
     found = [f for f in out_dir.glob("step-*") if _NAME.fullmatch(f.name) and f.is_dir()]
     return sorted(found, key=lambda f: (step_of(f), f.name))
 
@@ -63,7 +62,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def newest_sound(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint at `path`, or the newest sound one in a run's folder; the newer ones' faults.
+    """The checkpoint at `path`, or a run's newest sound one, and what is wrong with newer ones.
 
     Raises ValueError, with the newest one's fault, if none is sound.
     """
@@ -80,9 +79,9 @@ def newest_sound(path: Path) -> tuple[Path, list[str]]:
 
 
 def worth_keeping(folders: list[Path], last: int) -> set[Path]:
-    """The `last` of them, and the one with the lowest validation loss.
+    """The newest `last` checkpoints, and the one with the lowest validation loss.
 
-    One whose loss is no finite number, or whose state cannot be read, takes nobody's place.
+    Those whose loss is not finite or whose state cannot be read are not counted.
     """
     losses = {folder: _val_loss(folder) for folder in folders}
     usable = [f for f, loss in losses.items() if loss is None or math.isfinite(loss)]
@@ -92,22 +91,22 @@ def worth_keeping(folders: list[Path], last: int) -> set[Path]:
 
 
 def _val_loss(folder: Path) -> float | None:
-    """None where the checkpoint was saved without; NaN where its state cannot be read."""
+    """None if the checkpoint was saved without one; NaN if its state cannot be read."""
     try:
         return read_state(folder)["val_loss"]
     except ValueError:
         return math.nan
 
 
-# -- beside others that read or write --------------------------------------------------
+# -- locks and removal -----------------------------------------------------------------
 
 
 @contextmanager
 def lock(out_dir: Path) -> Iterator[None]:
-    """Hold a run's folder against other runs. Raises ValueError where one is at work in it.
+    """Keep other runs out of a run's folder. Raises ValueError if one is at work in it.
 
-    The kernel's lock (flock) ends with the process, however that ends. A folder that was made for
-    the lock is removed again if nothing else was written to it.
+    The lock (flock) ends with the process, however that ends. A folder that was made for the lock
+    is removed again if nothing else was written to it.
     """
     is_new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -119,7 +118,8 @@ def lock(out_dir: Path) -> Iterator[None]:
             raise ValueError(f"another run is at work in {out_dir} ({file.read().strip()}); wait "
                              "for it, or give this one another --out_dir") from error
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(out_dir / LOCK)):
-            raise ValueError(f"another run in {out_dir} ended just now; give the same command again")
+            raise ValueError(f"another run in {out_dir} ended just now; give the same command "
+                             "again")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -133,15 +133,15 @@ def lock(out_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[Path]:
-    """`find_checkpoint(path)`, which no run that saves meanwhile removes until the block ends."""
+    """`find_checkpoint(path)`; no run removes that checkpoint before the block ends."""
     while (done := _hold(folder := find_checkpoint(path))) is None:
-        pass  # removed since it was found, so there is a newer one
+        pass  # it was removed since it was found, so there is a newer one
     with done:
         yield folder
 
 
 def _hold(folder: Path) -> BinaryIO | None:
-    """The checkpoint's DONE, locked against `remove` until closed; None if the folder is gone."""
+    """The checkpoint's DONE, open and locked against `remove`; None if the folder is gone."""
     try:
         done = (folder / DONE).open("rb")
         with suppress(OSError):  # a file system without locks: read all the same
@@ -155,19 +155,19 @@ def _hold(folder: Path) -> BinaryIO | None:
 
 
 def remove(folder: Path) -> bool:
-    """Remove a checkpoint that nobody reads; False, and it stays, where somebody does."""
+    """Remove a checkpoint; return False, without removing it, while somebody reads it."""
     with (folder / DONE).open("rb") as done:
         try:
             fcntl.flock(done, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        # Renamed first, so that half of it is never taken for whole.
+        # Renamed first, so that a partly removed one never counts as complete.
         discard(folder.rename(folder.with_name(f"{TEMPORARY}{folder.name}")))
     return True
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; of a link to one the link alone."""
+    """Remove a folder; if it is a symbolic link, only the link."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -175,6 +175,6 @@ def discard(folder: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """PATH-1, or the first PATH-N that is not there yet."""
+    """The first of PATH-1, PATH-2, ... that does not exist."""
     names = (path.with_name(f"{path.name}-{n}") for n in itertools.count(1))
     return next(name for name in names if not name.exists())

@@ -1,8 +1,7 @@
-"""Write text with a trained model: `python gpt/sample.py --out_dir=out --start="def "`. --help
-lists the settings.
+"""Write text with a trained model: `python gpt/sample.py --out_dir=out --start="def "`.
 
-A model trained with --direction=backward takes the prompt as the ending and writes what comes
-before it.
+--help lists the settings. A model trained with --direction=backward takes the prompt as the ending
+and writes the text before it.
 """
 
 import sys
@@ -29,28 +28,27 @@ class Sample:
     init_from: NotEmpty = "resume"
     """resume: out_dir; else gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a model"""
     start: str = "\n"
-    """the prompt, or FILE:path; of a backward model, the ending"""
+    """the prompt, or FILE:path; for a backward model the ending"""
     num_samples: Positive = 10
     max_new_tokens: Positive = 500
     temperature: NonNegativeFloat = 0.8
     """below 1: safer; 0: always the likeliest"""
     top_k: NonNegative = 200
-    """choose among the likeliest top_k; 0: among all"""
+    """sample from the top_k likeliest tokens; 0: from all"""
     top_p: Share = 1.0
-    """choose among the likeliest that together have this probability"""
+    """sample from the likeliest tokens that have this probability together"""
     seed: NonNegative = 1337
     device: str = "auto"
-    """cuda, mps, cpu; auto: the first that is there"""
+    """cuda, mps or cpu; auto: the first that there is"""
     dtype: str = "auto"
     """of the weights: float32, bfloat16, float16; auto: see `weights_dtype`"""
 
 
 def sample(c: Sample) -> None:
-    """Print num_samples continuations of the prompt as they grow, one line of dashes after each, as
-    nanoGPT does.
+    """Print num_samples continuations of the prompt, each followed by nanoGPT's line of dashes.
 
-    What a backward model writes is printed once it is whole: a terminal cannot put text in front of
-    what it shows.
+    The text is printed as it grows; a backward model's, which grows to the left, at its end.
+    Raises ValueError or OSError for bad input.
     """
     import torch
 
@@ -61,15 +59,15 @@ def sample(c: Sample) -> None:
     device = hardware.resolve_device(c.device)
     model, tokenizer = load_with_tokenizer(c.init_from, c.out_dir, device)
     prompt = read_text(Path(c.start[5:])) if c.start.startswith("FILE:") else c.start
-    model.to(weights_dtype(c, model, len(tokenizer.encode(prompt))))
-    idx = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long, device=device)
+    ids = tokenizer.encode(prompt)
+    model.to(weights_dtype(c, model, len(ids)))
+    idx = torch.tensor([ids], dtype=torch.long, device=device)
+    top_k, top_p = c.top_k or None, None if c.top_p == 1 else c.top_p
     torch.manual_seed(c.seed)
     for _ in range(c.num_samples):
-        new = (int(token.item()) for token in generate(
-            model, idx, c.max_new_tokens, c.temperature, c.top_k or None,
-            None if c.top_p == 1 else c.top_p,
-            n_tokens=tokenizer.vocab_size,
-        ))
+        tokens = generate(model, idx, c.max_new_tokens, c.temperature, top_k, top_p,
+                          n_tokens=tokenizer.vocab_size)
+        new = (int(token.item()) for token in tokens)
         if model.config.direction == "backward":
             print(tokenizer.decode(list(new)[::-1]) + prompt)
         else:
@@ -82,14 +80,14 @@ def sample(c: Sample) -> None:
 
 
 def weights_dtype(c: Sample, model: "GPT", prompt_tokens: int) -> "torch.dtype":
-    """What the weights are kept in. Decoding reads all of them for each token, so half the bytes is
-    half the time.
+    """The dtype of the weights: decoding reads them all for each token, so bf16 halves the time.
 
-    auto: on a GPU what it has units for. On a CPU bfloat16 for a model that no cache holds, where
-    reading is what takes the time: everywhere with bf16 units, and without them up to the end of
-    the window, beyond which every step is a matrix multiplication. Tokens/s at 124M on a CPU with
-    units (an EPYC's two cores): 75 for 36 in fp32, 34 for 19 for 32 tokens after 500, 6.7 for 3.0
-    beyond a window of 256; on one with AVX2 alone: 45 for 28.
+    auto on a GPU: bfloat16 if it has units for it. auto on a CPU: float32 up to 128 MiB, which
+    caches may hold. Above that bfloat16 with bf16 units; without them only if the text fits the
+    window, beyond which each step is a matrix multiplication, and the prompt is its shorter part.
+
+    Tokens/s of a 124M model in bf16 and in fp32, two cores of an EPYC with bf16 units: 75 and 36;
+    32 tokens after 500: 34 and 19; beyond a window of 256: 6.7 and 3.0. With AVX2 alone: 45 and 28.
     """
     from common import hardware
 
@@ -98,8 +96,10 @@ def weights_dtype(c: Sample, model: "GPT", prompt_tokens: int) -> "torch.dtype":
         return hardware.resolve_dtype(c.dtype, device)
     if model.num_params() * 4 <= 128 * 2**20:
         return hardware.DTYPES["float32"]
-    within = prompt_tokens + c.max_new_tokens <= model.config.block_size and prompt_tokens <= c.max_new_tokens
-    return hardware.DTYPES["bfloat16"] if within else hardware.resolve_dtype("auto", device)
+    fits = prompt_tokens + c.max_new_tokens <= model.config.block_size
+    if fits and prompt_tokens <= c.max_new_tokens:
+        return hardware.DTYPES["bfloat16"]
+    return hardware.resolve_dtype("auto", device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""How likely a model finds given tokens: the arithmetic under predict and evaluate."""
+"""The losses of given tokens, for predict.py and evaluate.py."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from gpt.gpt2 import GPT2
 
 
 def perplexity(loss: float) -> float:
-    """e to the mean loss in nats; infinite where that is more than a float can be."""
+    """e to the power of the mean loss in nats; infinity if that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -19,15 +19,14 @@ def perplexity(loss: float) -> float:
 
 
 def spans(n: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the inputs that predict tokens 1 to n - 1 of n, each once, block_size at most
-    at a time."""
+    """(start, end) of inputs, of at most block_size, that predict tokens 1 to n - 1 once each."""
     for start in range(0, n - 1, block_size):
         yield start, min(start + block_size, n - 1)
 
 
 @torch.no_grad()
 def token_losses(model: GPT2, ids: Tensor) -> Tensor:
-    """-log p of ids[1:] in nats, fp32, for ids (n,); nothing is seen beyond a block's beginning."""
+    """-log p of ids[1:] in nats, fp32 (n - 1,), for ids (n,), in separate windows of block_size."""
     losses = [torch.zeros(0, device=ids.device)]
     for start, end in spans(len(ids), model.config.block_size):
         logits = model.logits(ids[None, start:end])[0].float()
@@ -38,10 +37,10 @@ def token_losses(model: GPT2, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def continuation_losses(model: GPT2, context: list[int],
                         endings: list[list[int]]) -> list[tuple[Tensor, bool]]:
-    """For each ending of a context its tokens' losses (n,), and whether greedy decoding would have
-    written it.
+    """For each ending of a context: its tokens' losses (n,), and whether greedy decoding gives it.
 
-    Where both are longer than the window, the beginning of the context is cut off.
+    The context loses its beginning if both do not fit the window. Raises ValueError for an ending
+    that does not fit by itself.
     """
     device, size = model.lm_head.weight.device, model.config.block_size
     results = []
@@ -52,6 +51,6 @@ def continuation_losses(model: GPT2, context: list[int],
         ids = torch.tensor((context + ending)[-size - 1 :], device=device)
         logits = model.logits(ids[None, :-1])[0, -len(ending):].float()
         wanted = ids[-len(ending):]
-        results.append((F.cross_entropy(logits, wanted, reduction="none"),
-                        bool((logits.argmax(-1) == wanted).all())))
+        greedy = bool((logits.argmax(-1) == wanted).all())
+        results.append((F.cross_entropy(logits, wanted, reduction="none"), greedy))
     return results

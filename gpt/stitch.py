@@ -1,9 +1,8 @@
-"""Two trained GPTs of one shape joined at a layer, directly (merge) or through a linear layer at
-the seam (stitch).
+"""Join two trained GPTs of one shape, A and B: directly (merge) or by a linear layer (stitch).
 
-A is below the cut and B above it: blocks 0 to i - 1 are A's, i to n_layer - 1 are B's, 0 <= i <=
-n_layer. Letters: C = n_embd, M tokens. A model's stream at i, (M, C), is its residual stream where
-block i reads it, or where the last norm does for i = n_layer.
+Blocks 0 to i - 1 are A's and i to n_layer - 1 are B's, 0 <= i <= n_layer. Letters: C = n_embd,
+M tokens. A model's stream at i, (M, C), is the residual stream that its block i reads, or its last
+norm for i = n_layer.
 
 Model stitching: Lenc and Vedaldi, "Understanding image representations by measuring their
 equivariance and equivalence", 2015; Bansal, Nakkiran and Barak, "Revisiting model stitching to
@@ -20,19 +19,19 @@ from gpt.config import GPTConfig, StitchedConfig
 from gpt.gpt2 import GPT2
 from gpt.pretrained import Trained, fill
 from gpt.seam import residual_stream
+from gpt.tensors import EMBEDDING, HEAD
 
-SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-         "direction", "window")
-HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+MUST_EQUAL = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
+              "direction", "window")
 
 
 def merge(a: Trained, b: Trained, i: int,
           original_head: bool = True) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the weights of A below block i and B from there on; the embeddings are A's.
+    """Config and weights of a model with A's blocks below i and B's above; A's embeddings.
 
-    `original_head`: the last norm and the head are A's, tied as they are there. Else they are B's,
-    and the head is a tensor of its own: tied, it would replace A's embedding. Raises ValueError
-    where the two do not fit together.
+    `original_head`: the last norm and the head are A's, tied if they are there. Otherwise they are
+    B's, and untied: a tied head would replace A's embedding. Raises ValueError if A and B differ in
+    shape, or if one is itself stitched.
     """
     _check(a, b, i)
     weights = {name: (b if _above(name, i, original_head) else a).weights[name]
@@ -46,11 +45,11 @@ def merge(a: Trained, b: Trained, i: int,
 
 def stitch(a: Trained, b: Trained, i: int, original_head: bool,
            idx: Tensor | None) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The same with a linear layer before block i.
+    """Config and weights of the merged model with a linear layer, the seam, before block i.
 
-    Where B's head reads the result, it starts as the least-squares map from A's stream at i to B's
-    on the sequences idx (B, T), on whose device that is computed. Where A's head does, it starts as
-    the identity, and idx is not read.
+    With B's head the seam starts as the least-squares map from A's stream at i to B's, computed on
+    the sequences idx (B, T) and on their device. With A's head it starts as the identity, and idx
+    may be None.
     """
     model, weights = merge(a, b, i, original_head)
     if original_head:
@@ -63,9 +62,9 @@ def stitch(a: Trained, b: Trained, i: int, original_head: bool,
 
 
 def _check(a: Trained, b: Trained, i: int) -> None:
-    differ = [f"{key} is {getattr(a.config, key)} in {a.name} and {getattr(b.config, key)} in "
-              f"{b.name}"
-              for key in SHAPE if getattr(a.config, key) != getattr(b.config, key)]
+    pairs = {key: (getattr(a.config, key), getattr(b.config, key)) for key in MUST_EQUAL}
+    differ = [f"{key} is {in_a} in {a.name} and {in_b} in {b.name}"
+              for key, (in_a, in_b) in pairs.items() if in_a != in_b]
     if differ:
         raise ValueError(f"two models of one architecture are needed: {', '.join(differ)}")
     for trained in (a, b):
@@ -78,7 +77,7 @@ def _check(a: Trained, b: Trained, i: int) -> None:
 
 
 def _above(name: str, i: int, original_head: bool) -> bool:
-    """Whether the parameter is B's."""
+    """Whether a parameter is B's."""
     if name.startswith("transformer.h."):
         return int(name.split(".")[2]) >= i
     return name.startswith("transformer.ln_f.") and not original_head
@@ -102,16 +101,15 @@ def stream(trained: Trained, idx: Tensor, i: int) -> Tensor:
 
 
 def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """W (C, C) and b (C,) that make the sum of (x W' + b - y)^2 least, for x and y (M, C). Solved
-    in fp64 on the CPU.
+    """W (C, C) and b (C,) with the least sum of (x W' + b - y)^2, for x and y (M, C).
 
-    Raises ValueError where M tokens cannot tell C + 1 unknowns apart.
+    Solved in fp64 on the CPU. Raises ValueError if M tokens do not determine C + 1 unknowns.
     """
     M, C = x.shape
     if M <= C:
         raise ValueError(f"{M} tokens do not determine a linear layer of {C} + 1 inputs; raise "
                          "--batch_size_alignment")
     x1 = torch.cat([x, x.new_ones(M, 1)], dim=1).cpu().double()
-    # by SVD: streams may lack rank
+    # gelsd, by SVD: a stream may not have full rank.
     solution = torch.linalg.lstsq(x1, y.cpu().double(), driver="gelsd").solution
     return solution[:C].T.float().contiguous(), solution[C].float()

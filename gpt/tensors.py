@@ -1,4 +1,4 @@
-"""Tensors from files that others wrote: what they must be before they are computed with."""
+"""The checks that tensors from others' files must pass before anything is computed with them."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ EMBEDDING, POSITIONS, HEAD = "transformer.wte.weight", "transformer.wpe.weight",
 
 @contextmanager
 def about(source: object, remedy: str) -> Iterator[None]:
-    """Put what it is about before a ValueError of the block, and what to do after it."""
+    """Put `source: ` before the message of a ValueError in the block, and `; remedy` after it."""
     try:
         yield
     except ValueError as error:
@@ -25,18 +25,18 @@ def about(source: object, remedy: str) -> Iterator[None]:
 
 
 def shown(value: Any) -> str:
-    """A stranger's value in a message: one short line, whatever it is."""
+    """A value from others' files for a message: one short line, whatever it is."""
     short = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**64)
     return f"{value!r:.80}" if short else f"a {type(value).__name__}"
 
 
 def dtype_of(tensor: Tensor) -> str:
-    """float32, and the like."""
+    """Its name without "torch.", as float32."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def shapes_of(config: GPTConfig) -> dict[str, torch.Size]:
-    """The shape of each parameter of such a model, in its order; no memory is taken."""
+    """The shape of each parameter in the model's order, from a meta device, without memory."""
     with torch.device("meta"):
         return {name: p.shape for name, p in GPT2(config).named_parameters()}
 
@@ -51,7 +51,7 @@ def decay_groups(names: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def floats(tensor: Any, name: str) -> Tensor:
-    """`tensor` itself, which holds a float for each element. Raises ValueError for all else."""
+    """`tensor`, detached. Raises ValueError if it is not a dense tensor of floats."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         what = "missing" if tensor is None else shown(tensor)
         raise ValueError(f"{name} is {what}; a tensor is needed")
@@ -65,7 +65,7 @@ def floats(tensor: Any, name: str) -> Tensor:
 
 
 def finite(tensor: Any, shape: torch.Size, name: str) -> Tensor:
-    """`tensor` in fp32. Raises ValueError unless it has this shape and no element is inf or nan."""
+    """`tensor` in fp32. Raises ValueError unless it has this shape and all elements are finite."""
     found = floats(tensor, name)
     if found.shape != shape:
         raise ValueError(f"{name} is {tuple(found.shape)}; {tuple(shape)} is needed")
@@ -76,9 +76,9 @@ def finite(tensor: Any, shape: torch.Size, name: str) -> Tensor:
 
 
 def described(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What a GPT-2's weights say of its shape. Raises ValueError for those of anything else.
+    """The config fields that a GPT-2's weights tell. Raises ValueError for other weights.
 
-    The sizes are those of tensors in memory: what is made of them is no larger than the file was.
+    The sizes come from tensors in memory, so a model made of them is no larger than the file.
     """
     sizes = []
     for name in (EMBEDDING, POSITIONS):
@@ -95,7 +95,7 @@ def described(weights: Mapping[str, Any]) -> dict[str, Any]:
 def fitting(config: GPTConfig, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights in fp32, in the model's order.
 
-    Raises ValueError where one is missing, one too many, of another shape, or not finite.
+    Raises ValueError if one is missing, unknown, of another shape, or not finite.
     """
     shapes = shapes_of(config)
     if odd := sorted(shapes.keys() ^ weights.keys()):

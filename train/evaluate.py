@@ -179,7 +179,8 @@ def read_lines(path: str, form: Any) -> list[Example]:
         if missing := form.__annotations__.keys() - line.keys():
             raise ValueError(f"{where}: no {sorted(missing)[0]!r}")
         line = {key: line[key] for key in form.__annotations__}
-        examples.append(Example(where, check_json(line, form, where, "mend the line, or leave it out")))
+        line = check_json(line, form, where, "mend the line, or leave it out")
+        examples.append(Example(where, line))
     if not examples:
         raise ValueError(f"{path}: no examples in it")
     return examples
