@@ -28,8 +28,8 @@ def run(main: Callable[..., Any], options: type | None = None, argv: Sequence[st
         markers: tuple = ()) -> int:
     """Call `main` with the options from the command line and return the exit code (`exit_code`).
 
-    With a dataclass `options`, main takes an instance of it; otherwise the parameters of main are
-    the options. Their bounds (common/bounds.py) are checked. `markers` are tyro's.
+    The options are the fields of the dataclass `options`, of which main takes an instance, or else
+    the parameters of main. Their bounds (common/bounds.py) are checked. `markers` are tyro's.
     """
     prog = Path(inspect.getfile(main)).resolve().relative_to(Path(__file__).parents[1]).as_posix()
 

@@ -97,7 +97,7 @@ class Char(Tokenizer):
         return "".join(self.chars[i] for i in ids).encode()
 
 
-class GPT2(Tokenizer):
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding. In a text "<|endoftext|>" becomes the one id 50256."""
 
     vocab_size = 50257
@@ -122,11 +122,11 @@ def load_tokenizer(meta: Mapping[str, Any] | None, name: str = "tokenizer.json")
     Raises ValueError, beginning with `name`, for a bad `meta`.
     """
     if meta is None:
-        return GPT2()
+        return GPT2Tokenizer()
     checked = check_meta(meta, name)
     if checked["kind"] == "char":
         return Char(checked["chars"])
-    return Bytes() if checked["kind"] == "bytes" else GPT2()
+    return Bytes() if checked["kind"] == "bytes" else GPT2Tokenizer()
 
 
 # -- the meta of a data set ----------------------------------------------------------
