@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.tokenizer import GPT2, Bytes
+from data.tokenizer import Bytes, GPT2Tokenizer
 from data.tokens import write_tokens
 from gpt import GPT, GPTConfig
 from gpt.scoring import perplexity
@@ -27,14 +27,14 @@ def model():
 
 def test_the_end_of_text_has_a_loss_and_no_bytes(model, tmp_path):
     """It counted as the 13 bytes of "<|endoftext|>", which flattered bits per byte."""
-    ids = GPT2().encode("One text.<|endoftext|>Another one.<|endoftext|>")
+    ids = GPT2Tokenizer().encode("One text.<|endoftext|>Another one.<|endoftext|>")
     assert ids.count(END) == 2
     write_tokens(tmp_path / "val.bin", np.array(ids))
     asked = SimpleNamespace(data_dir=str(tmp_path), dataset="", split="val", batch_size=2)
-    figures = evaluate.whole_split(asked, model, GPT2(), world())
+    figures = evaluate.whole_split(asked, model, GPT2Tokenizer(), world())
     assert figures["tokens"] == len(ids) - 1
     written = len("One text.Another one.") - len(
-        GPT2().decode(ids[:1])
+        GPT2Tokenizer().decode(ids[:1])
     )  # nothing predicts the first token
     assert figures["bits per byte"] * written == pytest.approx(
         figures["loss"] * (len(ids) - 1) / math.log(2)
@@ -50,14 +50,14 @@ def test_an_empty_context_is_the_end_of_text(model, tmp_path):
     """A LAMBADA text of one word, or an empty ctx of HellaSwag, ended the evaluation."""
     loss = (
         -model.predict(torch.tensor([[END]]))[0, -1]
-        .log_softmax(-1)[GPT2().encode(" word")[0]]
+        .log_softmax(-1)[GPT2Tokenizer().encode(" word")[0]]
         .item()
     )
-    found = answers(evaluate.lambada, evaluate.Lambada, [{"text": "word"}], model, GPT2(), tmp_path)
+    found = answers(evaluate.lambada, evaluate.Lambada, [{"text": "word"}], model, GPT2Tokenizer(), tmp_path)
     assert found["lambada ppl"] == pytest.approx(math.exp(loss), rel=1e-4)
     line = {"ctx": "", "endings": ["word", "other"], "label": "1"}
     assert (
-        answers(evaluate.hellaswag, evaluate.HellaSwag, [line], model, GPT2(), tmp_path)[
+        answers(evaluate.hellaswag, evaluate.HellaSwag, [line], model, GPT2Tokenizer(), tmp_path)[
             "hellaswag examples"
         ]
         == 1
@@ -113,7 +113,7 @@ def test_a_wrong_line_is_named(line, says, model, tmp_path):
     )
     good = {"text": "a b"} if is_lambada else GOOD
     with pytest.raises(ValueError, match=r"lines\.jsonl, line 2: ") as refused:
-        answers(task, form, [good, line], model, GPT2(), tmp_path)
+        answers(task, form, [good, line], model, GPT2Tokenizer(), tmp_path)
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -155,7 +155,7 @@ def test_ranks_share_the_examples(model, tmp_path, monkeypatch):
     (tmp_path / "l.jsonl").write_text('{"text": "a b"}\n' * 5)
     lines = evaluate.read_lines(str(tmp_path / "l.jsonl"), evaluate.Lambada)
     logs = [
-        math.log(evaluate.lambada(lines, model, GPT2(), World(rank, 2))["lambada ppl"])
+        math.log(evaluate.lambada(lines, model, GPT2Tokenizer(), World(rank, 2))["lambada ppl"])
         for rank in (0, 1)
     ]
     assert logs[0] == pytest.approx(logs[1] * 3 / 2, rel=1e-5)
