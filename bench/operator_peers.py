@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import Case, operator
+from kernels import FAMILIES
 
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 OURS = "ours"
+SHIPPED = ("reference", "torch", "triton", "flash_attn")  # a backend of your own is added to them
 
 
 def implementations(case: Case, device: torch.device) -> dict[str, Callable | str]:
@@ -31,6 +33,8 @@ def implementations(case: Case, device: torch.device) -> dict[str, Callable | st
     }
     if not cuda:
         found["reference"] = operator(case, "reference")
+    others = [name for name in FAMILIES[case.family].modules if name not in SHIPPED]
+    found |= {name: operator(case, name) for name in others}
     found["torch"] = operator(case, "torch")
     # alone it is one call of scaled_dot_product_attention: nothing to fuse
     if case.operator != "attention":
