@@ -42,12 +42,12 @@ FAMILIES = {
         "triton": "kernels.cross_entropy",
     }),
 }
-# Those that have every family: what --kernels= takes, beside auto.
+# Backends that have every family: what --kernels= takes, besides auto.
 BACKENDS = [name for name in FAMILIES["attention"].modules
             if all(name in family.modules for family in FAMILIES.values())]
 
-# What `auto` takes on a GPU, by its name: family -> backend. A row enters with a measurement
-# (bench/results/) in which each was fastest.
+# GPU name -> family -> backend: what `auto` takes. A new row needs a measurement (bench/results/)
+# in which these backends were fastest.
 _MEASURED: dict[str, dict[str, str]] = {}
 
 
@@ -74,11 +74,11 @@ class Choice(NamedTuple):
 
 
 def resolve(kernels: str = "auto", device: "torch.device | str" = "cpu", **families: str) -> Choice:
-    """Choose the backend of each family of operators, once and before the first step.
+    """Choose the backend of each family of operators, once, before the first step.
 
-    `kernels`: one of BACKENDS for all families, or "auto", by measurement on this device.
-    `families`: backends for single families, `attention="torch"`; "" changes nothing.
-    Raises ValueError, with the remedy, where a backend cannot run on `device`.
+    `kernels`: one of BACKENDS for all families, or "auto" for what was measured on this device.
+    `families`: the backends of single families, as `attention="torch"`; "" changes nothing.
+    Raises ValueError, with the remedy, for a backend that cannot run on `device`.
     """
     import torch
 
@@ -105,8 +105,7 @@ def _automatic(device: "torch.device") -> tuple[dict[str, str], str]:
     name = torch.cuda.get_device_name(device)
     if name in _MEASURED:
         return _MEASURED[name], f"auto: measured on {name}"
-    return fused, (f"auto: no measurement for {name}; `python bench/tune.py` would decide by "
-                   "measuring")
+    return fused, f"auto: no measurement for {name}; `python bench/tune.py` would make one"
 
 
 def _check_name(family: str, backend: str) -> None:
@@ -142,13 +141,13 @@ def _interpreting() -> bool:
 
 
 def load(kernels: str = "torch", **families: str) -> Kernels:
-    """The operators of a backend, with those of single families taken from another one.
+    """The operators of a backend; `families` takes single families from other backends.
 
-    Imports the modules it needs, and so triton only for the triton backend. Raises ValueError for
-    an unknown name; whether a backend runs on a device is for `resolve` to say.
+    Imports only the modules that it needs: triton only for the triton backend. Raises ValueError
+    for an unknown name. `resolve` checks whether a backend runs on a device.
     """
-    chosen = dict.fromkeys(FAMILIES, kernels) | {f: backend for f, backend in families.items()
-                                                 if backend}
+    others = {family: backend for family, backend in families.items() if backend}
+    chosen = dict.fromkeys(FAMILIES, kernels) | others
     operators: dict[str, Callable] = {}
     for family, backend in chosen.items():
         _check_name(family, backend)

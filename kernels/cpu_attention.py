@@ -1,16 +1,16 @@
 """Causal attention on a CPU out of PyTorch's batched products: softmax(q k^T / sqrt(D)) v.
 
 PyTorch's fused CPU attention has no dropout, and in bf16 it takes 1.2 to 3 times as long
-(bench/results/forms-cpu-bf16.json). Here each block of ROWS queries meets just the keys it may
-see, which leaves out nearly half of the square, and a few sequences are done at a time, so that
+(bench/results/forms-cpu-bf16.json). Here each block of ROWS queries is multiplied only by the keys
+before its end, which saves nearly half of the products. Few sequences are computed at once, so that
 their scores stay in the cache.
 
-Letters: B batch, T sequence, H heads, D head dimension; a block is queries i to e of b sequences,
-and G = b * H.
-Precision: products sum in fp32, but PyTorch rounds what they return to the dtype of qkv: scores,
+Letters: B batch, T sequence, H heads, D head dimension; a block is queries i to e - 1 of b
+sequences, and G = b * H.
+Precision: products sum in fp32, but PyTorch rounds their results to the dtype of qkv: scores,
 probabilities and their gradients. Sums over blocks are fp32.
-Saved for backward: qkv, and the probabilities unless they pass KEPT_BYTES: then they are computed
-again.
+Saved for backward: qkv and the probabilities. Probabilities larger than KEPT_BYTES are not saved
+but computed again.
 """
 
 from collections.abc import Iterator
@@ -22,16 +22,17 @@ from kernels.cpu_dropout import keep_mask
 from kernels.reference import visible
 
 ROWS = 128  # queries in a block
-CACHE_BYTES = 2 * 2**20  # of the scores of a block
-KEPT_BYTES = 2**28  # of the probabilities of a call: in bf16 19 sequences of 1,024 with 12 heads
+CACHE_BYTES = 2 * 2**20  # for the scores of a block
+KEPT_BYTES = 2**28  # for the probabilities of a call: 19 sequences of 1,024, 12 heads, bf16
 
 # -- blocks --------------------------------------------------------------------
 
 
 def _blocks(qkv: Tensor) -> Iterator[tuple[int, slice, int, int, slice]]:
-    """Yield, for each block, its number, its sequences, i, e, and where its probabilities are kept.
+    """For each block: its number, its sequences, i, e, and the place of its kept probabilities.
 
-    The last queries of a sequence come first: they see all keys, so sums over blocks begin there.
+    The last queries of a sequence come first, because they see all keys: sums over blocks start
+    with them.
     """
     B, T, _, H, _ = qkv.shape
     step = max(1, CACHE_BYTES // (H * min(ROWS, T) * T * qkv.element_size()))
@@ -56,7 +57,7 @@ def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
 
 def _hidden(qkv: Tensor, part: slice, doc_start: Tensor | None,
             window: int | None) -> Tensor | None:
-    """The keys that each query may not see, (b, T, T); None where these are just the later ones."""
+    """Which keys each query may not see, (b, T, T); None where only later keys are hidden."""
     if doc_start is None and window is None:
         return None
     seen = visible(qkv.shape[1], None if doc_start is None else doc_start[part], window)
@@ -65,7 +66,7 @@ def _hidden(qkv: Tensor, part: slice, doc_start: Tensor | None,
 
 def _probabilities(q: Tensor, k: Tensor, i: int, e: int, hidden: Tensor | None,
                    out: Tensor | None = None) -> Tensor:
-    """softmax of the scores of queries i to e over the keys before e, (G, e - i, e)."""
+    """softmax of the scores of queries i to e - 1 over the keys before e, (G, e - i, e)."""
     scores = _product(q[:, i:e], k[:, :e].mT, q.shape[-1] ** -0.5)
     if hidden is None:
         scores[:, :, i:] += scores.new_full((e - i, e - i), float("-inf")).triu_(1)
@@ -75,13 +76,13 @@ def _probabilities(q: Tensor, k: Tensor, i: int, e: int, hidden: Tensor | None,
     return torch.softmax(scores, -1, out=out)
 
 
-# -- operators: what autograd, torch.compile and opcheck see ---------------------
+# -- operators -----------------------------------------------------------------
 
 
 @torch.library.custom_op("ridge::cpu_attention", mutates_args=())
-def _attention(qkv: Tensor, doc_start: Tensor | None, window: int | None, dropout: float,
-               seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    y, kept = _outputs(qkv, doc_start, window, dropout, seed)
+def _forward_op(qkv: Tensor, doc_start: Tensor | None, window: int | None, dropout: float,
+                seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    y, kept = _forward_outputs(qkv, doc_start, window, dropout, seed)
     _, T, _, H, _ = qkv.shape
     for n, part, i, e, place in _blocks(qkv):
         if e == T:
@@ -96,8 +97,8 @@ def _attention(qkv: Tensor, doc_start: Tensor | None, window: int | None, dropou
     return y, kept
 
 
-@_attention.register_fake
-def _outputs(qkv, doc_start, window, dropout, seed):
+@_forward_op.register_fake
+def _forward_outputs(qkv, doc_start, window, dropout, seed):
     B, T, _, H, D = qkv.shape
     pairs = sum((min(i + ROWS, T) - i) * min(i + ROWS, T) for i in range(0, T, ROWS))
     n = B * H * pairs
@@ -106,12 +107,12 @@ def _outputs(qkv, doc_start, window, dropout, seed):
 
 
 @torch.library.custom_op("ridge::cpu_attention_backward", mutates_args=())
-def _attention_backward(dy: Tensor, kept: Tensor, qkv: Tensor, doc_start: Tensor | None,
-                        window: int | None, dropout: float, seed: Tensor | None) -> Tensor:
-    dqkv = _backward_output(dy, kept, qkv, doc_start, window, dropout, seed)
+def _backward_op(dy: Tensor, kept: Tensor, qkv: Tensor, doc_start: Tensor | None,
+                 window: int | None, dropout: float, seed: Tensor | None) -> Tensor:
+    dqkv = _backward_outputs(dy, kept, qkv, doc_start, window, dropout, seed)
     _, T, _, H, D = qkv.shape
     scale, survivors = D**-0.5, 1 / (1 - dropout)
-    # of sums over blocks; a single block is none
+    # the dtype of sums over blocks; a single block needs no sum
     wide = qkv.dtype if T <= ROWS else torch.promote_types(qkv.dtype, torch.float32)
     for n, part, i, e, place in _blocks(qkv):
         if e == T:
@@ -141,8 +142,8 @@ def _attention_backward(dy: Tensor, kept: Tensor, qkv: Tensor, doc_start: Tensor
     return dqkv
 
 
-@_attention_backward.register_fake
-def _backward_output(dy, kept, qkv, doc_start, window, dropout, seed):
+@_backward_op.register_fake
+def _backward_outputs(dy, kept, qkv, doc_start, window, dropout, seed):
     return qkv.new_empty(qkv.shape)
 
 
@@ -156,11 +157,11 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy, _):
     kept, qkv, doc_start, seed = ctx.saved_tensors
-    dqkv = _attention_backward(dy, kept, qkv, doc_start, ctx.window, ctx.dropout, seed)
+    dqkv = _backward_op(dy, kept, qkv, doc_start, ctx.window, ctx.dropout, seed)
     return dqkv, None, None, None, None
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
+_forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
 # -- public ----------------------------------------------------------------------
@@ -170,9 +171,9 @@ def attention_qkv(qkv: Tensor, *, doc_start: Tensor | None = None, window: int |
                   dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """Attention of the packed projection qkv (B, T, 3, H, D): (B, T, H, D).
 
-    Agrees with `reference.attention_qkv`, but draws the dropout mask from `seed` by `keep_mask`.
-    Raises ValueError without a seed where dropout > 0. Has no second derivative.
+    Agrees with `reference.attention_qkv`, but `keep_mask` draws the dropout mask from `seed`.
+    Raises ValueError for dropout > 0 without a seed. Has no second derivative.
     """
     if dropout > 0 and seed is None:
         raise ValueError(f"attention: dropout={dropout} needs seed=, an int64 tensor without axes")
-    return _attention(qkv, doc_start, window, dropout, seed if dropout > 0 else None)[0]
+    return _forward_op(qkv, doc_start, window, dropout, seed if dropout > 0 else None)[0]

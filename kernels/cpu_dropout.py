@@ -1,11 +1,11 @@
-"""Dropout that does not take a core: many mask elements from one random word.
+"""Dropout on a CPU with few random draws: many mask elements from one random word.
 
-PyTorch draws each element of a CPU mask on its own and on one core, 6 to 8 ns an element. Here
-four come from one 64-bit word, and a table of words from one random word for each row and each
-column: word[i, j] = mix(row[i] ^ column[j]), where mix is Fibonacci hashing (Knuth, The Art of
-Computer Programming 3, section 6.4) with the high half added to the low one.
+PyTorch draws each element of a CPU mask by itself and on one core, 6 to 8 ns per element. Here one
+64-bit word gives four elements, and the words come from a table: word[i, j] = mix(row[i] ^
+column[j]), with one random word per row and per column. mix is Fibonacci hashing (Knuth, The Art of
+Computer Programming 3, section 6.4), with the high half added to the low half.
 
-Times: bench/results/forms-cpu-bf16.json. How alike rows and columns are: tests/test_dropout.py.
+Times: bench/results/forms-cpu-bf16.json. Correlation of rows and columns: tests/test_dropout.py.
 """
 
 import math
@@ -19,10 +19,9 @@ COLUMNS = 2048  # words in a row of the table
 
 
 def keep_mask(seed: int, shape: tuple[int, ...], p: float, dtype: torch.dtype) -> Tensor:
-    """Ones where an element is kept, zeros with probability p, exact to 2^-17. On the CPU.
+    """A mask on the CPU: 0 with probability p, exact to 2^-17, else 1. It depends on nothing else.
 
-    A function of its arguments alone. In `dtype`, because PyTorch multiplies by a mask of bools
-    eight times slower than by one like x.
+    It has the `dtype` of what it multiplies: a mask of bools makes PyTorch eight times slower.
     """
     n = math.prod(shape)
     rows = -(-n // (4 * COLUMNS))
@@ -38,14 +37,14 @@ def keep_mask(seed: int, shape: tuple[int, ...], p: float, dtype: torch.dtype) -
 
 
 @torch.library.custom_op("ridge::dropout", mutates_args=())
-def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    y = _dropout_output(x, seed, p)
+def _dropout_op(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    y = _dropout_outputs(x, seed, p)
     torch.mul(x, keep_mask(int(seed), x.shape, p, x.dtype), out=y)
     return y.mul_(1 / (1 - p))
 
 
-@_dropout.register_fake
-def _dropout_output(x, seed, p):
+@_dropout_op.register_fake
+def _dropout_outputs(x, seed, p):
     return x.new_empty(x.shape)
 
 
@@ -56,20 +55,20 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy):
     (seed,) = ctx.saved_tensors
-    return _dropout(dy, seed, ctx.p), None, None  # the same mask: nothing of the size of x is saved
+    return _dropout_op(dy, seed, ctx.p), None, None  # drawn again: no mask is saved
 
 
-_dropout.register_autograd(_differentiate, setup_context=_save)
+_dropout_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """F.dropout of x: zeros with probability p, the rest times 1 / (1 - p).
+    """F.dropout of x: 0 with probability p, else x / (1 - p).
 
-    On a CPU the mask is a function of one draw of PyTorch's generator; elsewhere it is PyTorch's.
+    On a CPU, one draw of PyTorch's generator is the seed of the mask. Elsewhere it is F.dropout.
     """
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
-    return _dropout(x, torch.randint(2**62, ()), p)
+    return _dropout_op(x, torch.randint(2**62, ()), p)
 
 
 __all__ = ["dropout", "keep_mask"]

@@ -1,25 +1,27 @@
 """Cross-entropy of logits, and of a linear layer whose logits never exist all at once.
 
-    top = max_v logit_v                   total = sum_v exp(logit_v - top)
-    loss = top - logit_target + log(total)     dlogit_v = exp(logit_v - top) / total - [v = target]
+    row_max = max_v logit_v           sum_exp = sum_v exp(logit_v - row_max)
+    loss = row_max - logit_target + log(sum_exp)
+    dlogit_v = exp(logit_v - row_max) / sum_exp - [v = target]
 
 Letters: M rows (tokens), N features, V vocabulary. Logits (M, V); targets (M,) int64; x (M, N);
-weight (V, N). Losses, top and total (M,) are fp32, as is all arithmetic on logits; a row whose
-target is `ignore_index` has loss and gradient 0.
+weight (V, N). Losses, row_max and sum_exp (M,) are fp32, as is all arithmetic on logits. A row
+whose target is `ignore_index` has loss and gradient 0.
 
-`cross_entropy` reads the logits once forward (an online softmax) and saves top and total (not their
-logarithm, whose rounding would enter every probability); its backward reads the logits once more
-and writes the gradient: three passes over (M, V). To write the gradient forward, before its scale
-is known, would take four.
+`cross_entropy` reads the logits once in the forward (an online softmax) and saves row_max and
+sum_exp, not log(sum_exp), whose rounding would enter every probability. Its backward reads the
+logits again and writes the gradient. That is three passes over (M, V); writing the gradient in the
+forward, where its scale is not known yet, would take four.
 
-`linear_cross_entropy` takes the rows in chunks: logits into a private buffer, which a kernel
-overwrites with their gradient (DRAM sees one read and one write: a row is read twice, but rows
-being worked on fit in L2), then its products dx = dlogits @ weight, and dweight, summed over chunks
-in fp32. Both are computed forward, for a gradient of 1 of the summed loss, and are what backward
-scales: the range of fp16 suffices, and 1 / (number of tokens) is not rounded to bf16.
+`linear_cross_entropy` takes the rows in chunks. The logits of a chunk go into a private buffer, and
+a kernel overwrites them with their gradient. It reads each row twice, but DRAM sees one read and
+one write, because the rows in work fit in L2. Two products follow: dx = dlogits @ weight, and
+dweight, summed over chunks in fp32. Both are computed in the forward, for a gradient of 1 of the
+summed loss; the backward only scales them. So the range of fp16 suffices, and 1 / (number of
+tokens) is not rounded to bf16.
 
-A target outside of [0, V) that is not ignore_index: ValueError on a CPU. On a GPU, where looking
-would stall the host, nothing is read out of bounds, and the loss and the gradients are NaN;
+A target outside of [0, V) that is not ignore_index raises ValueError on a CPU. On a GPU, where the
+check would stall the host, nothing is read out of bounds, and the loss and the gradients are NaN;
 TRITON_DEBUG=1 stops at the row instead.
 """
 
@@ -30,63 +32,65 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import launch
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2(e)), and exp2 is one instruction
+from kernels.inputs import DTYPES, with_dense_rows
+from kernels.primitives import LOG2E
 
 # -- kernels -----------------------------------------------------------------
 
 
 @triton.jit
-def _top_and_total(row, width, BLOCK_V: tl.constexpr):
-    # One read of the logits at `row`. A maximum and a sum for every 8 neighbours, which one thread
-    # loads at once: they are combined only at the end, so the loop has no barrier.
+def _max_and_sum_exp(row, width, BLOCK_V: tl.constexpr):
+    """row_max and sum_exp of the `width` logits at `row`, which are read once.
+
+    Each group of 8 neighbours, which one thread loads at once, has a maximum and a sum of its own.
+    They are combined after the loop, so the loop has no barrier.
+    """
     cols = tl.arange(0, BLOCK_V // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tops = tl.full((BLOCK_V // 8,), float("-inf"), tl.float32)
-    totals = tl.zeros((BLOCK_V // 8,), tl.float32)
+    maxima = tl.full((BLOCK_V // 8,), float("-inf"), tl.float32)
+    sums = tl.zeros((BLOCK_V // 8,), tl.float32)
     for start in range(0, width, BLOCK_V):
-        xs = tl.load(row + start + cols, mask=start + cols < width,
-                     other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(tops, tl.max(xs, 1))
-        # where all is -inf so far: adds 0, and not exp(inf - inf)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        totals = totals * tl.exp2((tops - base)
-                                  * LOG2E) + tl.sum(tl.exp2((xs - base[:, None]) * LOG2E), 1)
-        tops = higher
-    top = tl.max(tops)
-    return top, tl.sum(totals * tl.exp2((tops - tl.where(top == float("-inf"), 0.0, top)) * LOG2E))
+        mask = start + cols < width
+        xs = tl.load(row + start + cols, mask=mask, other=float("-inf")).to(tl.float32)
+        m_new = tl.maximum(maxima, tl.max(xs, 1))
+        # where all is -inf so far, this adds exp(-inf) = 0, and not exp(inf - inf) = nan
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2((maxima - base) * LOG2E)
+        sums = sums * alpha + tl.sum(tl.exp2((xs - base[:, None]) * LOG2E), 1)
+        maxima = m_new
+    row_max = tl.max(maxima)
+    base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    return row_max, tl.sum(sums * tl.exp2((maxima - base) * LOG2E))
 
 
 @triton.jit
-def _target_logit(row, target, V):
-    # The logit of the target, and whether there is such a target.
+def _loss(row, target, V, width, BLOCK_V: tl.constexpr):
+    """Loss, row_max and sum_exp of the logits at `row`; NaN where there is no such target."""
     inside = (target >= 0) & (target < V)
     tl.device_assert(inside, "cross_entropy: a target is outside of the vocabulary")
-    return tl.load(row + target, mask=inside, other=0.0).to(tl.float32), inside
+    logit = tl.load(row + target, mask=inside, other=0.0).to(tl.float32)
+    row_max, sum_exp = _max_and_sum_exp(row, width, BLOCK_V)
+    sum_exp = tl.where(inside, sum_exp, float("nan"))
+    return row_max - logit + tl.log(sum_exp), row_max, sum_exp
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
 def _losses(logits, targets, losses, stats, M, stride, V, width, ignore_index,
             BLOCK_V: tl.constexpr):
-    # One program per row. stats (2, M) receives top and total. Columns from V to width are padding
-    # with -inf.
+    """The loss and the stats, row_max and sum_exp, of one row. Columns V to width hold -inf."""
     i = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + i)
-    loss, top, total = 0.0, 0.0, 1.0
+    loss, row_max, sum_exp = 0.0, 0.0, 1.0
     if target != ignore_index:
-        logit, inside = _target_logit(logits + i * stride, target, V)
-        top, total = _top_and_total(logits + i * stride, width, BLOCK_V)
-        total = tl.where(inside, total, float("nan"))
-        loss = top - logit + tl.log(total)
+        loss, row_max, sum_exp = _loss(logits + i * stride, target, V, width, BLOCK_V)
     tl.store(losses + i, loss)
-    tl.store(stats + i, top)
-    tl.store(stats + M + i, total)
+    tl.store(stats + i, row_max)
+    tl.store(stats + M + i, sum_exp)
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
 def _gradient(logits, targets, stats, dlosses, dlogits, M, stride, dlosses_stride, V, ignore_index,
               BLOCK_V: tl.constexpr):
-    # Program (i, j) writes the j-th block of row i.
+    """Block j of row i of dlogits, in program (i, j)."""
     i = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = cols < V
@@ -101,9 +105,10 @@ def _gradient(logits, targets, stats, dlosses, dlogits, M, stride, dlosses_strid
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
 def _losses_and_gradient(logits, targets, losses, M, V, width, ignore_index, BLOCK_V: tl.constexpr):
-    # Overwrites logits (M, width), of which columns from V on are padding with -inf, with their
-    # gradient. Each program takes every so-many-th row, so that the number of rows being worked on
-    # is the number of programs.
+    """Losses (M,), and the gradient of logits (M, width) over them. Columns V to width hold -inf.
+
+    Program p takes the rows p, p + programs, ...: as many rows are in work as there are programs.
+    """
     cols = tl.arange(0, BLOCK_V)
     blocks = tl.cdiv(width, BLOCK_V)
     for i in range(tl.program_id(0).to(tl.int64), M, tl.num_programs(0)):
@@ -111,76 +116,72 @@ def _losses_and_gradient(logits, targets, losses, M, V, width, ignore_index, BLO
         target = tl.load(targets + i)
         if target == ignore_index:
             for k in range(blocks):
-                tl.store(row + k * BLOCK_V + cols, tl.zeros((BLOCK_V,), tl.float32),
-                         mask=k * BLOCK_V + cols < width)
+                mask = k * BLOCK_V + cols < width
+                tl.store(row + k * BLOCK_V + cols, tl.zeros((BLOCK_V,), tl.float32), mask=mask)
             tl.store(losses + i, 0.0)
         else:
-            # before anything of the row is overwritten
-            logit, inside = _target_logit(row, target, V)
-            top, total = _top_and_total(row, width, BLOCK_V)
-            total = tl.where(inside, total, float("nan"))
-            tl.store(losses + i, top - logit + tl.log(total))
+            loss, row_max, sum_exp = _loss(row, target, V, width, BLOCK_V)
+            tl.store(losses + i, loss)
             for k in range(blocks):
-                # from the end: what was read last is the likeliest to be in L1 or L2
+                # from the end: what was read last is the most likely to be in L1 or L2
                 start = (blocks - 1 - k) * BLOCK_V
-                xs = tl.load(row + start + cols, mask=start + cols < width,
-                             other=0.0).to(tl.float32)
-                ds = tl.exp2((xs - top) * LOG2E) * (1.0 / total)
-                if start // BLOCK_V == target // BLOCK_V:  # only there is a target looked for
+                mask = start + cols < width
+                xs = tl.load(row + start + cols, mask=mask, other=0.0).to(tl.float32)
+                ds = tl.exp2((xs - row_max) * LOG2E) * (1.0 / sum_exp)
+                if start // BLOCK_V == target // BLOCK_V:  # only this block has the target
                     ds -= tl.where(start + cols == target, 1.0, 0.0)
-                tl.store(row + start + cols, ds, mask=start + cols < width)
+                tl.store(row + start + cols, ds, mask=mask)
 
 
 # -- operators ---------------------------------------------------------------
 
 
 @torch.library.custom_op("ridge::cross_entropy", mutates_args=())
-def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Losses (M,), and top and total as (2, M)."""
+def _cross_entropy_op(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Losses (M,), and row_max and sum_exp as (2, M)."""
     M, V = logits.shape
     _check_targets(targets, V, ignore_index)
     losses, stats = _cross_entropy_outputs(logits, targets, ignore_index)
-    logits = _rows(logits)
-    # the autograd thread's device need not be this one; does nothing on a CPU
+    logits = with_dense_rows(logits)
+    # autograd's thread may have another current device; does nothing on a CPU
     with torch.cuda.device_of(logits):
         _losses[(M,)](logits, targets.contiguous(), losses, stats, M, logits.stride(0), V, V,
-                      ignore_index,
-                      **launch.cross_entropy_forward(V))
+                      ignore_index, **launch.cross_entropy_forward(V))
     return losses, stats
 
 
-@_cross_entropy.register_fake
+@_cross_entropy_op.register_fake
 def _cross_entropy_outputs(logits, targets, ignore_index):
     stats = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
     return torch.empty_like(stats[0]), stats
 
 
 @torch.library.custom_op("ridge::cross_entropy_backward", mutates_args=())
-def _cross_entropy_backward(logits: Tensor, targets: Tensor, stats: Tensor, dlosses: Tensor,
-                            ignore_index: int) -> Tensor:
+def _cross_entropy_backward_op(logits: Tensor, targets: Tensor, stats: Tensor, dlosses: Tensor,
+                               ignore_index: int) -> Tensor:
     M, V = logits.shape
     dlogits = _cross_entropy_backward_outputs(logits, targets, stats, dlosses, ignore_index)
-    logits = _rows(logits)
+    logits = with_dense_rows(logits)
     settings = launch.cross_entropy_backward(V)
     with torch.cuda.device_of(logits):
         _gradient[(M, triton.cdiv(V, settings["BLOCK_V"]))](
             logits, targets.contiguous(), stats, dlosses, dlogits, M, logits.stride(0),
-            dlosses.stride(0), V,
-            ignore_index, **settings)
+            dlosses.stride(0), V, ignore_index, **settings)
     return dlogits
 
 
-@_cross_entropy_backward.register_fake
+@_cross_entropy_backward_op.register_fake
 def _cross_entropy_backward_outputs(logits, targets, stats, dlosses, ignore_index):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.custom_op("ridge::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
-                          need_dx: bool,
-                          need_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, its gradients dx in the dtype of x, which is that of the matmuls, and
-    dweight in fp32 (without elements where not needed)."""
+def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
+                             need_dx: bool, need_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss and its gradients, without elements where they are not needed.
+
+    The products are in the dtype of x, and so is dx; dweight is fp32.
+    """
     M, V = len(x), len(weight)
     _check_targets(targets, V, ignore_index)
     _, dx, dweight = _linear_cross_entropy_outputs(x, weight, targets, ignore_index, need_dx,
@@ -192,7 +193,7 @@ def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_ind
     for start in range(0, M, rows):
         chunk = slice(start, start + rows)
         padded = buffer[: len(x[chunk])]
-        dlogits = torch.mm(x[chunk], w.T, out=padded[:, :V])  # so far, they are logits
+        dlogits = torch.mm(x[chunk], w.T, out=padded[:, :V])  # the logits, until they are replaced
         padded[:, V:] = float("-inf")
         _replace_logits(padded, targets[chunk], losses[chunk], V, ignore_index,
                         need_dx or need_dweight)
@@ -203,7 +204,7 @@ def _linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_ind
     return losses.sum(), dx, dweight.zero_() if M == 0 else dweight
 
 
-@_linear_cross_entropy.register_fake
+@_linear_cross_entropy_op.register_fake
 def _linear_cross_entropy_outputs(x, weight, targets, ignore_index, need_dx, need_dweight):
     dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=torch.float32)
     return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape if need_dx else (0,)), dweight
@@ -211,8 +212,7 @@ def _linear_cross_entropy_outputs(x, weight, targets, ignore_index, need_dx, nee
 
 def _replace_logits(padded: Tensor, targets: Tensor, losses: Tensor, V: int, ignore_index: int,
                     by_gradient: bool) -> None:
-    """Write losses of logits in the first V columns of a buffer that is all ours and,
-    `by_gradient`, dlogits over them."""
+    """Write the losses of `padded` logits and, `by_gradient`, the gradient over the logits."""
     M, width = padded.shape
     with torch.cuda.device_of(padded):
         if by_gradient:
@@ -221,22 +221,15 @@ def _replace_logits(padded: Tensor, targets: Tensor, losses: Tensor, V: int, ign
                                               **launch.cross_entropy_in_place(V))
         else:
             _losses[(M,)](padded, targets, losses, losses.new_empty(2, M), M, width, V, width,
-                          ignore_index,
-                          **launch.cross_entropy_forward(V))
+                          ignore_index, **launch.cross_entropy_forward(V))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (fp32) += a @ b, or = for the first; low-precision operands, fp32 sums that are never
-    rounded to them."""
+    """total (fp32) += a @ b, or total = a @ b for the first one; never rounded below fp32."""
     if total.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, beta=0 if first else 1, out=total)
     else:
         torch.addmm(total, a.float(), b.float(), beta=0 if first else 1, out=total)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Rows may lie any distance apart; within a row the elements must be neighbours."""
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
@@ -264,7 +257,8 @@ def _save_cross_entropy(ctx, inputs, output):
 
 def _differentiate_cross_entropy(ctx, dlosses, _dstats):
     logits, targets, stats = ctx.saved_tensors
-    return _cross_entropy_backward(logits, targets, stats, dlosses, ctx.ignore_index), None, None
+    dlogits = _cross_entropy_backward_op(logits, targets, stats, dlosses, ctx.ignore_index)
+    return dlogits, None, None
 
 
 def _save_linear_cross_entropy(ctx, inputs, output):
@@ -276,20 +270,19 @@ def _save_linear_cross_entropy(ctx, inputs, output):
 
 def _differentiate_linear_cross_entropy(ctx, dloss, _ddx, _ddweight):
     dx, dweight = ctx.saved_tensors
-    return (_scaled(dx, dloss, dx.dtype) if ctx.need_dx else None,
-            _scaled(dweight, dloss, ctx.weight_dtype) if ctx.need_dweight else None, None,
-            None, None, None)
+    dx = _scaled(dx, dloss, dx.dtype) if ctx.need_dx else None
+    dweight = _scaled(dweight, dloss, ctx.weight_dtype) if ctx.need_dweight else None
+    return dx, dweight, None, None, None, None
 
 
 def _scaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """t times an fp32 scale, rounded once: as a tensor with an axis, scale is not rounded to the
-    dtype of t first."""
+    """t times an fp32 scale, rounded once. A scale without axes would first be rounded as t is."""
     return torch.mul(t, scale.view(1), out=t.new_empty(t.shape, dtype=dtype))
 
 
-_cross_entropy.register_autograd(_differentiate_cross_entropy, setup_context=_save_cross_entropy)
-_linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy,
-                                        setup_context=_save_linear_cross_entropy)
+_cross_entropy_op.register_autograd(_differentiate_cross_entropy, setup_context=_save_cross_entropy)
+_linear_cross_entropy_op.register_autograd(_differentiate_linear_cross_entropy,
+                                           setup_context=_save_linear_cross_entropy)
 
 
 # -- public ------------------------------------------------------------------
@@ -297,40 +290,35 @@ _linear_cross_entropy.register_autograd(_differentiate_linear_cross_entropy,
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
                   ignore_index: int = -1) -> Tensor:
-    """-log softmax(logits)[target] of logits (M, V), fp16, bf16 or fp32, and targets (M,) int64;
-    agrees with `reference.cross_entropy`. Neither is changed.
+    """-log softmax(logits)[target] for logits (M, V) and targets (M,) int64.
 
-    Raises ValueError for other shapes, dtypes, devices and reductions; for targets out of range see
-    the top of this file. Has no second derivative.
+    Agrees with `reference.cross_entropy`. The logits are fp16, bf16 or fp32. Raises ValueError for
+    other shapes, dtypes, devices and reductions; for targets out of range see the top of this file.
+    Has no second derivative.
     """
     _check("cross_entropy", "logits", logits, targets, reduction)
-    losses, _ = _cross_entropy(logits, targets, ignore_index)
+    losses, _ = _cross_entropy_op(logits, targets, ignore_index)
     return _reduced(losses.sum(), targets, reduction, ignore_index)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
                          ignore_index: int = -1) -> Tensor:
-    """cross_entropy(x @ weight^T, targets) of x (M, N) and weight (V, N); agrees with
-    `reference.linear_cross_entropy`.
+    """cross_entropy(x @ weight^T, targets) for x (M, N) and weight (V, N).
 
-    The matmuls run in the dtype of x or, under autocast, in autocast's; the gradient of a wider
-    weight is not rounded to it. Otherwise as `cross_entropy`.
+    Agrees with `reference.linear_cross_entropy`. The products are in the dtype of x or, under
+    autocast, in autocast's; the gradient of a wider weight is not rounded to it. Otherwise as
+    `cross_entropy`.
     """
     _check("linear_cross_entropy", "x", x, targets, reduction)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.dtype not in DTYPES or weight.device != x.device:
-        raise ValueError(
-            f"linear_cross_entropy: weight is {tuple(weight.shape)} {weight.dtype} on "
-            f"{weight.device}, x is {tuple(x.shape)} on {x.device}; weight must be (V, "
-            f"{x.shape[1]}) on the same device, in fp16, bf16 or fp32"
-        )
+    _check_weight(weight, x)
     device = x.device.type
     # torch 2.11 cannot trace is_autocast_available
     if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     training = torch.is_grad_enabled()
-    loss, _, _ = _linear_cross_entropy(x, weight, targets, ignore_index,
-                                       training and x.requires_grad,
-                                       training and weight.requires_grad)
+    loss, _, _ = _linear_cross_entropy_op(x, weight, targets, ignore_index,
+                                          training and x.requires_grad,
+                                          training and weight.requires_grad)
     return _reduced(loss, targets, reduction, ignore_index)
 
 
@@ -348,3 +336,12 @@ def _check(name: str, label: str, t: Tensor, targets: Tensor, reduction: str) ->
         raise ValueError(f"{name}: targets are {tuple(targets.shape)} {targets.dtype} on "
                          f"{targets.device}; for {label} of {tuple(t.shape)} on {t.device} they "
                          f"must be ({len(t)},) int64 there")
+
+
+def _check_weight(weight: Tensor, x: Tensor) -> None:
+    N = x.shape[1]
+    fits = weight.dim() == 2 and weight.shape[1] == N and weight.device == x.device
+    if not fits or weight.dtype not in DTYPES:
+        raise ValueError(f"linear_cross_entropy: weight is {tuple(weight.shape)} {weight.dtype} on "
+                         f"{weight.device}, x is {tuple(x.shape)} on {x.device}; weight must be "
+                         f"(V, {N}) on the same device, in fp16, bf16 or fp32")

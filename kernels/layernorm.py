@@ -3,18 +3,19 @@
     total = round(residual + x)       mu = mean(total)       rs = rsqrt(mean((total - mu)^2) + eps)
     y = (total - mu) * rs * w + b     (without a residual, total is x)
 
-    xhat = (total - mu) * rs     g = dy * w     dw = sum over rows of dy * xhat     db = sum over rows of dy
+    xhat = (total - mu) * rs     g = dy * w
+    dw = sum over rows of dy * xhat     db = sum over rows of dy
     d = dtotal + rs * (g - mean(g) - xhat * mean(g * xhat))     the gradient of both x and residual
 
-Shapes: x, residual, total, y (M, N); w, b (N,); mu, rs (M,) fp32. dtotal and dy are the gradients
-of the two outputs. Saved for backward: total (or x), w, mu, rs. All arithmetic is fp32, and a value
-is rounded once, where it is stored.
+Shapes: x, residual, total, y (M, N); w, b (N,); mu, rs (M,) fp32. total is the residual stream
+after the addition; dtotal and dy are the gradients of the two outputs. Saved for backward: total
+(or x), w, mu, rs. All arithmetic is fp32, and a value is rounded once, where it is stored.
 
 Every element moves once: M N elements times 2 forward, 4 with a residual; 3 backward, 4 with
-dtotal, and one more for a residual wider than x, since the two gradients then differ in dtype. A
-fixed number of backward programs each sum dw and db over their own rows in registers and write one
-partial row, and one sum over the partial rows follows. No atomics, no
-locks: on one kind of GPU the same bits every time.
+dtotal, and 1 more for a residual wider than x, because the two gradients then differ in dtype.
+Each of a fixed number of backward programs sums dw and db over its own rows in registers and writes
+one partial row; a sum over the partial rows follows. There are no atomics and no locks, so one kind
+of GPU gives the same bits every time.
 """
 
 import torch
@@ -23,8 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from kernels.inputs import DTYPES, with_dense_rows
 
 # -- kernels -----------------------------------------------------------------
 
@@ -32,9 +32,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @triton.jit(do_not_specialize=["M"])
 def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_stride, eps,
              CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    # One program per ROWS rows, held in registers. residual (and total with it) and b may be None.
-    # The columns are cut into chunks of as many as a warp loads at once: in this order of axes a
-    # warp gets whole rows, and sums them without a barrier.
+    """total, y, mean and rstd of ROWS rows, held in registers.
+
+    residual and total may be None, and so may b. A chunk is as many columns as a warp loads at
+    once: with the axes in this order a warp gets whole rows, and sums them without a barrier.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :, None]
     cols = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
     in_row = cols < N
@@ -51,7 +53,7 @@ def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_s
     centred = tl.where(in_row, xs - mu, 0.0)  # the padding must not count in the variance
     rs = tl.rsqrt(tl.sum(tl.sum(centred * centred, 0, keep_dims=True), 2, keep_dims=True) / N + eps)
 
-    # Loaded once per row, from L1: a tile of the rows' own shape needs no exchange between threads.
+    # w and b are loaded once per row, from L1: a tile of that shape needs no exchange of threads.
     each = cols + tl.zeros((CHUNKS, ROWS, LANES), tl.int32)
     ys = centred * rs * tl.load(w + each, mask=mask, other=0.0).to(tl.float32)
     if b is not None:
@@ -63,11 +65,13 @@ def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_s
 
 @triton.jit(do_not_specialize=["M"])
 def _backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_stride,
-              dtotal_stride, total_stride,
-              HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Program p takes the tiles p, p + programs, ... of ROWS rows. dtotal may be None, and so may
-    # d_branch, d in the dtype of x where the residual has another. partial (1 or 2, programs, N)
-    # receives dw and, with a bias, db.
+              dtotal_stride, total_stride, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+              BLOCK_N: tl.constexpr):
+    """d of every row, and partial sums (1 or 2, programs, N) of dw and, with a bias, db.
+
+    Program p takes the tiles p, p + programs, ... of ROWS rows. d_branch is d in the dtype of x,
+    or None where d has that dtype; dtotal may be None.
+    """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     cols = tl.arange(0, BLOCK_N)[None, :]
@@ -78,7 +82,7 @@ def _backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_s
     for tile in range(pid, tl.cdiv(M, ROWS), programs):
         rows = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (rows < M) & in_row
-        # All loads come before the first sum, so that they are in flight together.
+        # all loads come before the first sum, so that they are in flight together
         xs = tl.load(total + rows * total_stride + cols, mask=mask, other=0.0).to(tl.float32)
         dys = tl.load(dy + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
         if dtotal is not None:
@@ -107,58 +111,54 @@ def _backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_s
 
 
 @torch.library.custom_op("ridge::layernorm", mutates_args=())
-def _layernorm(x: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _layernorm_op(x: Tensor, w: Tensor, b: Tensor | None,
+                  eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = _layernorm_outputs(x, w, b, eps)
     _launch_forward(x, None, w, b, None, y, mean, rstd, eps)
     return y, mean, rstd
 
 
-@_layernorm.register_fake
+@_layernorm_op.register_fake
 def _layernorm_outputs(x, w, b, eps):
     mean = x.new_empty(x.shape[0], dtype=torch.float32)
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
 @torch.library.custom_op("ridge::add_layernorm", mutates_args=())
-def _add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None,
-                   eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _add_layernorm_op(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None,
+                      eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total, y, mean, rstd = _add_layernorm_outputs(x, residual, w, b, eps)
     _launch_forward(x, residual, w, b, total, y, mean, rstd, eps)
     return total, y, mean, rstd
 
 
-@_add_layernorm.register_fake
+@_add_layernorm_op.register_fake
 def _add_layernorm_outputs(x, residual, w, b, eps):
     return residual.new_empty(residual.shape), *_layernorm_outputs(x, w, b, eps)
 
 
 def _launch_forward(x, residual, w, b, total, y, mean, rstd, eps) -> None:
     M, N = x.shape
-    x = _rows(x)
-    stream = x if residual is None else _rows(residual)
+    x = with_dense_rows(x)
+    residual = None if residual is None else with_dense_rows(residual)
+    stream = x if residual is None else residual
     settings = launch.layernorm_forward(N, min(x.element_size(), stream.element_size()))
-    # the autograd thread's device need not be this one; does nothing on a CPU
+    # autograd's thread may have another current device; does nothing on a CPU
     with torch.cuda.device_of(x):
         _forward[(triton.cdiv(M, settings["ROWS"]),)](
-            x, None if residual is None else stream, w.contiguous(),
-            None if b is None else b.contiguous(), total, y,
-            mean, rstd, M, N, x.stride(0), stream.stride(0), eps, **settings)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Rows may lie any distance apart; within a row the elements must be neighbours."""
-    return t if t.stride(1) == 1 else t.contiguous()
+            x, residual, w.contiguous(), None if b is None else b.contiguous(), total, y, mean,
+            rstd, M, N, x.stride(0), stream.stride(0), eps, **settings)
 
 
 @torch.library.custom_op("ridge::layernorm_backward", mutates_args=())
-def _layernorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, mean: Tensor,
-                        rstd: Tensor,
-                        has_bias: bool,
-                        branch: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_op(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, mean: Tensor,
+                 rstd: Tensor, has_bias: bool,
+                 branch: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """d, d in the dtype `branch` (no rows for None), and (dw,) or (dw, db) as (1 or 2, N) fp32."""
     M, N = total.shape
-    d, d_branch, _ = _layernorm_backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch)
-    dy, total, dtotal = _rows(dy), _rows(total), None if dtotal is None else _rows(dtotal)
+    d, d_branch, _ = _backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch)
+    dy, total = with_dense_rows(dy), with_dense_rows(total)
+    dtotal = None if dtotal is None else with_dense_rows(dtotal)
     settings = launch.layernorm_backward(N)
     resident = launch.layernorm_programs(N, total.element_size(),
                                          launch.multiprocessors(total.device))
@@ -167,18 +167,17 @@ def _layernorm_backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Ten
     with torch.cuda.device_of(total):
         _backward[(programs,)](
             dy, dtotal, total, w.contiguous(), mean, rstd, d, None if branch is None else d_branch,
-            partial, M, N,
-            dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0),
-            HAS_BIAS=has_bias, **settings)
+            partial, M, N, dy.stride(0), 0 if dtotal is None else dtotal.stride(0),
+            total.stride(0), HAS_BIAS=has_bias, **settings)
     return d, d_branch, partial.sum(1)
 
 
-@_layernorm_backward.register_fake
-def _layernorm_backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch):
+@_backward_op.register_fake
+def _backward_outputs(dy, dtotal, total, w, mean, rstd, has_bias, branch):
     M, N = total.shape
     d_branch = total.new_empty((0 if branch is None else M, N), dtype=branch)
-    return total.new_empty(total.shape), d_branch, total.new_empty((1 + has_bias, N),
-                                                                   dtype=torch.float32)
+    sums = total.new_empty((1 + has_bias, N), dtype=torch.float32)
+    return total.new_empty(total.shape), d_branch, sums
 
 
 # -- autograd ----------------------------------------------------------------
@@ -194,7 +193,7 @@ def _save_layernorm(ctx, inputs, output):
 
 def _differentiate_layernorm(ctx, dy, _dmean, _drstd):
     x, w, mean, rstd = ctx.saved_tensors
-    d, _, sums = _layernorm_backward(dy, None, x, w, mean, rstd, ctx.bias_dtype is not None, None)
+    d, _, sums = _backward_op(dy, None, x, w, mean, rstd, ctx.bias_dtype is not None, None)
     return d, *_weight_gradients(ctx, w, sums), None
 
 
@@ -212,8 +211,8 @@ def _differentiate_add_layernorm(ctx, dtotal, dy, _dmean, _drstd):
     if dy is None:  # only the new residual was used
         return dtotal.to(ctx.x_dtype), dtotal, None, None, None
     branch = None if ctx.x_dtype == total.dtype else ctx.x_dtype
-    d, d_branch, sums = _layernorm_backward(dy, dtotal, total, w, mean, rstd,
-                                            ctx.bias_dtype is not None, branch)
+    d, d_branch, sums = _backward_op(dy, dtotal, total, w, mean, rstd, ctx.bias_dtype is not None,
+                                     branch)
     return d if branch is None else d_branch, d, *_weight_gradients(ctx, w, sums), None
 
 
@@ -221,8 +220,9 @@ def _weight_gradients(ctx, w, sums):
     return sums[0].to(w.dtype), None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
 
 
-_layernorm.register_autograd(_differentiate_layernorm, setup_context=_save_layernorm)
-_add_layernorm.register_autograd(_differentiate_add_layernorm, setup_context=_save_add_layernorm)
+_layernorm_op.register_autograd(_differentiate_layernorm, setup_context=_save_layernorm)
+_add_layernorm_op.register_autograd(_differentiate_add_layernorm,
+                                    setup_context=_save_add_layernorm)
 
 
 # -- public ------------------------------------------------------------------
@@ -231,31 +231,29 @@ _add_layernorm.register_autograd(_differentiate_add_layernorm, setup_context=_sa
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Layer norm of x (..., N) with weight w and bias b (N,); agrees with `reference.layernorm`.
 
-    x, w and b are fp16, bf16 or fp32, each for itself; N is at most 16,384. Rows of x may lie any
-    distance apart. Raises ValueError for other shapes, dtypes and devices. Has no second
+    x, w and b may be fp16, bf16 or fp32, and need not agree; N is at most 16,384. The rows of x may
+    be any distance apart. Raises ValueError for other shapes, dtypes and devices. Has no second
     derivative.
     """
     _check("layernorm", x, w, b)
-    y, _, _ = _layernorm(x.reshape(-1, x.shape[-1]), w, b, eps)
+    y, _, _ = _layernorm_op(x.reshape(-1, x.shape[-1]), w, b, eps)
     return y.view(x.shape)
 
 
 def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = None,
                   eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """(residual + x, layer norm of it) for x and residual (..., N), in one pass; agrees with
-    `reference.add_layernorm`.
+    """(residual + x, layer norm of that sum) for x and residual (..., N), in one pass.
 
-    The sum has the dtype of the residual, the norm that of x. Otherwise as `layernorm`.
+    Agrees with `reference.add_layernorm`. The sum has the dtype of the residual, the norm that of
+    x. Otherwise as `layernorm`.
     """
     _check("add_layernorm", x, w, b)
     if residual.shape != x.shape or residual.dtype not in DTYPES or residual.device != x.device:
-        raise ValueError(
-            f"add_layernorm: x is {tuple(x.shape)} on {x.device}, residual is "
-            f"{tuple(residual.shape)} {residual.dtype} on {residual.device}; they must agree in "
-            "shape and device, in fp16, bf16 or fp32"
-        )
+        raise ValueError(f"add_layernorm: x is {tuple(x.shape)} on {x.device}, residual is "
+                         f"{tuple(residual.shape)} {residual.dtype} on {residual.device}; they "
+                         "must agree in shape and device, in fp16, bf16 or fp32")
     N = x.shape[-1]
-    total, y, _, _ = _add_layernorm(x.reshape(-1, N), residual.reshape(-1, N), w, b, eps)
+    total, y, _, _ = _add_layernorm_op(x.reshape(-1, N), residual.reshape(-1, N), w, b, eps)
     return total.view(x.shape), y.view(x.shape)
 
 

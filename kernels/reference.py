@@ -1,7 +1,7 @@
 """The definitions: each operator in plain PyTorch, computed in fp32 or wider.
 
-These are the specification. They run anywhere, differentiate by autograd, switch autocast off, and
-are what every other implementation is tested against. Nothing here is fast.
+These are the specification, and every other implementation is tested against them. They run
+anywhere, differentiate by autograd and switch autocast off. Nothing here is fast.
 
 Letters: B batch, T sequence, H heads, D head dimension; M rows, N features, V vocabulary.
 """
@@ -11,14 +11,18 @@ from torch import Tensor
 
 
 def _wide(*tensors: Tensor | None) -> list:
+    """The tensors in fp32 or wider; None stays None."""
     return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
             for t in tensors]
 
 
 def visible(T: int, doc_start: Tensor | None = None, window: int | None = None,
             device=None) -> Tensor:
-    """Which keys a query may see, as a boolean (1 or B, T, T): itself and what came before it,
-    within its own document and within the last `window` positions (itself counted)."""
+    """Which keys each query sees, a boolean (1 or B, T, T): itself and earlier ones.
+
+    `doc_start` hides the keys of other documents. `window` hides all but the last `window`
+    positions, of which the query is the last.
+    """
     i, j = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)[None, :]
     seen = (j <= i)[None]
     if window is not None:
@@ -29,25 +33,24 @@ def visible(T: int, doc_start: Tensor | None = None, window: int | None = None,
 
 
 def philox_keep(seed: Tensor, shape: tuple[int, int, int, int], dropout: float) -> Tensor:
-    """Which of the (B, H, T, T) attention probabilities survive dropout: Philox 4x32-10 keyed by
-    position alone.
+    """Which of the (B, H, T, T) attention probabilities survive dropout, by Philox 4x32-10.
 
     The counter is (i, j, b * H + h, 0), the key is the 64-bit `seed`, and the first of the four
-    words decides; so the mask is the same for every block size, in the forward and in the backward.
-    Source: Salmon et al., "Parallel random
-    numbers: as easy as 1, 2, 3", SC 2011.
+    words decides. So the mask depends on position and seed alone, not on the size of blocks, and is
+    the same in the forward and in the backward. Source: Salmon et al., "Parallel random numbers: as
+    easy as 1, 2, 3", SC 2011.
     """
     B, H, T, _ = shape
     low = 0xFFFFFFFF
 
-    # 32 x 32 -> 64 bits, by halves: int64 has no room for all 64
+    # the high and the low 32 bits of a * b, which does not fit int64
     def mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
         p, q = a * (b & 0xFFFF), a * (b >> 16)
         return (q + (p >> 16)) >> 16, (p + ((q & 0xFFFF) << 16)) & low
 
     def axis(n: int, dim: int) -> Tensor:
-        return torch.arange(n, device=seed.device).view([n if d == dim else 1
-                                                         for d in range(3)]).expand(B * H, T, T)
+        shape = [n if d == dim else 1 for d in range(3)]
+        return torch.arange(n, device=seed.device).view(shape).expand(B * H, T, T)
 
     c0, c1, c2, c3 = axis(T, 1), axis(T, 2), axis(B * H, 0), torch.zeros_like(axis(T, 1))
     k0, k1 = seed & low, (seed >> 32) & low
@@ -59,14 +62,14 @@ def philox_keep(seed: Tensor, shape: tuple[int, int, int, int], dropout: float) 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None,
-              window: int | None = None,
-              dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+              window: int | None = None, dropout: float = 0.0,
+              seed: Tensor | None = None) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v of q, k, v (B, T, H, D).
 
     `doc_start` (B, T) int32: the first position of the document that each position belongs to.
-    `window`: a query sees itself and the window - 1 positions before it. `dropout` of the
-    probabilities, drawn by `philox_keep` from `seed`, an int64 tensor without axes on the device of
-    q, which is required when dropout > 0.
+    `window`: a query sees itself and the window - 1 positions before it. `dropout`: the probability
+    that `philox_keep` drops a probability. It needs `seed`, an int64 tensor without axes on the
+    device of q; raises ValueError without one.
     """
     with torch.autocast(q.device.type, enabled=False):
         B, T, H, D = q.shape
@@ -88,8 +91,7 @@ def attention_qkv(qkv: Tensor, **options) -> Tensor:
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Normalise the last axis of x (..., N) to zero mean and unit variance, then scale by w and
-    shift by b (N,)."""
+    """Normalise the last axis of x (..., N) to mean 0 and variance 1; times w, plus b (N,)."""
     with torch.autocast(x.device.type, enabled=False):
         xs, ws, bs = _wide(x, w, b)
         centred = xs - xs.mean(-1, keepdim=True)
@@ -99,11 +101,10 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) 
 
 def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = None,
                   eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """The pre-norm residual step: (residual + x, layernorm(residual + x)), for x and residual (...,
-    N).
+    """The pre-norm residual step (residual + x, layernorm(residual + x)); x, residual (..., N).
 
-    The sum is rounded once, to the dtype of the residual stream; the norm reads the rounded sum and
-    returns the dtype of x, the branch.
+    The sum is rounded once, to the dtype of the residual stream. The norm reads the rounded sum and
+    has the dtype of x, the branch.
     """
     with torch.autocast(x.device.type, enabled=False):
         xs, rs = _wide(x, residual)
@@ -114,10 +115,10 @@ def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = Non
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
                   ignore_index: int = -1) -> Tensor:
-    """-log softmax(logits)[target] of logits (M, V) and targets (M,) int64, fp32, over the rows not
-    ignored.
+    """-log softmax(logits)[target] for logits (M, V) and targets (M,) int64, in fp32.
 
-    `reduction` is "mean" (over those rows; nan if there is none, as in PyTorch) or "sum".
+    Rows whose target is `ignore_index` do not count. `reduction` is "sum", or "mean" over the rows
+    that count; without any the mean is nan, as in PyTorch.
     """
     with torch.autocast(logits.device.type, enabled=False):
         (wide,) = _wide(logits)

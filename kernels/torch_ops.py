@@ -1,9 +1,8 @@
-"""PyTorch's own fused operators under our signatures: the baseline that every kernel here must
-beat.
+"""PyTorch's own fused operators under our signatures: the baseline that our kernels must beat.
 
-Same six signatures as kernels/reference.py. Dropout masks are drawn otherwise: on a GPU by
-PyTorch's own generator, so `seed` is not used there, on a CPU by `dropout.keep_mask`. A CPU's
-attention is in kernels/cpu_attention.py where that is faster than PyTorch's fused one.
+The six signatures are those of kernels/reference.py. Dropout masks differ from its masks: on a GPU
+they are drawn by PyTorch's generator, so `seed` is not used; on a CPU by `cpu_dropout.keep_mask`.
+On a CPU, attention is kernels/cpu_attention.py where that is faster than PyTorch's fused operator.
 """
 
 import torch
@@ -15,19 +14,18 @@ from kernels.reference import visible
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None,
-              window: int | None = None,
-              dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """scaled_dot_product_attention of q, k, v (B, T, H, D), causal; agrees with
-    `reference.attention`.
+              window: int | None = None, dropout: float = 0.0,
+              seed: Tensor | None = None) -> Tensor:
+    """Causal scaled_dot_product_attention of q, k, v (B, T, H, D).
 
-    On a CPU it is `cpu_attention` instead where that is faster: with dropout, which the fused
-    operator has not, and in bf16, whose fused backward is the slower the shorter the sequences are
+    Agrees with `reference.attention`. On a CPU, `cpu_attention` computes dropout, which the fused
+    operator does not have, and bf16, whose fused backward is slow, most of all for short sequences
     (bench/results/forms-cpu-bf16.json).
     """
     if _in_blocks(q, dropout):
-        return cpu_attention.attention_qkv(torch.stack((q, k, v), 2), doc_start=doc_start,
-                                           window=window, dropout=dropout,
-                                           seed=seed)
+        qkv = torch.stack((q, k, v), 2)
+        return cpu_attention.attention_qkv(qkv, doc_start=doc_start, window=window,
+                                           dropout=dropout, seed=seed)
     mask = None
     if doc_start is not None or window is not None:
         mask = visible(q.shape[1], doc_start, window, q.device)[:, None]
@@ -45,11 +43,12 @@ def attention_qkv(qkv: Tensor, *, dropout: float = 0.0, **options) -> Tensor:
 
 
 def _in_blocks(x: Tensor, dropout: float) -> bool:
+    """Whether kernels/cpu_attention.py is faster than the fused operator."""
     return x.device.type == "cpu" and (dropout > 0 or x.dtype == torch.bfloat16)
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """F.layer_norm of x (..., N); weights wider than x are not rounded to it."""
+    """F.layer_norm of x (..., N) in the dtype of w, so that w is not rounded to that of x."""
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x.to(w.dtype), w.shape, w, b, eps).to(x.dtype)
 
@@ -71,7 +70,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
                          ignore_index: int = -1) -> Tensor:
-    """F.cross_entropy of F.linear(x, weight), for x (M, N) and weight (V, N): all logits exist at
-    once."""
+    """F.cross_entropy of F.linear(x, weight), for x (M, N) and weight (V, N).
+
+    All logits exist at once.
+    """
     logits = F.linear(x, weight.to(x.dtype))
     return cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)

@@ -1,4 +1,4 @@
-"""The suites inside the model: the same training whichever operators run, eager and compiled."""
+"""The backends inside the model: all train alike, eager and compiled."""
 
 from dataclasses import asdict, replace
 
@@ -7,8 +7,8 @@ import torch
 
 from gpt import GPT, GPTConfig
 from gpt.config import make_config
-from kernels import load
-from tests.numerics import DEVICE
+from kernels import BACKENDS, FAMILIES, load
+from tests.numerics import DEVICE, needs_gpu
 from train import optim, run
 from train.config import OptimConfig
 
@@ -16,18 +16,18 @@ pytest.importorskip("triton", reason="triton is not installed")
 CONFIG = GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=32, bias=True)
 
 
-def losses(suite, steps, *, config=CONFIG, backend=None, **families):
-    """Loss of each step from the same start on the same batches: count upwards, by one or two."""
+def losses(kernels, steps, *, config=CONFIG, compiler=None, **families):
+    """The loss of each step, always from the same start: to count upwards, by one or two."""
     torch.manual_seed(0)
-    model = GPT(config, load(suite, **families)).to(DEVICE)
+    model = GPT(config, load(kernels, **families)).to(DEVICE)
     model.requires_grad_(True)  # of a stitched model, too
-    if backend:
-        model.compile(backend=backend, fullgraph=True)
+    if compiler:
+        model.compile(backend=compiler, fullgraph=True)
     optimizer = optim.build(model, OptimConfig(learning_rate=1e-2))
     generator, found = torch.Generator().manual_seed(1), []
     for _ in range(steps):
-        tokens = (torch.randint(1, 3, (2, config.block_size + 1),
-                                generator=generator).cumsum(1) % 29).to(DEVICE)
+        steps_up = torch.randint(1, 3, (2, config.block_size + 1), generator=generator)
+        tokens = (steps_up.cumsum(1) % 29).to(DEVICE)
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         optimizer.step()
@@ -43,22 +43,20 @@ def test_reference_and_torch_have_the_same_curve_over_200_steps():
 
 
 def test_triton_has_the_same_curve():
-    """In the interpreter, so fewer steps; each family by itself, too, so that a fault names its
-    kernel."""
+    """12 steps, since the interpreter is slow; then each family alone, to name the faulty one."""
     reference = losses("reference", 12)
     torch.testing.assert_close(losses("triton", 12), reference, rtol=1e-4, atol=1e-4)
-    for family in ("attention", "layernorm", "cross_entropy"):
+    for family in FAMILIES:
         torch.testing.assert_close(losses("torch", 3, **{family: "triton"}), reference[:3],
                                    rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("suite", ["reference", "torch", "triton"])
-def test_no_graph_break_and_no_recompile(suite):
-    """fullgraph=True raises at a break; the second to fifth step, and an evaluation between, must
-    find the graph compiled."""
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_no_graph_break_and_no_recompile(kernels):
+    """fullgraph=True raises at a break; the second to fifth step must find the graph compiled."""
     torch._dynamo.reset()
-    compiled = losses(suite, 5, backend="aot_eager")
-    torch.testing.assert_close(compiled, losses(suite, 5), rtol=1e-4, atol=1e-4)
+    compiled = losses(kernels, 5, compiler="aot_eager")
+    torch.testing.assert_close(compiled, losses(kernels, 5), rtol=1e-4, atol=1e-4)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 or not counters["graph_break"]
     torch._dynamo.reset()
@@ -66,24 +64,23 @@ def test_no_graph_break_and_no_recompile(suite):
 
 def test_triton_inside_inductor():
     torch._dynamo.reset()
-    torch.testing.assert_close(losses("triton", 2, backend="inductor"), losses("reference", 2),
+    torch.testing.assert_close(losses("triton", 2, compiler="inductor"), losses("reference", 2),
                                rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("suite", ["torch", "triton"])
-def test_a_seam_and_a_head_of_its_own_change_nothing_in_a_suite(suite):
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_seam_and_a_head_of_its_own_train_alike(kernels):
     config = make_config(1, **asdict(replace(CONFIG, tie_weights=False)))
     torch._dynamo.reset()
-    stitched = losses(suite, 3, config=config, backend="aot_eager")
+    stitched = losses(kernels, 3, config=config, compiler="aot_eager")
     torch.testing.assert_close(stitched, losses("reference", 3, config=config),
                                rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
 
 def test_dropout_in_attention_is_the_same_for_reference_and_triton():
-    """The mask comes from position and seed alone, and the seed from torch's generator: the curves
-    agree with dropout on."""
+    """The mask depends on position and seed alone, and the seed comes from torch's generator."""
     config = GPTConfig(block_size=16, vocab_size=29, n_layer=1, n_head=2, n_embd=32, dropout=0.2)
     torch.testing.assert_close(losses("triton", 4, config=config),
                                losses("reference", 4, config=config), rtol=1e-4, atol=1e-4)
@@ -94,12 +91,11 @@ def test_kernels_triton_trains_from_the_command_line(tiny_flags, capsys):
              "--eval_iters=1", "--n_embd=32", "--batch_size=1"]
     assert run.main(flags) == 0
     said = capsys.readouterr().out
-    chosen = "attention=triton, layernorm=triton, cross_entropy=triton"
-    assert f"kernels: {chosen} (--kernels=triton)" in said
+    chosen = "attention=triton, layernorm=triton, cross_entropy=triton (--kernels=triton)"
+    assert f"kernels: {chosen}" in said
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 def test_compiled_124m_step_has_no_graph_break_no_recompile_and_no_host_sync():
     config = GPTConfig(vocab_size=50304)
     model = GPT(config, load("triton")).cuda()

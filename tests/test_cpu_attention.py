@@ -1,7 +1,7 @@
-"""Attention in blocks on a CPU: as accurate as the operator of PyTorch's it stands in for, whatever
-the shape and the blocks.
+"""Attention in blocks on a CPU: as accurate as the operator of PyTorch that it replaces.
 
-In bf16 that is the fused one, in fp32, where it is used with dropout alone, the unfused one.
+In bf16 that is the fused operator. In fp32, where the blocks serve only dropout, it is the unfused
+one.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import cpu_attention, reference, torch_ops
 from kernels.cpu_attention import attention_qkv
 from kernels.cpu_dropout import keep_mask
-from tests.numerics import assert_as_accurate, grads
+from tests.numerics import assert_as_accurate, assert_same_bits, grads
 
 DTYPES = [torch.float32, torch.bfloat16]
 LENGTHS = [1, 2, 7, 63, 64, 65, 127, 129, 300]
@@ -30,7 +30,7 @@ def fused(qkv):
 
 
 def unfused(qkv):
-    """What PyTorch computes in fp32 with dropout, for which alone the blocks are there in fp32."""
+    """What PyTorch computes in fp32 with dropout."""
     with sdpa_kernel(SDPBackend.MATH):
         return fused(qkv)
 
@@ -59,7 +59,7 @@ def blocks(request, monkeypatch):
 @pytest.mark.parametrize("T", LENGTHS)
 def test_errs_no_more_than_pytorch(T, dtype, blocks):
     torch.manual_seed(T)
-    # the gradients of q and k hang on few numbers there, and their largest error on luck
+    # short sequences: the gradients of q and k depend on few numbers, whose largest error is luck
     B = 64 if T < 7 else 3
     for D in (8, 40, 64):
         assert_as_accurate(attention_qkv, reference.attention_qkv, (packed(B, T, 2, D, dtype),),
@@ -89,8 +89,7 @@ def test_rows_whose_maximum_is_repeated_and_scores_of_a_hundred():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_is_that_of_the_probabilities(dtype):
-    """The mask is keep_mask's; so the result is the definition's with that mask on its
-    probabilities."""
+    """The result is the definition's with the mask of `keep_mask` on its probabilities."""
     B, T, H, D, p, seed = 2, 9, 2, 16, 0.3, torch.tensor(11)
 
     def defined(qkv):
@@ -128,25 +127,22 @@ def test_thirty_backwards_have_the_same_bits(blocks):
     """Also with dropout: the mask of the backward is that of the forward."""
     x = packed(2, 50, 2, 16, torch.bfloat16)
     options = {"dropout": 0.2, "seed": torch.tensor(5)}
-    first = grads(partial(attention_qkv, **options), (x,))
+    fn = partial(attention_qkv, **options)
+    first = grads(fn, (x,))
     for _ in range(30):
-        assert all(torch.equal(a, b)
-                   for a, b in zip(first, grads(partial(attention_qkv, **options), (x,)),
-                                   strict=True))
+        assert_same_bits(grads(fn, (x,)), first)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_opcheck_and_one_graph(dropout):
     qkv, seed = packed(2, 20, 2, 8), torch.tensor(3) if dropout else None
-    torch.library.opcheck(cpu_attention._attention, (qkv, None, None, dropout, seed))
-    dy, kept = torch.randn(2, 20, 2, 8), cpu_attention._attention(qkv, None, None, dropout,
-                                                                  seed)[1].detach()
-    torch.library.opcheck(cpu_attention._attention_backward,
-                          (dy, kept, qkv.detach(), None, None, dropout, seed))
-    one = torch.compile(partial(attention_qkv, dropout=dropout, seed=seed), fullgraph=True,
-                        backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(grads(one, (qkv,)), grads(
-        partial(attention_qkv, dropout=dropout, seed=seed), (qkv,)), strict=True))
+    torch.library.opcheck(cpu_attention._forward_op, (qkv, None, None, dropout, seed))
+    y, kept = cpu_attention._forward_op(qkv.detach(), None, None, dropout, seed)
+    torch.library.opcheck(cpu_attention._backward_op,
+                          (torch.randn_like(y), kept, qkv.detach(), None, None, dropout, seed))
+    fn = partial(attention_qkv, dropout=dropout, seed=seed)
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    assert_same_bits(grads(compiled, (qkv,)), grads(fn, (qkv,)))
 
 
 def test_pytorchs_backend_takes_it_where_it_is_faster():

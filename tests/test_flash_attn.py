@@ -1,5 +1,4 @@
-"""The flash-attn suite: what we ask of the package, against a stand-in of its interface; and the
-package itself on a GPU."""
+"""The flash-attn backend against a stand-in of the package and, on a GPU, with the package."""
 
 import importlib
 import sys
@@ -14,16 +13,17 @@ from tests.numerics import DEVICE, assert_as_accurate
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
-                    softcap=0.0,
-                    alibi_slopes=None, deterministic=False, return_attn_probs=False):
-    """What flash-attn 2.8 documents: key j is seen by query i where i - left <= j <= i + right, -1
-    being no limit."""
+                    softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False):
+    """As flash-attn 2.8 documents it: query i sees key j if i - left <= j <= i + right.
+
+    A `left` or `right` of -1 is no limit.
+    """
     assert deterministic and not dropout_p
     left, right = (q.shape[1] if w < 0 else w for w in window_size)
     right = 0 if causal else right
     i, j = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])[None, :]
-    scores = torch.einsum("bihd,bjhd->bhij", q.float(),
-                          k.float()) * (softmax_scale or q.shape[-1] ** -0.5)
+    scale = softmax_scale or q.shape[-1] ** -0.5
+    scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) * scale
     p = scores.masked_fill((j < i - left) | (j > i + right), float("-inf")).softmax(-1)
     return torch.einsum("bhij,bjhd->bihd", p, v.float()).to(q.dtype)
 
@@ -36,7 +36,8 @@ def flash_attn_qkvpacked_func(qkv, *args, **kwargs):
 def flash(monkeypatch):
     package = ModuleType("flash_attn")
     package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
-    package.flash_attn_func, package.flash_attn_qkvpacked_func = flash_attn_func, flash_attn_qkvpacked_func
+    package.flash_attn_func = flash_attn_func
+    package.flash_attn_qkvpacked_func = flash_attn_qkvpacked_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.delitem(sys.modules, "kernels.flash_attn", raising=False)
     yield load("torch", attention="flash_attn")
@@ -75,6 +76,6 @@ def test_the_package_is_as_accurate_as_pytorch(window):
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     qkv = torch.randn(2, 1000, 3, 4, 64, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     flash = load("torch", attention="flash_attn")
-    ours, definition, yardstick = (partial(suite.attention_qkv, window=window)
-                                   for suite in (flash, reference, torch_ops))
+    ours, definition, yardstick = (partial(backend.attention_qkv, window=window)
+                                   for backend in (flash, reference, torch_ops))
     assert_as_accurate(ours, definition, (qkv,), yardstick)

@@ -1,5 +1,4 @@
-"""The definitions against PyTorch's operators in fp64, and the PyTorch suite against the
-definitions."""
+"""The definitions against PyTorch in fp64, the torch backend against them, and the registry."""
 
 from functools import partial
 
@@ -7,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import Kernels, load, reference, resolve, torch_ops
+from kernels import FAMILIES, Kernels, load, reference, resolve, torch_ops
 from tests.numerics import DEVICE, assert_as_accurate
 
 
@@ -21,25 +20,24 @@ def qkv(B=2, T=9, H=3, D=8, dtype=torch.float64):
 
 def test_attention_is_scaled_dot_product_attention():
     q, k, v = qkv()
-    theirs = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)),
-                                            is_causal=True).transpose(1, 2)
-    torch.testing.assert_close(reference.attention(q, k, v), theirs)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    theirs = F.scaled_dot_product_attention(*heads_first, is_causal=True)
+    torch.testing.assert_close(reference.attention(q, k, v), theirs.transpose(1, 2))
 
 
 def test_window_and_documents_by_hand():
     """T=4, window 2, documents [0, 1], [2, 3]: who sees whom, written out."""
     starts = torch.tensor([[0, 0, 2, 2]], dtype=torch.int32)
-    assert reference.visible(4, starts,
-                             2).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0],
-                                                    [0, 0, 1, 1]]]
+    seen = reference.visible(4, starts, 2)
+    assert seen.int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
     assert reference.visible(3, None, 2).int().tolist() == [[[1, 0, 0], [1, 1, 0], [0, 1, 1]]]
 
 
 def test_philox_is_the_published_one():
-    """Known answers of Random123 for philox4x32-10: an all-zero counter and key give 6627e8d5
-    first."""
-    keep = reference.philox_keep(torch.tensor(0, device=DEVICE), (1, 1, 1, 1), 0x6627E8D5 / 2**32)
-    drop = reference.philox_keep(torch.tensor(0, device=DEVICE), (1, 1, 1, 1), 0x6627E8D6 / 2**32)
+    """A known answer of Random123's philox4x32-10: counter 0 and key 0 give 6627e8d5 first."""
+    seed = torch.tensor(0, device=DEVICE)
+    keep = reference.philox_keep(seed, (1, 1, 1, 1), 0x6627E8D5 / 2**32)
+    drop = reference.philox_keep(seed, (1, 1, 1, 1), 0x6627E8D6 / 2**32)
     assert keep.item() and not drop.item()
 
 
@@ -83,45 +81,44 @@ def test_definitions_switch_autocast_off():
                                rtol=0, atol=0)
 
 
-def test_torch_suite_is_as_accurate_as_the_definitions():
+def test_the_torch_backend_is_as_accurate_as_the_definitions():
     torch.manual_seed(0)
     starts = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 3, 8], [0] * 9], dtype=torch.int32, device=DEVICE)
     for options in ({}, {"window": 3}, {"doc_start": starts}, {"doc_start": starts, "window": 2}):
-        ours, defined = partial(torch_ops.attention,
-                                **options), partial(reference.attention, **options)
+        ours = partial(torch_ops.attention, **options)
+        defined = partial(reference.attention, **options)
         assert_as_accurate(ours, defined, qkv(dtype=torch.float32))
-    x, head, targets = randn(7, 16, dtype=torch.float32), randn(11, 16,
-                                                                dtype=torch.float32), torch.tensor(
-                                                                    [3, -1, 0, 10, -1, 5, 2])
+    x, head = randn(7, 16, dtype=torch.float32), randn(11, 16, dtype=torch.float32)
+    targets = torch.tensor([3, -1, 0, 10, -1, 5, 2], device=DEVICE)
     assert_as_accurate(torch_ops.linear_cross_entropy, reference.linear_cross_entropy,
-                       (x, head, targets.to(DEVICE)))
+                       (x, head, targets))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torch_norms_are_as_accurate_as_the_definitions(dtype):
     torch.manual_seed(0)
-    x, r, w, b = randn(7, 16, dtype=dtype), randn(7, 16,
-                                                  dtype=torch.float32), *(
-                                                      randn(16, dtype=torch.float32) for _ in "wb")
+    x, r = randn(7, 16, dtype=dtype), randn(7, 16, dtype=torch.float32)
+    w, b = (randn(16, dtype=torch.float32) for _ in "wb")
     assert_as_accurate(torch_ops.layernorm, reference.layernorm, (x, w, b))
     assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r, w, b))
     assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r.to(dtype), w))
 
 
-def test_every_suite_has_the_six_operators():
-    for suite in ("reference", "torch"):
-        assert all(callable(f) for f in load(suite))
+def test_every_backend_has_the_six_operators():
+    for backend in ("reference", "torch"):
+        assert all(callable(f) for f in load(backend))
     mixed = load("torch", attention="reference")
     assert isinstance(mixed, Kernels)
     assert (mixed.attention, mixed.layernorm) == (reference.attention, torch_ops.layernorm)
 
 
 def test_resolver_says_what_it_chose_and_refuses_what_cannot_run(monkeypatch):
-    assert tuple(resolve("auto", "cpu").backends.values()) == ("torch", "torch", "torch")
-    assert "cpu" in str(resolve("auto", "cpu"))
-    assert tuple(resolve("torch", "cpu", attention="reference").backends.values()) == ("reference", "torch", "torch")
-    with pytest.raises(ValueError, match="no such implementation; choose from reference, torch, "
-                                         "triton, flash_attn"):
+    automatic = resolve("auto", "cpu")
+    assert automatic.backends == dict.fromkeys(FAMILIES, "torch") and "cpu" in str(automatic)
+    mixed = resolve("torch", "cpu", attention="reference")
+    assert mixed.backends == automatic.backends | {"attention": "reference"}
+    known = "no such implementation; choose from reference, torch, triton, flash_attn"
+    with pytest.raises(ValueError, match=known):
         resolve("torch", "cpu", attention="nonsense")
     with pytest.raises(ValueError, match=r"flash_attn needs a CUDA device.*--attention=torch"):
         resolve("torch", "cpu", attention="flash_attn")

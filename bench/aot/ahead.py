@@ -24,6 +24,8 @@ from io import StringIO
 from multiprocessing import get_context
 from unittest.mock import patch
 
+from torch.utils._pytree import tree_leaves
+
 from bench.aot import sass, traffic
 from bench.aot.offline import name_of, offline
 from bench.ops import cases
@@ -121,7 +123,7 @@ def _settings(kernel, args: list, kwargs: dict) -> dict:
     bound = kernel.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in parameters})
     bound.apply_defaults()
     dtype = next((str(v.dtype).removeprefix("torch.")
-                  for v in bound.arguments.values() if hasattr(v, "dtype")), "")
+                  for v in tree_leaves(list(bound.arguments.values())) if hasattr(v, "dtype")), "")
     constants = {k: v if isinstance(v, bool | int | float | str | None) else str(v)
                  for k, v in bound.arguments.items() if parameters[k] or v is None}
     return {"dtype": dtype, **constants, **{k: v for k, v in kwargs.items() if k not in parameters}}

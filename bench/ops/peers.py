@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.ops.cases import Case, operator
+from kernels import FAMILIES
 
 SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 OURS = "ours"
+SHIPPED = ("reference", "torch", "triton", "flash_attn")  # a backend of your own is added to them
 
 
 def implementations(case: Case, device: torch.device) -> dict[str, Callable | str]:
@@ -30,6 +32,8 @@ def implementations(case: Case, device: torch.device) -> dict[str, Callable | st
         found[OURS] = operator(case, "triton")
     else:
         found["reference"] = operator(case, "reference")
+    others = [name for name in FAMILIES[case.family].modules if name not in SHIPPED]
+    found |= {name: operator(case, name) for name in others}
     torchs = found["torch"] = operator(case, "torch")
     # alone it is one call of scaled_dot_product_attention: nothing to fuse
     if case.operator != "attention":
