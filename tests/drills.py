@@ -1,4 +1,4 @@
-"""What tests of hostile input share: a command may not hang, fill the memory, or say much."""
+"""For tests of hostile input: a command must not hang, fill the memory, or print much."""
 
 import contextlib
 import os
@@ -11,12 +11,12 @@ SECONDS, BYTES = 60, 8 << 30
 
 
 class Hung(BaseException):
-    """Not to be caught by what it interrupts."""
+    """A BaseException, so that the code it interrupts does not catch it."""
 
 
 @contextlib.contextmanager
 def bounded(seconds: int = SECONDS, size: int = BYTES):
-    """Raise Hung in what takes longer, and refuse it more memory than that beside what it has."""
+    """Raise Hung after so many seconds; let the block map at most `size` more bytes."""
 
     def hung(*_):
         raise Hung(f"more than {seconds} s")
@@ -67,48 +67,17 @@ def contents(folder):
 # -- mutations ---------------------------------------------------------------------------
 
 PATHS = [
-    "../canary.txt",
-    "/etc/hostname",
-    "..",
-    ".",
-    "",
-    "a/../../canary.txt",
-    "train.bin\0",
-    "x" * 300,
-    "notes.txt",
+    "../canary.txt", "/etc/hostname", "..", ".", "", "a/../../canary.txt", "train.bin\0",
+    "x" * 300, "notes.txt",
 ]
 VALUES = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2**16,
-    2**31,
-    2**63,
-    10**30,
-    -(10**30),
-    0.5,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "\ud800",
-    "a\nb",
-    "\x1b[2J",
-    [],
-    {},
-    [[]],
-    {"": {}},
-    [None],
-    *PATHS,
+    None, True, False, 0, -1, 1, 2**16, 2**31, 2**63, 10**30, -(10**30), 0.5, 1e308, float("nan"),
+    float("inf"), "", "x", "\ud800", "a\nb", "\x1b[2J", [], {}, [[]], {"": {}}, [None], *PATHS,
 ]
 
 
 def mutated_json(value, rng: random.Random):
-    """`value` with a key dropped, renamed or added, or a value of another kind or size."""
+    """`value` with a key dropped, renamed or added, or another kind or size of value."""
     if isinstance(value, dict) and value and rng.random() < 0.8:
         key = rng.choice(list(value))
         return rng.choice(
@@ -143,29 +112,16 @@ def mutated_bytes(content: bytes, rng: random.Random) -> bytes:
             flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
     return rng.choice(
         [
-            bytes(flipped),
-            content[:a],
-            content[a:],
-            content[:a] + content[b:],
-            content[:b] + content[a:],
-            content[:a] + noise + content[b:],
-            content + noise,
-            b"",
-            b"\xff\xfe" + content,
-            b"[" * 100_000,
-            b"{}",
-            b"null",
-            b'{"a":' * 50_000,
-            b"9" * 5000,
-            content.replace(b"1", b"1e999"),
-            content.replace(b'"', b"'"),
-            b"\0" * 1024,
+            bytes(flipped), content[:a], content[a:], content[:a] + content[b:],
+            content[:b] + content[a:], content[:a] + noise + content[b:], content + noise, b"",
+            b"\xff\xfe" + content, b"[" * 100_000, b"{}", b"null", b'{"a":' * 50_000, b"9" * 5000,
+            content.replace(b"1", b"1e999"), content.replace(b'"', b"'"), b"\0" * 1024,
         ]
     )
 
 
 def replaced(path: Path, rng: random.Random) -> None:
-    """Put something that is no file of data in the place of `path`."""
+    """Replace `path` by a FIFO, a folder or a symbolic link."""
     path.unlink(missing_ok=True)
     rng.choice(
         [

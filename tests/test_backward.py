@@ -1,6 +1,7 @@
-"""Models that predict the token before: forward models of reversed arrays, in all that they do."""
+"""Models that predict the previous token: in everything forward models of the reversed arrays."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,8 +42,7 @@ def losses(flags):
 
 
 def test_a_backward_run_is_a_forward_run_on_reversed_arrays(both):
-    """Every loss, weight and moment, bit for bit, and neither is the forward run on the arrays as
-    they are."""
+    """Every loss, weight and moment, bit for bit; a forward run on the same arrays differs."""
     backward, forward = both
     for flags in both:
         assert run.main(flags) == 0
@@ -81,8 +81,7 @@ def test_it_predicts_the_token_before_from_those_after(tiny_flags, tiny_data):
 
 
 def test_both_ways_are_learnt_about_as_well(tiny_flags, tmp_path):
-    """By the chain rule both directions have the same entropy: the validation losses come within
-    0.1."""
+    """By the chain rule both directions have the same entropy: losses within 0.1 of each other."""
     final = []
     for direction in ("forward", "backward"):
         flags = [*tiny_flags, f"--direction={direction}", "--max_iters=60", "--lr_decay_iters=60",
@@ -95,11 +94,12 @@ def test_both_ways_are_learnt_about_as_well(tiny_flags, tmp_path):
 
 
 @pytest.mark.parametrize("length", [3, 8, 20])
-@pytest.mark.parametrize("options",
-                         [{"top_k": 1}, {}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7}])
+@pytest.mark.parametrize("options", [
+    {"top_k": 1}, {}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7},
+])
 def test_samples_are_the_forward_models_reversed(length, options):
     torch.manual_seed(0)
-    forward, backward = GPT(CONFIG), GPT(GPTConfig(**{**vars(CONFIG), "direction": "backward"}))
+    forward, backward = GPT(CONFIG), GPT(replace(CONFIG, direction="backward"))
     backward.load_state_dict(forward.state_dict())
     idx = torch.randint(19, (2, length))
     texts = []
@@ -119,7 +119,7 @@ def test_logits_are_the_forward_models_on_reversed_windows(both, tmp_path):
     for flags in both:
         assert run.main(flags) == 0
         batch, _ = next(build.build(parse([*flags, "--init_from=resume"])).batches)
-        logits.append(GPT.from_checkpoint(directory(flags)).predict(batch))
+        logits.append(GPT.from_checkpoint(directory(flags)).logits(batch))
     assert torch.equal(*logits)
 
 

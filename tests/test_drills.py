@@ -1,6 +1,8 @@
-"""Drills: a run is killed, interrupted, taken back and made to diverge, and checkpoints are
-damaged, at random and many times; what is asked for in the end is there to the last bit. CPU,
-float32, one process, one thread."""
+"""Drills: a run that is ended in many ways, or whose checkpoints are damaged, at random.
+
+It is killed, interrupted, taken back and made to diverge, and still ends bit for bit as a run that
+never was. On a CPU in float32, with one process and one thread.
+"""
 
 import os
 import random
@@ -15,6 +17,7 @@ import torch
 from gpt.checkpoint_files import read_part, read_state
 from gpt.run_folder import complete_checkpoints, find_checkpoint, newest_sound, step_of
 from tests import ranks
+from tests.conftest import TINY, write_tiny_data
 from train import loop, run
 from train.report import read_metrics
 
@@ -70,10 +73,10 @@ def end_somehow(how, flags, folder, rng, logs):
     flags = [*flags, f"--out_dir={folder}", "--init_from=auto"]
     if how == "back":
         earlier = complete_checkpoints(folder)[0]
-        flags = [f for f in flags if f != "--init_from=auto"] + ["--init_from=resume",
-                                                                 f"--resume_dir={earlier}"]
-    target, args = (diverging,
-                    (flags, rng.randrange(30))) if how == "diverge" else (ranks.train, (flags,))
+        flags = [*flags[:-1], "--init_from=resume", f"--resume_dir={earlier}"]
+    target, args = ranks.train, (flags,)
+    if how == "diverge":
+        target, args = diverging, (flags, rng.randrange(30))
     (process,) = processes = ranks.start(target, args, 1, logs)
     if how != "diverge":
         while process.is_alive() and not (logs / "0.log").exists():
@@ -91,17 +94,16 @@ def end_somehow(how, flags, folder, rng, logs):
 
 
 def until_training(process, log):
-    """Before that a signal ends the process as it always did: there is nothing to save."""
+    """Wait until the run trains; a signal before that just ends it, with nothing to save."""
     while process.is_alive() and "tokens per iteration" not in log.read_text():
         time.sleep(0.001)
     time.sleep(0.05)
 
 
 @pytest.mark.parametrize("attempts", [7, slow(120)])
-def test_however_often_it_is_ended_the_run_is_the_one_that_never_was(attempts, flags,
-                                                                     tmp_path, capsys):
-    assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 1,
-                     tmp_path / "logs") == [0]
+def test_a_run_that_is_often_ended_ends_as_one_that_never_was(attempts, flags, tmp_path, capsys):
+    unbroken = [*flags, f"--out_dir={tmp_path / 'unbroken'}"]
+    assert ranks.run(ranks.train, (unbroken,), 1, tmp_path / "logs") == [0]
     folder, rng, done = tmp_path / "out", random.Random(attempts), 0
     hows = [*ENDS] * (attempts // len(ENDS) + 1)
     for number, how in enumerate(hows[:attempts]):
@@ -113,20 +115,20 @@ def test_however_often_it_is_ended_the_run_is_the_one_that_never_was(attempts, f
         code = end_somehow(how, flags, folder, rng, logs := tmp_path / f"logs{number}")
         said = (logs / "0.log").read_text()
         at_the_end = code == 0 and find_checkpoint(folder).name == f"step-{STEPS:08d}"
-        assert (code in ENDS[how]
-                or at_the_end) and "Traceback" not in said, (how, code, said[-2000:])
+        assert code in ENDS[how] or at_the_end, (how, code, said[-2000:])
+        assert "Traceback" not in said, (how, code, said[-2000:])
         if complete_checkpoints(folder):
             newest, faults = newest_sound(folder)
-            assert not faults and (how == "back"
-                                   or read_state(newest)["step"] >= reached), (how, faults)
+            assert not faults, (how, faults)
+            assert how == "back" or read_state(newest)["step"] >= reached, how
             if how in ("SIGTERM", "SIGHUP", "SIGINT"):
                 assert read_state(newest)["step"] > reached, said[-2000:]
         else:
             assert not there, f"{how} lost the run"
         done += 1
-    assert ranks.run(ranks.train, ([*flags, f"--out_dir={folder}", "--init_from=auto"],), 1,
-                     tmp_path / "logs") == [0]
-    assert_same_end(tmp_path / "whole", folder)
+    ended = [*flags, f"--out_dir={folder}", "--init_from=auto"]
+    assert ranks.run(ranks.train, (ended,), 1, tmp_path / "logs") == [0]
+    assert_same_end(tmp_path / "unbroken", folder)
     steps = [e["iter"] for e in read_metrics(folder / "metrics.jsonl") if "loss" in e]
     evaluated = [e["iter"] for e in read_metrics(folder / "metrics.jsonl") if "val/loss" in e]
     assert steps == list(range(STEPS)) and evaluated == list(range(0, STEPS + 1, 10))
@@ -153,10 +155,10 @@ def grow(file, rng):
 
 
 def swap(file, rng):
-    """Another file of the same checkpoint, whole in itself."""
+    """Put another file of the same checkpoint in its place."""
     root = file.parent if (file.parent / "DONE").exists() else file.parent.parent
-    file.write_bytes(rng.choice([f for f in sorted(root.rglob("*")) if f.is_file()
-                                 and f != file]).read_bytes())
+    others = [f for f in sorted(root.rglob("*")) if f.is_file() and f != file]
+    file.write_bytes(rng.choice(others).read_bytes())
 
 
 def drop(file, _):
@@ -172,8 +174,8 @@ def replaced(make):
 
 DAMAGES = {
     "flip": flip, "cut": cut, "grow": grow, "swap": swap, "drop": drop,
-    "folder": replaced(Path.mkdir),
-    "fifo": replaced(os.mkfifo), "endless": replaced(lambda f: f.symlink_to("/dev/zero")),
+    "folder": replaced(Path.mkdir), "fifo": replaced(os.mkfifo),
+    "endless": replaced(lambda f: f.symlink_to("/dev/zero")),
     "json": replaced(lambda f: f.write_text('{"a": [{"b": 1e999, "c": "\\ud800"}]}')),
     "deep": replaced(lambda f: f.write_text("[" * 100_000)),
 }
@@ -181,9 +183,7 @@ DAMAGES = {
 
 @pytest.fixture(scope="module", params=["auto", "fsdp"])
 def finished(request, tmp_path_factory):
-    """A run of 12 steps with checkpoints at 8 and 12, whole or in shards."""
-    from tests.conftest import TINY, write_tiny_data
-
+    """A run of 12 steps with checkpoints at 8 and 12, in one file or in shards."""
     folder = tmp_path_factory.mktemp("finished")
     flags = [f"--data_dir={write_tiny_data(folder / 'tiny')}", *TINY, f"--parallel={request.param}"]
     assert run.main([*flags, f"--out_dir={folder / 'out'}"]) == 0
@@ -191,20 +191,22 @@ def finished(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("damages", [16, slow(160)])
-def test_a_damaged_checkpoint_is_passed_over_and_never_read_in_part(damages, finished,
-                                                                    tmp_path, capsys):
-    """Each file of the newest checkpoint in each way: the run goes on from the one before to the
-    same end. Where that is damaged, too, it is said in one line, and all is left as it was."""
-    flags, whole = finished
+def test_a_damaged_checkpoint_is_skipped_and_never_partly_read(damages, finished, tmp_path,
+                                                               capsys):
+    """The run resumes from the checkpoint before the damaged newest one, and ends the same.
+
+    If that is damaged, too, the run says so in one line, and leaves every file as it was.
+    """
+    flags, undamaged = finished
     rng, done = random.Random(damages), 0
-    newest = find_checkpoint(whole)
+    newest = find_checkpoint(undamaged)
     files = sorted(f.relative_to(newest) for f in newest.rglob("*") if f.is_file())
     cases = [(how, file) for how in DAMAGES for file in files]
     rng.shuffle(cases)
     for number in range(damages):
         how, file = cases[number % len(cases)]
         both, out = number % 4 == 3, tmp_path / str(number)
-        shutil.copytree(whole, out)
+        shutil.copytree(undamaged, out)
         for folder in complete_checkpoints(out)[0 if both else -1:]:
             DAMAGES[how](folder / file, rng)
         before = sorted(p.relative_to(out) for p in out.rglob("*"))
@@ -212,7 +214,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_read_in_part(damages, fin
         said = capsys.readouterr()
         assert "Traceback" not in said.err, (how, file)
         if code == 0:
-            assert_same_end(out, whole)
+            assert_same_end(out, undamaged)
         else:
             assert code == 2 and both and said.err.count("\n") == 1, (how, file, said.err)
             assert sorted(p.relative_to(out) for p in out.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""The formulas of gpt/flops.py against what PyTorch counts, and the MFU made from them."""
+"""The formulas of gpt/flops.py against PyTorch's counter, and the MFU made from them."""
 
 from dataclasses import replace
 
@@ -14,9 +14,9 @@ from kernels import load
 T = 1024
 
 
-def counted_per_token(config, suite):
-    """Of a forward and backward, by FlopCounterMode on tensors without data."""
-    kernels = load(suite)  # before the counter, which copies the formulas registered by then
+def counted_per_token(config, backend):
+    """FLOPs of a forward and backward, by FlopCounterMode on tensors without data."""
+    kernels = load(backend)  # before the counter, which copies the formulas registered by then
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model, idx = GPT(config, kernels), torch.zeros(1, T, dtype=torch.long)
         model(idx, idx).backward()
@@ -25,10 +25,11 @@ def counted_per_token(config, suite):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_both_formulas_are_within_half_a_percent_of_what_torch_counts(size):
-    """The definitions multiply whole attention matrices, which PaLM's formula counts, too; the
-    causal one counts half of them. The causal formula, which is llm.c's, also has 6 operations for
-    each position embedding, T d of them, though nothing is multiplied with those (0.6 % at 124M):
-    they are set apart."""
+    """The reference multiplies full attention matrices. palm counts them; causal counts half.
+
+    llm.c's causal formula also counts 6 operations for each of the T d position embeddings, though
+    nothing is multiplied with them (0.6 % at 124M): they are subtracted here.
+    """
     config = replace(SIZES[size], vocab_size=50304, bias=False)
     counted, formula = counted_per_token(config, "reference"), flops_per_token(config)
     L, d = config.n_layer, config.n_embd
@@ -38,8 +39,10 @@ def test_both_formulas_are_within_half_a_percent_of_what_torch_counts(size):
 
 
 def test_the_kernels_tell_torch_what_they_multiply():
-    """P matmul parameters, 6 operations each; attention 2 L d T forward and, with the scores made
-    again, 5 backward."""
+    """6 FLOPs for each matrix element; for attention 2 units of L d T forward and 5 backward.
+
+    The fifth recomputes the scores.
+    """
     config = replace(SIZES["gpt2"], vocab_size=50304, bias=False, n_layer=2)
     d = config.n_embd
     assert counted_per_token(config, "triton") == 6 * (12 * 2 * d**2 + 50304 * d) + 7 * 2 * d * T

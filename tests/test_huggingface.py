@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's form: read without anyone's code, or refused in one line."""
+"""Hugging Face's folders: read without running others' code, or refused in one line."""
 
 import json
 import os
@@ -20,12 +20,7 @@ WTE = "transformer.wte.weight"
 def theirs():
     torch.manual_seed(0)
     sizes = dict(
-        vocab_size=97,
-        n_positions=16,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
+        vocab_size=97, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
         eos_token_id=0,
     )
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
@@ -63,26 +58,20 @@ def test_every_form_has_their_logits(form, theirs, tmp_path):
         model.to(torch.bfloat16)
     model.save_pretrained(tmp_path, **({"max_shard_size": "10KB"} if form == "shards" else {}))
     assert (tmp_path / "model.safetensors").exists() != (form == "shards")
-    torch.testing.assert_close(
-        GPT.from_pretrained(str(tmp_path)).predict(IDX), theirs(IDX).logits, rtol=0, atol=1e-5
-    )
+    ours = GPT.from_pretrained(str(tmp_path))
+    torch.testing.assert_close(ours.logits(IDX), theirs(IDX).logits, rtol=0, atol=1e-5)
 
 
 def test_nothing_that_a_config_asks_for_is_imported(folder, theirs):
     """transformers asked for the package of `_attn_implementation`, and imports an `auto_map`."""
     change(
-        folder / "config.json",
-        _attn_implementation="flash_attention_3",
-        attn_implementation="someone/kernel",
-        auto_map={"AutoConfig": "evil.Config"},
-        torch_dtype="evil",
-        dtype=3,
-        architectures=["Evil"],
+        folder / "config.json", _attn_implementation="flash_attention_3",
+        attn_implementation="someone/kernel", auto_map={"AutoConfig": "evil.Config"},
+        torch_dtype="evil", dtype=3, architectures=["Evil"],
     )
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
-    torch.testing.assert_close(
-        GPT.from_pretrained(str(folder)).predict(IDX), theirs(IDX).logits, rtol=0, atol=1e-5
-    )
+    ours = GPT.from_pretrained(str(folder))
+    torch.testing.assert_close(ours.logits(IDX), theirs(IDX).logits, rtol=0, atol=1e-5)
     program = f"import sys; from gpt import GPT; GPT.from_pretrained({str(folder)!r}); "
     program += "assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -1,7 +1,7 @@
-"""What the tools make of models that no GPT-2 elsewhere is: backward, stitched, with a head of
-their own."""
+"""The tools on models that other projects' GPT-2 cannot be: backward, stitched, untied."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,25 +29,24 @@ def test_a_backward_model_is_scored_from_the_end(tiny_flags, tiny_data, tmp_path
     model = GPT.from_checkpoint(find_checkpoint(tmp_path / "out"))
     ids = torch.tensor(["abcdefghijklmnopqrstuvwxyz\n =.".index(c) for c in "acdfg"]).flip(0)
     with torch.no_grad():
-        logits = model.predict(ids[None])[0]
+        logits = model.logits(ids[None])[0]
     mean = torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).item()
     capsys.readouterr()
     assert predict.main([f"--out_dir={tmp_path / 'out'}", "--text=acdfg", "--top=1"]) == 0
     said = capsys.readouterr().out
-    assert f"mean loss {mean:.4f}" in said and "token before:" in said and f"{logits[-1].argmax().item()}  '" in said
-    figures = evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"),
-                                                  data_dir=str(tiny_data), device="cpu",
-                                                  dtype="float32"))
-    # what it has learnt shows only in the order it reads
+    assert f"mean loss {mean:.4f}" in said and "token before:" in said
+    assert f"{logits[-1].argmax().item()}  '" in said
+    asked = evaluate.Evaluate(out_dir=str(tmp_path / "out"), data_dir=str(tiny_data),
+                              device="cpu", dtype="float32")
+    figures = evaluate.evaluate(asked)
+    # What it has learnt shows only in the order in which it reads.
     assert figures["loss"] < math.log(29) - 0.2
     with pytest.raises(ValueError, match="this model has --direction=backward"):
-        evaluate.evaluate(evaluate.Evaluate(out_dir=str(tmp_path / "out"), lambada="FILE",
-                                            device="cpu", dtype="float32"))
+        evaluate.evaluate(replace(asked, data_dir="", lambada="FILE"))
 
 
 def test_a_frozen_model_needs_fewer_operations():
-    """By hand: forward everywhere, gradients of activations above the seam, the seam's own weight
-    gradient."""
+    """By hand: forward in all layers, activation gradients above the seam, its weight gradient."""
     c = StitchedConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=10, seam=1)
     block, head, norms, seam = 12 * 64, 80, 40, 72
     work = 2 * (2 * block + head + norms + seam) + 2 * (block + head + norms + seam) + 2 * 64

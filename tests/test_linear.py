@@ -1,3 +1,5 @@
+"""gpt/linear.py: a product of one row gives what nn.Linear gives, in its own way."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ def layer(n=65, k=48, bias=True, dtype=torch.float32):
 
 @pytest.fixture
 def threads():
-    """Sets how many, and puts back what there was."""
+    """Sets the number of threads, and restores it afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -22,7 +24,7 @@ def threads():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which way each product went: "shares", or F.linear's and whether oneDNN was on."""
+    """How each product was computed: "shares", or by F.linear with oneDNN on (True) or off."""
     seen, bmm, linear = [], torch.bmm, F.linear
     monkeypatch.setattr(torch, "bmm", lambda *a: (seen.append("shares"), bmm(*a))[1])
     onednn = torch.backends.mkldnn
@@ -35,7 +37,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_row_is_what_it_is_among_others(count, shape, bias, dtype, threads):
-    """65 rows in 2, 3 and 7 shares leave some over."""
+    """65 rows leave a rest in 2, 3 and 7 shares."""
     threads(count)
     linear = layer(bias=bias, dtype=dtype)
     x = torch.randn(shape).to(dtype)
@@ -46,7 +48,7 @@ def test_one_row_is_what_it_is_among_others(count, shape, bias, dtype, threads):
     torch.testing.assert_close(y, exact.to(dtype))
 
 
-def test_shares_of_a_matrix_that_lies_in_columns(threads):
+def test_shares_of_a_transposed_matrix(threads):
     threads(2)
     x, w = torch.randn(1, 48), torch.randn(48, 65).T
     torch.testing.assert_close(row_times(x, w), F.linear(x, w))
@@ -92,7 +94,7 @@ def test_onednn_is_as_it_was_afterwards(before, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_as_many_numbers_as_a_row_are_no_row(dtype):
+def test_a_column_as_long_as_a_row_is_refused(dtype):
     """48 outputs for each would be a valid shape, and wrong."""
     with pytest.raises(RuntimeError), torch.no_grad():
         layer(n=96, bias=False, dtype=dtype)(torch.randn(48, 1).to(dtype))

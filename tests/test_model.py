@@ -1,3 +1,5 @@
+"""The model: its sizes, initialisation, losses and logits, and the text that it generates."""
+
 import math
 from dataclasses import asdict, replace
 
@@ -43,7 +45,7 @@ def test_residual_projections_start_smaller():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_suites_agree_in_loss_and_gradients(bias):
+def test_backends_agree_in_loss_and_gradients(bias):
     ours = tiny(bias=bias)
     defined = GPT(ours.config, load("reference"))
     defined.load_state_dict(ours.state_dict())
@@ -75,12 +77,24 @@ def test_documents_do_not_see_each_other():
     assert not torch.equal(model.features(idx)[0, 5:], model.features(other)[0, 5:])
 
 
-def test_predict_gives_all_logits_or_the_last():
+def test_logits_are_of_all_positions_or_the_last():
     model, idx = tiny(), torch.randint(65, (2, 7))
-    assert model.predict(idx).shape == (2, 7, 65)
-    torch.testing.assert_close(model.predict(idx, False), model.predict(idx, True)[:, -1:])
-    losses = torch.nn.functional.cross_entropy(model.predict(idx).flatten(0, 1), idx.flatten())
+    logits = model.logits(idx)
+    assert logits.shape == (2, 7, 65)
+    torch.testing.assert_close(model.logits(idx, last_only=True), logits[:, -1:])
+    torch.testing.assert_close(model.predict(idx, targets=False), logits[:, -1:])
+    assert torch.equal(model.predict(idx), logits)
+    assert torch.equal(model.predict(idx, targets=True), logits)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten())
     torch.testing.assert_close(model(idx, idx), losses)
+
+
+def test_an_unknown_activation_is_refused():
+    """It would have been the exact GELU."""
+    model, idx = tiny(), torch.randint(65, (2, 7))
+    object.__setattr__(model.config, "activation", "relu")
+    with pytest.raises(KeyError, match="relu"):
+        model(idx, idx)
 
 
 @pytest.mark.parametrize(("texts", "dtype"), [(2, torch.double), (1, torch.float32)])
@@ -91,7 +105,7 @@ def test_greedy_text_is_the_same_with_and_without_cache(prompt, texts, dtype):
     One text in fp32 takes gpt/linear.py's way for each new token.
     """
     model = tiny().to(dtype)
-    # a tied one repeats its input
+    # A tied head repeats its input.
     model.lm_head.weight = torch.nn.Parameter(torch.randn(65, 32, dtype=dtype))
     model.transformer.wte.weight.data *= 20  # or the text is one token over and over
     idx = torch.randint(65, (texts, prompt))
@@ -111,7 +125,7 @@ def test_generate_keeps_the_prompt_and_the_mode():
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no MKL, no own way")
 def test_every_product_of_a_new_token_is_one_of_a_row(monkeypatch):
-    """Four in each layer, one at a seam, one in the head; of the prompt of 3, the head's alone."""
+    """Four in each layer, one in the seam, one in the head; in the prompt of 3 the head's only."""
     rows = []
     spy = lambda x, w: (rows.append(tuple(w.shape)), x @ w.T)[1]  # noqa: E731
     monkeypatch.setattr(linear, "row_times", spy)
@@ -161,7 +175,7 @@ def test_bad_sampling_and_lengths_are_named():
     with pytest.raises(ValueError, match="prompt is empty"):
         model.generate(idx[:, :0], 2)
     with pytest.raises(ValueError, match="17 tokens, block_size is 16"):
-        model.predict(torch.zeros(1, 17, dtype=torch.long))
+        model.logits(torch.zeros(1, 17, dtype=torch.long))
 
 
 def test_cropping_leaves_short_inputs_alone():

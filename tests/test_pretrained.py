@@ -1,4 +1,4 @@
-"""Living with others' models: Hugging Face's and nanoGPT's, in and out."""
+"""Others' models: Hugging Face's and nanoGPT's, read and written; scores and evaluation of them."""
 
 import json
 import math
@@ -7,10 +7,12 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data.tokenizer import load_tokenizer
 from gpt import GPT, GPTConfig, export, nanogpt, predict, sample
 from gpt.run_folder import find_checkpoint
 from gpt.scoring import token_losses
@@ -37,10 +39,7 @@ def hf_tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gpt2_data(tmp_path_factory):
-    """3,000 and 500 ids of GPT-2's vocabulary, without a meta file, as nanoGPT's openwebtext has
-    them."""
-    import numpy as np
-
+    """3,000 and 500 ids of GPT-2's vocabulary without a meta file, as in nanoGPT's openwebtext."""
     folder = tmp_path_factory.mktemp("gpt2-data")
     ids = (np.random.default_rng(0).zipf(1.3, 3500) % 50257).astype(np.uint16)
     ids[:3000].tofile(folder / "train.bin")
@@ -57,7 +56,7 @@ def test_hugging_face_logits_are_the_same(hf_tiny):
     folder, theirs = hf_tiny
     ours, idx = GPT.from_pretrained(str(folder)), torch.randint(50257, (2, 64))
     assert ours.config.activation == "gelu_tanh" and ours.config.bias
-    torch.testing.assert_close(ours.predict(idx), theirs(idx).logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.logits(idx), theirs(idx).logits, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -87,12 +86,12 @@ def test_no_weights_and_no_network_is_one_line(monkeypatch, tmp_path, gpt2_data,
 def test_finetuning_starts_from_the_weights_and_learns(hf_tiny, gpt2_data, tmp_path):
     """nanoGPT's finetune_shakespeare in small: constant learning rate, cropped block size."""
     flags = [*SMALL_STEPS, f"--init_from={hf_tiny[0]}", f"--data_dir={gpt2_data}",
-             f"--out_dir={tmp_path / 'out'}",
-             "--block_size=32", "--max_iters=12", "--eval_interval=6", "--dropout=0.1"]
+             f"--out_dir={tmp_path / 'out'}", "--block_size=32", "--max_iters=12",
+             "--eval_interval=6", "--dropout=0.1"]
     built = build.build(parse(flags))
     assert built.model.config.block_size == 32 and built.model.config.dropout == 0.1
     idx = torch.randint(50257, (1, 32))
-    torch.testing.assert_close(built.model.eval().predict(idx), hf_tiny[1](idx).logits,
+    torch.testing.assert_close(built.model.eval().logits(idx), hf_tiny[1](idx).logits,
                                rtol=0, atol=2e-5)
     assert run.main(flags) == 0
     log = [json.loads(line)
@@ -111,8 +110,7 @@ def test_sampling_from_hugging_face_weights(hf_tiny, capsys):
 
 
 def test_export_reloads_in_transformers_with_equal_logits(hf_tiny, gpt2_data, tmp_path, capsys):
-    """A model with GPT-2's padded vocabulary, without biases: the padding goes, the logits and the
-    tokenizer stay."""
+    """Without biases and with GPT-2's padded vocabulary, whose padding goes."""
     out = tmp_path / "out"
     flags = [*SMALL_STEPS, f"--data_dir={gpt2_data}", f"--out_dir={out}", "--block_size=16",
              "--n_layer=1", "--n_head=2", "--n_embd=16"]
@@ -120,20 +118,18 @@ def test_export_reloads_in_transformers_with_equal_logits(hf_tiny, gpt2_data, tm
     assert export.main([f"--out_dir={out}", "--to=hf"]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "hf").eval()
     idx = torch.randint(50257, (2, 16))
-    torch.testing.assert_close(model(idx).logits,
-                               GPT.from_checkpoint(out).predict(idx)[..., :50257],
-                               rtol=1e-4, atol=1e-5)
+    ours = GPT.from_checkpoint(out).logits(idx)[..., :50257]
+    torch.testing.assert_close(model(idx).logits, ours, rtol=1e-4, atol=1e-5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "hf")
     assert tokenizer("Hello world, it's")["input_ids"] == [15496, 995, 11, 340, 338]
     assert export.main([f"--out_dir={out}", "--to=hf"]) == 2
     assert "exists; remove it" in capsys.readouterr().err
     again = GPT.from_pretrained(str(out / "hf"))
-    torch.testing.assert_close(again.predict(idx), model(idx).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.logits(idx), model(idx).logits, rtol=1e-4, atol=1e-5)
 
 
 def nanogpt_checkpoint(folder, tiny_flags, *, prefix=""):
-    """A ckpt.pt by nanoGPT's documented keys, made without our writer: two steps of plain AdamW on
-    a small model."""
+    """A ckpt.pt with nanoGPT's keys, made without our writer: two steps of AdamW."""
     built = build.build(parse([*tiny_flags, "--dropout=0.0"]))
     model = built.model
     decay, rest = ([p for p in model.parameters() if (p.dim() >= 2) == wanted]
@@ -151,8 +147,8 @@ def nanogpt_checkpoint(folder, tiny_flags, *, prefix=""):
         "model": {prefix + k: v for k, v in model.state_dict().items()},
         "optimizer": optimizer.state_dict(),
         "model_args": {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
-                       "block_size": c.block_size,
-                       "bias": c.bias, "vocab_size": c.vocab_size, "dropout": 0.0},
+                       "block_size": c.block_size, "bias": c.bias,
+                       "vocab_size": c.vocab_size, "dropout": 0.0},
         "iter_num": 2, "best_val_loss": torch.tensor(3.0), "config": {"batch_size": 4},
     }, folder / "ckpt.pt")
     return model, optimizer
@@ -162,8 +158,8 @@ def nanogpt_checkpoint(folder, tiny_flags, *, prefix=""):
 def test_nanogpt_checkpoint_goes_on_with_the_same_losses(tiny_flags, tmp_path, prefix):
     model, optimizer = nanogpt_checkpoint(tmp_path / "nano", tiny_flags, prefix=prefix)
     flags = [*tiny_flags, "--init_from=resume", f"--resume_dir={tmp_path / 'nano'}",
-             "--dropout=0.0",
-             "--gradient_accumulation_steps=1", "--grad_clip=0", "--decay_lr=False"]
+             "--dropout=0.0", "--gradient_accumulation_steps=1", "--grad_clip=0",
+             "--decay_lr=False"]
     built = build.build(parse(flags))
     assert (built.step, built.best_val_loss) == (2, 3.0)
     batches = build.build(parse(flags)).batches
@@ -225,7 +221,7 @@ def test_token_losses_are_an_independent_computation():
     by_hand = []
     for t in range(1, 21):
         start_of_block = (t - 1) // 8 * 8
-        p = model.predict(ids[None, start_of_block:t])[0, -1].double().softmax(-1)
+        p = model.logits(ids[None, start_of_block:t])[0, -1].double().softmax(-1)
         by_hand.append(-p[ids[t]].log().item())
     torch.testing.assert_close(token_losses(model, ids).double(),
                                torch.tensor(by_hand, dtype=torch.double), rtol=1e-5, atol=1e-6)
@@ -238,9 +234,9 @@ def test_predict_prints_perplexity_and_the_likeliest_tokens(tiny_flags, tmp_path
     assert predict.main([*flags, "--text=abcdefgh", "--top=3"]) == 0
     out = capsys.readouterr().out.splitlines()
     model, ids = GPT.from_checkpoint(tmp_path / "out"), torch.arange(8)
-    mean = F.cross_entropy(model.predict(ids[None, :-1])[0], ids[1:]).item()
+    mean = F.cross_entropy(model.logits(ids[None, :-1])[0], ids[1:]).item()
     assert out[0] == f"8 tokens, mean loss {mean:.4f}, perplexity {math.exp(mean):.4f}"
-    best = model.predict(ids[None], False)[0, 0].softmax(-1).topk(3)
+    best = model.logits(ids[None], last_only=True)[0, 0].softmax(-1).topk(3)
     assert [int(line.split()[2]) for line in out[2:]] == best.indices.tolist()
     for bad in ([], ["--text=a", "--file=b"], ["--text=A"], ["--file=/nowhere"],
                 ["--text=a", "--top=0"]):
@@ -250,11 +246,9 @@ def test_predict_prints_perplexity_and_the_likeliest_tokens(tiny_flags, tmp_path
 
 def test_evaluate_is_transformers_loss_over_the_whole_split(hf_tiny, gpt2_data, capsys):
     folder, theirs = hf_tiny
-    figures = evaluate.evaluate(evaluate.Evaluate(init_from=str(folder), data_dir=str(gpt2_data),
-                                                  batch_size=3, device="cpu",
-                                                  dtype="float32"))
-    import numpy as np
-
+    asked = evaluate.Evaluate(init_from=str(folder), data_dir=str(gpt2_data), batch_size=3,
+                              device="cpu", dtype="float32")
+    figures = evaluate.evaluate(asked)
     ids = torch.from_numpy(np.fromfile(gpt2_data / "val.bin", dtype=np.uint16).astype(np.int64))
     losses = []
     for s in range(0, 499, 64):
@@ -264,16 +258,12 @@ def test_evaluate_is_transformers_loss_over_the_whole_split(hf_tiny, gpt2_data, 
     assert figures["tokens"] == 499
     assert figures["loss"] == pytest.approx(sum(losses) / 499, abs=1e-4)
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
-    from data.tokenizer import load_tokenizer
-
     n_bytes = len(load_tokenizer(None).decode_bytes(ids[1:].tolist()))
     assert figures["bits per byte"] == pytest.approx(sum(losses) / math.log(2) / n_bytes, rel=1e-4)
     assert "bits per byte: " in capsys.readouterr().out
 
 
 def test_hellaswag_and_lambada_by_brute_force(hf_tiny, tmp_path):
-    from data.tokenizer import load_tokenizer
-
     folder, theirs = hf_tiny
     encode = load_tokenizer(None).encode
     examples = [{"ctx": "A man walks", "endings": ["home", "into a large red house", "off",
@@ -287,16 +277,14 @@ def test_hellaswag_and_lambada_by_brute_force(hf_tiny, tmp_path):
         n = len(encode(ending))
         return F.cross_entropy(theirs(ids[None, :-1]).logits[0, -n:], ids[-n:], reduction="none")
 
-    figures = evaluate.evaluate(evaluate.Evaluate(init_from=str(folder),
-                                                  hellaswag=str(tmp_path / "h.jsonl"),
-                                                  lambada=str(tmp_path / "l.jsonl"), device="cpu",
-                                                  dtype="float32"))
+    figures = evaluate.evaluate(evaluate.Evaluate(
+        init_from=str(folder), hellaswag=str(tmp_path / "h.jsonl"),
+        lambada=str(tmp_path / "l.jsonl"), device="cpu", dtype="float32"))
     scores = [losses("A man walks", " " + e) for e in examples[0]["endings"]]
-    best = min(range(4), key=lambda i: scores[i].sum().item()), min(range(4),
-                                                                    key=lambda i: scores[i].mean().item())
-    assert (figures["hellaswag acc"],
-            figures["hellaswag acc_norm"]) == tuple(sum(e["label"] == b for e in examples) / 8
-                                                    for b in best)
+    for name, score in (("acc", torch.Tensor.sum), ("acc_norm", torch.Tensor.mean)):
+        best = min(range(4), key=lambda i: score(scores[i]).item())
+        right = sum(e["label"] == best for e in examples)
+        assert figures[f"hellaswag {name}"] == right / 8
     total = sum(losses(t.rpartition(" ")[0], " " + t.rpartition(" ")[2]).sum().item()
                 for t in texts)
     assert figures["lambada ppl"] == pytest.approx(math.exp(total / 3), rel=1e-4)
@@ -312,9 +300,8 @@ def test_bad_evaluation_input_is_one_line(flags, message, hf_tiny, gpt2_data, tm
     (tmp_path / "bad").write_text("nonsense\n")
     (tmp_path / "good").write_text("{}\n")
     named = {"BAD": tmp_path / "bad", "GOOD": tmp_path / "good", "DATA": gpt2_data}
-    flags = [f if "=" not in f
-             else f"{f.partition('=')[0]}={named.get(f.partition('=')[2], f.partition('=')[2])}"
-             for f in flags]
+    split = (f.partition("=") for f in flags)
+    flags = [f"{key}={named.get(value, value)}" for key, _, value in split]
     assert evaluate.main([f"--init_from={hf_tiny[0]}", "--device=cpu", "--dtype=float32",
                           *flags]) == 2
     err = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A model's vocabulary: its padding, its tokenizer, and the data that the model may go on with."""
+"""A model's vocabulary: its padding, its tokenizer, and the data that may train it further."""
 
 import json
 import pickle
@@ -18,14 +18,8 @@ from train.command_line import load_file, parse
 from train.init_from import InitFrom, complete
 
 FEW = [
-    "--n_layer=1",
-    "--n_embd=8",
-    "--n_head=1",
-    "--max_iters=2",
-    "--eval_interval=2",
-    "--eval_iters=1",
-    "--gradient_accumulation_steps=1",
-    "--batch_size=2",
+    "--n_layer=1", "--n_embd=8", "--n_head=1", "--max_iters=2", "--eval_interval=2",
+    "--eval_iters=1", "--gradient_accumulation_steps=1", "--batch_size=2",
 ]
 
 
@@ -35,9 +29,8 @@ def gpt2_data(tmp_path):
     folder = tmp_path / "words"
     folder.mkdir()
     for split, n in (("train", 2000), ("val", 400)):
-        np.random.default_rng(0).integers(50257, size=n).astype(np.uint16).tofile(
-            folder / f"{split}.bin"
-        )
+        ids = np.random.default_rng(0).integers(50257, size=n)
+        ids.astype(np.uint16).tofile(folder / f"{split}.bin")
     write_meta(folder, "gpt2", 50257)
     return folder
 
@@ -59,31 +52,17 @@ def test_gpt2s_vocabulary_is_padded(meta, rows):
 
 
 def test_padding_is_never_text(gpt2_data, tiny_flags, tmp_path, capsys):
-    """Trained with 50,304 rows, what is predicted, sampled and handed on are the 50,257."""
+    """A model of 50,304 rows predicts, samples and exports to Hugging Face only 50,257 ids."""
     out = tmp_path / "out"
     assert run.main([*tiny_flags, f"--data_dir={gpt2_data}", *FEW]) == 0
     assert read_config(find_checkpoint(out)).vocab_size == 50304
     capsys.readouterr()
     assert predict.main([f"--out_dir={out}", "--text=a b", "--top=60000", "--device=cpu"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + 50257
-    assert (
-        sample.main(
-            [
-                f"--out_dir={out}",
-                "--top_k=0",
-                "--temperature=1e6",
-                "--num_samples=1",
-                "--device=cpu",
-            ]
-        )
-        == 0
-    )
-    assert (
-        evaluate.main(
-            [f"--out_dir={out}", f"--data_dir={gpt2_data}", "--device=cpu", "--dtype=float32"]
-        )
-        == 0
-    )
+    assert sample.main([f"--out_dir={out}", "--top_k=0", "--temperature=1e6", "--num_samples=1",
+                        "--device=cpu"]) == 0
+    assert evaluate.main([f"--out_dir={out}", f"--data_dir={gpt2_data}", "--device=cpu",
+                          "--dtype=float32"]) == 0
     assert export.main([f"--out_dir={out}", "--to=nanogpt"]) == 0
     assert nanogpt.read(out / "nanogpt").config.vocab_size == 50304
     assert tokenizer_of(read_source(str(out / "nanogpt"))).vocab_size == 50257
@@ -104,28 +83,21 @@ def test_a_model_of_characters_is_handed_on_with_them(tiny_flags, tiny_data, tmp
     capsys.readouterr()
     assert export.main([f"--out_dir={tmp_path / 'out'}", "--to=nanogpt"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "copy its meta.pkl to data/tiny/meta.pkl in a checkout of nanoGPT" in said
-        and said.count("\n") == 2
-    )
+    assert "copy its meta.pkl to data/tiny/meta.pkl in a checkout of nanoGPT" in said
+    assert said.count("\n") == 2
     folder = tmp_path / "out" / "nanogpt"
     assert torch.load(folder / "ckpt.pt", weights_only=True)["config"]["dataset"] == "tiny"
-    meta, chars = (
-        pickle.loads((folder / "meta.pkl").read_bytes()),
-        json.loads((tiny_data / "meta.json").read_text())["chars"],
-    )
-    assert (
-        meta["vocab_size"] == 29
-        and meta["itos"] == dict(enumerate(chars))
-        and meta["stoi"] == {c: i for i, c in enumerate(chars)}
-    )
+    meta = pickle.loads((folder / "meta.pkl").read_bytes())
+    chars = json.loads((tiny_data / "meta.json").read_text())["chars"]
+    assert meta["vocab_size"] == 29 and meta["itos"] == dict(enumerate(chars))
+    assert meta["stoi"] == {c: i for i, c in enumerate(chars)}
     flags = ["--start=abc", "--num_samples=1", "--max_new_tokens=9", "--device=cpu"]
     assert sample.main([f"--init_from={folder}", *flags]) == 0
     assert capsys.readouterr().out.startswith("abc")
 
 
 def of_characters(folder, dataset):
-    """A checkpoint of nanoGPT's, trained on data/DATASET, which is beside its folder."""
+    """A checkpoint of nanoGPT that says it was trained on data/DATASET."""
     folder.mkdir(parents=True)
     config = GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=16)
     weights = {name: p.detach() for name, p in GPT(config).named_parameters()}
@@ -163,10 +135,8 @@ def test_no_tokenizer_is_one_line(dataset, tmp_path, capsys):
     write_meta(tmp_path, "char", 29, "abcdefghijklmnopqrstuvwxyz .-")
     assert sample.main([f"--init_from={tmp_path / 'out'}", "--device=cpu"]) == 2
     err = capsys.readouterr().err
-    assert (
-        "no tokenizer is known for its 29 ids; put the meta.pkl or meta.json" in err
-        and err.count("\n") == 1
-    )
+    assert "no tokenizer is known for its 29 ids; put the meta.pkl or meta.json" in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("beginning", ["FOLDER", "resume"])
@@ -180,7 +150,7 @@ def test_no_tokenizer_is_one_line(dataset, tmp_path, capsys):
     ],
 )
 def test_other_ids_are_not_trained_on(beginning, other, tiny_flags, tiny_data, tmp_path, capsys):
-    """A model of letters went on with whatever had no larger ids."""
+    """A model of letters was trained on any data without larger ids."""
     folder = tmp_path / "nano"
     of_characters(folder, "nowhere")
     write_meta(folder, "char", 29, "abcdefghijklmnopqrstuvwxyz\n =")
@@ -191,19 +161,18 @@ def test_other_ids_are_not_trained_on(beginning, other, tiny_flags, tiny_data, t
     ]
     write_meta(tiny_data, *other)
     assert run.main(flags) == 2
-    err = capsys.readouterr().err
-    assert (
-        f"{tiny_data} has another vocabulary ({other[1]:,} ids, of kind {other[0]}) than {folder}"
-        in err
-        and err.count("\n") == 1
-    )
+    err, theirs = capsys.readouterr().err, f"{other[1]:,} ids, of kind {other[0]}"
+    assert f"{tiny_data} has another vocabulary ({theirs}) than {folder}" in err
+    assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("other", [("bytes", 256, ""), ("gpt2", 50257, ""),
-                                   ("char", 30, "abcdefghijklmnopqrstuvwxyz0123")])
+@pytest.mark.parametrize(
+    "other",
+    [("bytes", 256, ""), ("gpt2", 50257, ""), ("char", 30, "abcdefghijklmnopqrstuvwxyz0123")],
+)
 def test_nor_ids_of_another_number(other, tiny_flags, tiny_data, tmp_path, capsys):
-    """Where nothing tells which characters the model was trained on."""
+    """If no file tells which characters the model was trained on."""
     of_characters(tmp_path / "nano", "nowhere")
     write_meta(tiny_data, *other)
     assert run.main([*tiny_flags, f"--init_from={tmp_path / 'nano'}"]) == 2
