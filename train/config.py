@@ -44,7 +44,7 @@ class DataConfig:
     """micro-batches as large as the GPU's memory allows, with the tokens per step of batch_size
     times gradient_accumulation_steps; what --batch_size=auto sets"""
     document_mask: bool = False
-    """attention does not look beyond the document a token is in; for data with end-of-text tokens"""
+    """attention does not look beyond the document a token is in; needs end-of-text tokens"""
 
 
 @dataclass(frozen=True)

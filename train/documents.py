@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.documents import doc_start
 from data.manifest import recorded_max_id
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import load_tokenizer
 from data.tokens import Tokens
 from gpt.run_folder import read_state
 from kernels import Choice
@@ -30,8 +30,8 @@ def mask_at(end_of_text: int | None, direction: str, name: str) -> Mask:
     Raises ValueError, with `name` as the data's, where there is no such token.
     """
     if end_of_text is None:
-        raise ValueError(f"--document_mask=True: {name} has characters or bytes, and no end-of-text "
-                         "token that tells documents apart; prepare the text with "
+        raise ValueError(f"--document_mask=True: {name} is of characters or bytes, which have no "
+                         "end-of-text token to tell documents apart; prepare the text with "
                          "data/text/prepare.py")
     return lambda idx: {"doc_start": doc_start(idx, end_of_text, direction == "backward")}
 
@@ -45,8 +45,8 @@ def mask_of(config: Config, choice: Choice, meta: dict[str, Any] | None, tokens:
         return no_mask
     backend, end_of_text = choice.backends["attention"], load_tokenizer(meta).end_of_text
     if backend in UNABLE:
-        raise ValueError(f"--document_mask=True: --attention={backend} cannot tell documents apart; "
-                         "choose --attention=triton or torch")
+        raise ValueError(f"--document_mask=True: --attention={backend} cannot tell documents "
+                         "apart; choose --attention=triton or torch")
     largest = recorded_max_id(tokens.paths)
     if end_of_text is not None and largest is not None and largest < end_of_text:
         raise ValueError(f"--document_mask=True: {tokens.name} holds no end-of-text token "
