@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
 
 from data.documents import doc_start
@@ -49,6 +50,15 @@ def test_an_end_of_text_belongs_to_the_document_it_ends():
     ids = torch.tensor([[5, 6, 9, 7, 9, 9, 8]])
     assert doc_start(ids, 9).tolist() == [[0, 0, 0, 3, 3, 5, 6]]
     assert doc_start(ids.flip(1), 9, backward=True).tolist() == [[0, 1, 2, 2, 4, 4, 4]]
+
+
+def test_the_host_does_not_wait_for_the_device():
+    """Tensors without data have nothing to wait for. Compiled, it is one graph."""
+    with FakeTensorMode():
+        assert doc_start(torch.empty(2, 7, dtype=torch.int64, device="cuda"), 9).is_cuda
+    ids = torch.randint(3, (4, 50))
+    compiled = torch.compile(doc_start, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(ids, 2), doc_start(ids, 2))
 
 
 # -- from the command line -----------------------------------------------------------
@@ -220,7 +230,12 @@ def test_a_whole_split_is_evaluated_as_the_run_was_trained(flags, data, tmp_path
 
 def test_what_is_measured_is_what_runs(flags, monkeypatch):
     """The memory of --batch_size=auto, and the block that --compile=auto times."""
-    built, seen = build.build(parse(flags)), []
+    seen: list = []
+    monkeypatch.setattr(memory, "check", lambda *_: None)  # which asks for a GPU
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "fit", lambda config, *others: (seen.append(others[-1]), config)[1])
+        built = build.build(parse([*flags, "--fit_batch=True"]))
+    assert seen.pop() is built.mask
     monkeypatch.setattr(memory, "largest", lambda sizes, peak, *_: (peak(2), sizes[0])[1])
     monkeypatch.setattr(memory.hardware, "free_memory_bytes", lambda _: 0)
     forward = built.model.forward

@@ -10,7 +10,7 @@ from gpt import GPT, GPTConfig, sample
 from gpt.generate import generate
 from gpt.pretrained import read_config
 from gpt.run_folder import find_checkpoint
-from kernels import load
+from kernels import Kernels, load
 from tests.numerics import DEVICE
 from train import build, run
 from train.command_line import parse
@@ -19,10 +19,10 @@ TINY = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
 STARTS = torch.tensor([[0] * 4 + [4] * 12, [0] * 9 + [9, 10] + [11] * 5], dtype=torch.int32)
 
 
-def made(**changes) -> GPT:
+def made(kernels: Kernels | None = None, **changes) -> GPT:
     """A model whose attention has its say: with weights far from their initialisation."""
     torch.manual_seed(0)
-    model = GPT(replace(TINY, **changes))
+    model = GPT(replace(TINY, **changes), kernels)
     for p in model.parameters():
         p.data *= 4
     return model
@@ -44,14 +44,18 @@ def test_no_token_sees_beyond_the_window(layers, window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("window", "length"), [(16, 16), (2**62, 16), (9, 9), (20, 5)])
 def test_a_window_that_hides_nothing_is_none_bit_for_bit(window, length, dtype):
-    idx, found = torch.randint(65, (2, 2, length)), []
+    """And costs nothing: no backend makes a mask for it."""
+    idx, found, asked, torch_ops = torch.randint(65, (2, 2, length)), [], [], load("torch")
+    spying = torch_ops._replace(attention_qkv=lambda qkv, **options: (
+        asked.append(options), torch_ops.attention_qkv(qkv, **options))[1])
     for size in (0, window):
-        model = made(window=size)
+        model = made(spying, window=size)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             loss = model(*idx)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert asked == [{"doc_start": None}] * 4
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
