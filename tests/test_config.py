@@ -93,7 +93,7 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys, tmp_path, 
     "beta2=-0.1", "momentum=nan", "dropout=nan", "grad_clip=-1", "seed=-1", "max_iters=-1",
     "seed=18446744073709551616", "eval_iters=0", "n_embd=1000000000000", "n_layer=0",
     "vocab_size=-1", "hang_timeout=99999999999", "out_dir=", "init_from=", "lr_decay_iters=-1",
-    "stitch_layer_index=-2",
+    "stitch_layer_index=-2", "window=-1",
 ])
 def test_senseless_values_are_refused_at_the_start(flag, capsys, tmp_path, monkeypatch):
     """--min_lr=-1 trained to a loss of 852; --n_embd=1000000000000 never ended."""

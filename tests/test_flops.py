@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt import GPT, SIZES
 from gpt.flops import PEAK_TFLOPS, flops_per_token, mfu
 from kernels import load
+from kernels.reference import visible
 
 T = 1024
 
@@ -46,6 +47,18 @@ def test_the_kernels_tell_torch_what_they_multiply():
     config = replace(SIZES["gpt2"], vocab_size=50304, bias=False, n_layer=2)
     d = config.n_embd
     assert counted_per_token(config, "triton") == 6 * (12 * 2 * d**2 + 50304 * d) + 7 * 2 * d * T
+
+
+@pytest.mark.parametrize("window", [1, 7, 300, 1023, 1024, 5000])
+def test_a_window_counts_the_scores_that_are_used(window):
+    """By counting the definition's pairs. As without a window, half of each token's score with
+    itself is left out; and PaLM's count takes as many keys for each token as the last one sees."""
+    with_window, without = (flops_per_token(replace(SIZES["gpt2"], window=w)) for w in (window, 0))
+    each = 12 * 12 * 768  # operations of a score, forward and backward, in all layers
+    seen = visible(T, window=window)[0]
+    less = {name: without[name] - with_window[name] for name in without}
+    assert (each * T / 2 - less["causal"]) * T == each * (seen.sum().item() - min(T, window) / 2)
+    assert each * T - less["palm"] == each * seen[-1].sum().item()
 
 
 def test_mfu_by_hand_and_its_limits():

@@ -13,7 +13,7 @@ from gpt.run_folder import find_checkpoint
 from train import evaluate, run
 
 
-@pytest.mark.parametrize("flag", ["--tie_weights=False", "--direction=backward"])
+@pytest.mark.parametrize("flag", ["--tie_weights=False", "--direction=backward", "--window=4"])
 @pytest.mark.parametrize("to", ["hf", "nanogpt"])
 def test_export_refuses_what_gpt2_elsewhere_cannot_express(flag, to, tiny_flags, tmp_path, capsys):
     assert run.main([*tiny_flags, flag, "--max_iters=4"]) == 0

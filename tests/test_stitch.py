@@ -82,7 +82,7 @@ def test_a_head_of_its_own_goes_where_its_model_goes():
 
 @pytest.mark.parametrize(("key", "value"), [
     ("n_layer", 2), ("n_embd", 16), ("n_head", 4), ("vocab_size", 20), ("block_size", 8),
-    ("bias", False), ("activation", "gelu_tanh"), ("direction", "backward"),
+    ("bias", False), ("activation", "gelu_tanh"), ("direction", "backward"), ("window", 4),
 ])
 def test_unequal_architectures_are_named(key, value):
     said = f"{key} is {getattr(CONFIG, key)} in A and {value} in other"

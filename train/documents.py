@@ -30,8 +30,8 @@ def mask_at(end_of_text: int | None, direction: str, name: str) -> Mask:
     Raises ValueError, with `name` as the data's, where there is no such token.
     """
     if end_of_text is None:
-        raise ValueError(f"--document_mask=True: {name} has characters or bytes, and no "
-                         "end-of-text token that tells documents apart; prepare the text with "
+        raise ValueError(f"--document_mask=True: {name} is of characters or bytes, which have no "
+                         "end-of-text token to tell documents apart; prepare the text with "
                          "data/text/prepare.py")
     return lambda idx: {"doc_start": doc_start(idx, end_of_text, direction == "backward")}
 

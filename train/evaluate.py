@@ -74,14 +74,14 @@ def evaluate(c: Evaluate) -> dict[str, float]:
             if masked:
                 data = c.data_dir or c.dataset
                 mask = mask_at(tokenizer.end_of_text, model.config.direction, data)
+                if world.rank == 0:
+                    print("document_mask: True")
             figures |= whole_split(c, model, tokenizer, world, mask)
         if c.hellaswag:
             figures |= hellaswag(read_lines(c.hellaswag, HellaSwag), model, tokenizer, world)
         if c.lambada:
             figures |= lambada(read_lines(c.lambada, Lambada), model, tokenizer, world)
     if world.rank == 0:
-        if masked:
-            print("document_mask: True")
         for name, value in figures.items():
             print(f"{name}: {value:.6g}")
     parallel.stop()
