@@ -200,6 +200,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def kernel_table(kernels: list[dict]) -> str:
+    """A line for each kernel, launch setting and architecture."""
     def counts(found: dict) -> str:
         return " ".join(f"{name}x{n}" for name, n in found.items()) or "-"
 
@@ -219,6 +220,7 @@ def kernel_table(kernels: list[dict]) -> str:
 
 
 def traffic_table(moved: list[dict]) -> str:
+    """A line for each memory-bound operator: bytes moved over the fewest possible."""
     header = ["memory-bound operator", "phase", "sm", "floor MB", "requested/floor", "moved/floor"]
     return table([header, *([row["case"], row["phase"], str(row["arch"]),
                              f"{row['floor_bytes'] / 1e6:.1f}",

@@ -137,6 +137,7 @@ def operator(case: Case, backend: str) -> Callable:
 
 
 def leaves(args: list[Tensor]) -> list[Tensor]:
+    """The arguments that get a gradient."""
     return [a for a in args if a.requires_grad]
 
 

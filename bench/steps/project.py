@@ -88,6 +88,7 @@ class Step:
 
 
 def model(case: str) -> GPTConfig:
+    """A published size with this trainer's vocabulary and no biases."""
     c = GPT2[case]
     return GPTConfig(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd)
 
