@@ -103,6 +103,7 @@ def check_sound(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> State:
+    """Read state.json."""
     return read_json(folder / "state.json", State, _REMEDY)
 
 

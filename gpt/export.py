@@ -71,6 +71,7 @@ def check_expressible(checkpoint: Path, to: str) -> None:
 
 
 def to_huggingface(checkpoint: Path, folder: Path) -> list[str]:
+    """Write a folder for AutoModelForCausalLM, with its tokenizer. Return notes for the user."""
     from data.tokenizer import load_tokenizer
     from gpt import huggingface
     from gpt.checkpoint_files import read_tokenizer
@@ -91,6 +92,7 @@ def to_huggingface(checkpoint: Path, folder: Path) -> list[str]:
 
 
 def to_nanogpt(checkpoint: Path, folder: Path) -> list[str]:
+    """Write a ckpt.pt and the tokenizer's meta.pkl. Return notes for the user."""
     from data.tokenizer import write_meta
     from gpt import nanogpt
     from gpt.checkpoint_files import read_part, read_state, read_tokenizer
@@ -115,6 +117,7 @@ def to_nanogpt(checkpoint: Path, folder: Path) -> list[str]:
 
 
 def to_safetensors(checkpoint: Path, folder: Path) -> list[str]:
+    """Write the model of a checkpoint, sharded or not, as one file. Return notes for the user."""
     import json
     import shutil
 
