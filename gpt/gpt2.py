@@ -59,7 +59,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, doc_start: Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, self.config.head_dim)
+        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, -1)
         options: dict[str, Any] = {"doc_start": doc_start}
         if 0 < self.config.window < T:  # a longer one hides nothing
             options["window"] = self.config.window

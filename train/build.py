@@ -66,8 +66,9 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         config = memory.fit(config, wrapped, world, device, dtype, mask)
     torch.manual_seed(config.run.seed + world.rank)
     run = Run(
-        config=config, world=world, device=device, dtype=dtype, choice=choice, model=model,
-        wrapped=wrapped, optimizer=optim.build(model, config.optim),
+        config=config, world=world, device=device, dtype=dtype,
+        autocast=hardware.autocast(device, dtype), choice=choice, model=model, wrapped=wrapped,
+        optimizer=optim.build(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), tokens=tokens,
         batches=loader(tokens["train"], config, world, device), mask=mask, tokenizer=tokenizer,
         compiled=compiled, why_compiled=why_compiled, store=store, started=init.name,

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import hardware
 from data.loader import eval_batches
 from train import checkpoint, memory, optim, parallel, signals, watchdog
 from train.build import build, describe
@@ -138,7 +137,7 @@ def accumulate(run: Run) -> Tensor:
         parallel.sync_gradients(run.wrapped, on=i == steps - 1)
         tokens, targets = next(run.batches)
         run.progress.begins(f"step {run.step}, forward and backward {i + 1} of {steps}")
-        with hardware.autocast(run.device, run.dtype):
+        with run.autocast:
             loss = run.wrapped(tokens, targets, reduction="sum", **run.mask(tokens)) * share
         run.progress.begins(f"step {run.step}, backward {i + 1} of {steps}")
         run.scaler.scale(loss * run.world.size).backward()
@@ -163,7 +162,7 @@ def evaluate(run: Run) -> dict[str, float]:
             world_size=w.size,
         ):
             run.progress.begins(f"evaluation after step {run.step}")
-            with hardware.autocast(run.device, run.dtype):
+            with run.autocast:
                 total[0] += run.model(inputs, targets, reduction="sum", **run.mask(inputs))
             total[1] += (targets >= 0).sum()
         loss_sum, count = parallel.sum_over_ranks(total).tolist()

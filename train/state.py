@@ -1,5 +1,6 @@
 """What one process holds of a run."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     """of the matrix multiplications"""
+    autocast: AbstractContextManager
+    """around every forward"""
     choice: Choice
     """the backend of each family of operators"""
     model: GPT
