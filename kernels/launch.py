@@ -2,8 +2,8 @@
 stages.
 
 No autotuning happens in kernels/: these tables are made by `python bench/tune.py` on a GPU, or,
-where a row says so, by reasoning from the compiled code (`python bench/aot/ahead.py`). Each row says
-which.
+where a row says so, by reasoning from the compiled code (`python bench/aot/ahead.py`). Each row
+says which.
 """
 
 import torch
