@@ -250,7 +250,7 @@ def phases(fn: Callable, args: list[Tensor]) -> dict[str, Callable[[], object]]:
 
 
 class Admitted(NamedTuple):
-    """The implementations of a case by what became of them; a sentence says why."""
+    """The implementations of a case: those to time, and why the others are not timed."""
 
     right: dict[str, Callable]
     skipped: dict[str, str]  # not installed, or no kernel here

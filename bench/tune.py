@@ -124,10 +124,10 @@ def choose(times: Mapping[str, Timing], current: str) -> str:
     return best
 
 
-def fastest(peers: list[dict]) -> dict[str, str]:
+def fastest(compared: list[dict]) -> dict[str, str]:
     """The backend for each family: triton where its operators' steps sum to less at every size."""
     totals: dict[tuple[str, str], dict[str, float]] = {}
-    for row in peers:
+    for row in compared:
         total = totals.setdefault((row["family"], row["size"]), {"triton": 0.0, "torch": 0.0})
         for backend in total:
             total[backend] += row["step"][backend].median_ms
