@@ -53,7 +53,7 @@ def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_s
     centred = tl.where(in_row, xs - mu, 0.0)  # the padding must not count in the variance
     rs = tl.rsqrt(tl.sum(tl.sum(centred * centred, 0, keep_dims=True), 2, keep_dims=True) / N + eps)
 
-    # w and b are loaded once per row, from L1: a tile of that shape needs no exchange of threads.
+    # w and b are loaded for every row, from L1: tiles of one shape need no exchange of threads
     each = cols + tl.zeros((CHUNKS, ROWS, LANES), tl.int32)
     ys = centred * rs * tl.load(w + each, mask=mask, other=0.0).to(tl.float32)
     if b is not None:
