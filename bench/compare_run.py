@@ -44,7 +44,7 @@ import numpy as np
 
 from bench.timing import ROOT, environment, write_result
 from common import cli
-from gpt.config import GPTConfig
+from gpt.config import StitchedConfig
 from train.config import OptimConfig, changed, unflatten
 
 SMOOTH_STEPS = 50
@@ -52,7 +52,7 @@ WIDENING = 3.0
 CURVES = ("train/loss", "val/loss", "loss")
 # not what a run is
 PLACES = {"out_dir", "data_dir", "resume_dir", "merge_dir", "seed", "init_from", "wandb_run_name"}
-RECIPE = {f.name for section in (GPTConfig, OptimConfig)
+RECIPE = {f.name for section in (StitchedConfig, OptimConfig)
           for f in fields(section)} | {"batch_size", "eval_iters"}
 
 
@@ -275,7 +275,8 @@ def reference_of(runs: list[Run], names: list[str], commit: str = "") -> dict[st
                          f"{', '.join(seeds)}")
     where = environment("cpu") | ({"commit": commit, "dirty": None} if commit else {})
     config = {k: v for k, v in first.config.items() if k not in PLACES}
-    flags = [f"--{k}={v}" for k, (_, v) in changed(unflatten(first.config)).items()
+    settings = {k: v for k, v in first.config.items() if k != "seam"}  # no flag; made by a stitch
+    flags = [f"--{k}={v}" for k, (_, v) in changed(unflatten(settings)).items()
              if k not in PLACES]
     steps = {name: np.array(sorted(first.curves[name])) for name in CURVES}
     bands = {name: band(name, at, runs) for name, at in steps.items()}
