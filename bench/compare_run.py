@@ -32,12 +32,12 @@ from bench.curves.band import (
 from bench.timing import RESULTS, environment, write_result
 from common import cli
 from common.plot import picture
-from gpt.config import GPTConfig
+from gpt.config import StitchedConfig
 from train.config import OptimConfig, changed, unflatten
 
 # settings in which runs of one recipe may differ
 PLACES = {"out_dir", "data_dir", "resume_dir", "merge_dir", "seed", "init_from", "wandb_run_name"}
-SECTIONS = (GPTConfig, OptimConfig)
+SECTIONS = (StitchedConfig, OptimConfig)
 RECIPE = {f.name for section in SECTIONS for f in fields(section)} | {"batch_size", "eval_iters"}
 
 
@@ -83,7 +83,8 @@ def reference_of(runs: list[Run], names: list[str], commit: str = "") -> dict[st
                          f"{', '.join(seeds)}")
     where = environment("cpu") | ({"commit": commit, "dirty": None} if commit else {})
     config = {k: v for k, v in first.config.items() if k not in PLACES}
-    flags = [f"--{k}={v}" for k, (_, v) in changed(unflatten(first.config)).items()
+    settings = {k: v for k, v in first.config.items() if k != "seam"}  # no flag; made by a stitch
+    flags = [f"--{k}={v}" for k, (_, v) in changed(unflatten(settings)).items()
              if k not in PLACES]
     steps = {name: np.array(sorted(first.curves[name])) for name in CURVES}
     bands = {name: band(name, at, runs) for name, at in steps.items()}
