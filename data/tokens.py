@@ -101,6 +101,11 @@ class Reversed(Tokens):
         return super().read(len(self) - length - np.asarray(starts), length)[:, ::-1]
 
 
+def in_reading_order(tokens: Tokens, direction: str) -> Tokens:
+    """The tokens as a model of this `direction` reads them: "forward" or "backward"."""
+    return Reversed(tokens.paths) if direction == "backward" else tokens
+
+
 def _open(path: Path, header_expected: bool) -> _Shard:
     """Open one file and find out its format; a header is expected if other shards have one."""
     descriptor = os.open(regular_file(path, _how_to_prepare(path.parent)), os.O_RDONLY)

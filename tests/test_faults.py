@@ -11,9 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from data import manifest
+from data.small import write_dataset
 from gpt import run_folder
 from gpt.checkpoint_files import read_part, verify
 from gpt.run_folder import complete_checkpoints, find_checkpoint
@@ -272,3 +275,21 @@ def test_a_run_killed_again_and_again_ends_as_if_never_killed(flags, tmp_path, r
     assert_same_run(tmp_path / "whole", killed)
     entries = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert [e["iter"] for e in entries if "tokens" in e] == list(range(steps))
+
+
+def test_the_doctor_finds_a_byte_that_a_run_would_not_read(tmp_path, monkeypatch, capsys):
+    """A run compares 64 pieces of a large file; the doctor reads every byte."""
+    monkeypatch.setattr(manifest, "_WHOLE_BYTES", 10)
+    monkeypatch.setattr(manifest, "_PIECE_BYTES", 4)
+    ids = np.zeros(10_000, np.uint16)
+    write_dataset(tmp_path, {"train": ids, "val": ids}, {"name": "zeros"}, "bytes", 256)
+    assert doctor.main([f"--data_dir={tmp_path}"]) == 0
+    assert "2 files, 40,000 bytes, all as they were prepared" in capsys.readouterr().out
+    with (tmp_path / "train.bin").open("r+b") as file:
+        file.seek(150)  # the first two pieces begin at 0 and 317
+        file.write(b"x")
+    manifest.verify(tmp_path)
+    assert doctor.main([f"--data_dir={tmp_path}"]) == 2
+    assert "train.bin: its content is not what" in capsys.readouterr().err
+    assert doctor.main([f"--data_dir={tmp_path / 'nothing'}"]) == 2
+    assert "no manifest.json to compare with" in capsys.readouterr().err

@@ -10,14 +10,20 @@ from common import hardware
 from data.loader import Loader
 from data.manifest import verify
 from data.tokenizer import read_meta
-from data.tokens import Tokens, check_vocabulary, check_window, open_split
+from data.tokens import (
+    Tokens,
+    check_vocabulary,
+    check_window,
+    in_reading_order,
+    open_split,
+)
 from gpt import GPT, GPTConfig, run_folder
 from gpt.pretrained import fill
 from kernels import Choice, load, resolve
 from train import compiling, memory, optim, parallel
 from train.config import Config, changed
 from train.documents import Mask, mask_of
-from train.init_from import InitFrom, complete, in_reading_order, resolve_init_from
+from train.init_from import InitFrom, complete, resolve_init_from
 from train.parallel import World
 from train.state import Run
 
@@ -92,7 +98,7 @@ def read_inputs(config: Config, choice: Choice, world: World) -> Inputs:
 
 def fitting(tokens: Tokens, model: GPTConfig) -> Tokens:
     """The tokens in the model's reading order. Raises ValueError where they do not fit it."""
-    tokens = in_reading_order(tokens, model)
+    tokens = in_reading_order(tokens, model.direction)
     check_window(tokens, model.block_size)
     check_vocabulary(tokens, model.vocab_size)
     return tokens

@@ -1,6 +1,7 @@
-"""Say what this machine has, or how fast its ranks exchange gradients.
+"""Say what this machine has, whether data is intact, or how fast ranks exchange gradients.
 
     python train/doctor.py
+    python train/doctor.py --data_dir=data/openwebtext
     torchrun --standalone --nproc_per_node=8 train/doctor.py --dist=True
 """
 
@@ -11,6 +12,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from common import cli
 
@@ -24,6 +26,8 @@ class Doctor:
 
     dist: bool = False
     """under torchrun: measure all-reduce, from 1 MB to 256 MB"""
+    data_dir: str = ""
+    """compare every byte of a folder of tokens with its manifest; a run samples large files"""
 
 
 def examine() -> dict[str, str]:
@@ -96,9 +100,23 @@ def all_reduce() -> list[tuple[int, float, float]]:
     return rows if w.rank == 0 else []
 
 
+def check_data(data_dir: Path) -> str:
+    """Compare every byte with the manifest; say what was compared. Raises ValueError."""
+    from data.manifest import MANIFEST, listed_files, verify
+
+    files = listed_files(data_dir)
+    if not files:
+        raise ValueError(f"{data_dir}: no {MANIFEST} to compare with; prepare the data again")
+    verify(data_dir, full=True)
+    size = sum(entry["bytes"] for _, entry in files)
+    return f"{data_dir}: {len(files)} files, {size:,} bytes, all as they were prepared"
+
+
 def report(config: Doctor) -> None:
-    """Print what was asked for."""
-    if config.dist:
+    """Print what was asked for. Raises ValueError for data that is not intact."""
+    if config.data_dir:
+        print(check_data(Path(config.data_dir)))
+    elif config.dist:
         for size, ms, rate in all_reduce():
             print(f"all-reduce of {size / 2**20:4.0f} MB: {ms:8.2f} ms, {rate:7.2f} GB/s")
     else:

@@ -108,14 +108,13 @@ def whole_split(c: Evaluate, model, tokenizer, world, mask=lambda idx: {}) -> di
     import numpy as np
     import torch
 
-    from data.tokens import check_vocabulary, open_split
+    from data.tokens import check_vocabulary, in_reading_order, open_split
     from gpt.scoring import perplexity, spans
     from train.config import ROOT
-    from train.init_from import in_reading_order
     from train.parallel import sum_over_ranks
 
     data_dir = c.data_dir or ROOT / "data" / c.dataset
-    tokens = in_reading_order(open_split(data_dir, c.split), model.config)
+    tokens = in_reading_order(open_split(data_dir, c.split), model.config.direction)
     if len(tokens) < 2:
         raise ValueError(f"{tokens.name}: {len(tokens)} token(s), at least 2 are needed")
     check_vocabulary(tokens, model.config.vocab_size)

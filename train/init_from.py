@@ -12,7 +12,7 @@ from torch import Tensor
 from common import hardware
 from data.loader import eval_batches
 from data.tokenizer import load_tokenizer
-from data.tokens import Reversed, Tokens, check_vocabulary, open_split
+from data.tokens import check_vocabulary, in_reading_order, open_split
 from gpt import SIZES, GPTConfig, nanogpt
 from gpt.checkpoint_files import DONE, read_config, read_state
 from gpt.pretrained import (
@@ -177,18 +177,13 @@ def alignment_batch(config: Config, model: GPTConfig) -> Tensor:
 
     At most (batch_size_alignment, block_size), int64.
     """
-    tokens = in_reading_order(open_split(config.data_dir, "train"), model)
+    tokens = in_reading_order(open_split(config.data_dir, "train"), model.direction)
     check_vocabulary(tokens, model.vocab_size)
     device = hardware.resolve_device(config.run.device, parallel.world().local_rank)
     batches = eval_batches(tokens, block_size=model.block_size,
                            batch_size=config.join.batch_size_alignment, count=1,
                            seed=config.run.seed, device=device)
     return next(batches)[0]
-
-
-def in_reading_order(tokens: Tokens, model: GPTConfig) -> Tokens:
-    """The tokens as the model reads them: from the last to the first where it reads backward."""
-    return Reversed(tokens.paths) if model.direction == "backward" else tokens
 
 
 # -- what the weights ask of the config ------------------------------------------------
