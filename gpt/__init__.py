@@ -1,4 +1,4 @@
-"""The model: GPT and its config."""
+"""The model: config, architecture, generation, and the reading of models and checkpoints."""
 
 from gpt.config import SIZES, GPTConfig
 
