@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gpt import GPT, GPTConfig, sample
+from gpt.checkpoint_files import read_config
 from gpt.generate import generate
-from gpt.pretrained import read_config
 from gpt.run_folder import find_checkpoint
 from kernels import Kernels, load
 from tests.numerics import DEVICE
