@@ -26,7 +26,7 @@ from data.tokenizer import check_meta
 from gpt.config import GPTConfig, StitchedConfig, make_config
 
 DONE = "DONE"
-_REMEDY = "take another checkpoint, or a copy of this one that is whole"
+_REMEDY = "take another checkpoint, or an undamaged copy of this one"
 
 
 class Entry(TypedDict):

@@ -55,7 +55,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found = complete_checkpoints(path)
     if not found:
-        what = "has no whole checkpoint" if path.is_dir() else "does not exist"
+        what = "has no complete checkpoint" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {what}; train one with "
                          f"`python train/run.py CONFIG --out_dir={path}`")
     return found[-1]

@@ -1,5 +1,5 @@
-"""Saves that die, disks that fill, files that rot: the last whole checkpoint stays, and is the one
-that is used."""
+"""Saves that die, disks that fill, files that rot: the last complete checkpoint stays, and is the
+one that is used."""
 
 import json
 import os
@@ -187,7 +187,7 @@ def test_a_new_run_does_not_write_over_an_old_one(trained, capsys):
 
 def test_nothing_to_resume_is_said(tiny_flags, tmp_path, capsys):
     assert run.main([*tiny_flags, "--init_from=resume"]) == 2
-    assert "out has no whole checkpoint; train one" in capsys.readouterr().err
+    assert "out has no complete checkpoint; train one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,8 +1,8 @@
-"""Writes, prunes and restores checkpoints, so that a kill at any moment leaves the last one whole.
+"""Write, prune and restore checkpoints, so that a kill at any moment leaves a complete one.
 
 A thread on each rank writes a checkpoint beside the training, into a temporary folder. The folder
 is flushed to disk, gets DONE with the checksum of each file, and only then its name; after that
-older ones are removed. gpt/run_folder.py says what a whole checkpoint is, and which is the newest.
+older ones are removed. gpt/run_folder.py says which checkpoints are complete, and the newest.
 
 Tensors are safetensors named after the parameters, the rest is JSON; there is no pickle. Where
 every rank holds the whole model, rank 0 writes model.safetensors and optimizer.safetensors. Under
@@ -135,7 +135,7 @@ class Writer:
 
 def save(out_dir: Path, snapshot: Snapshot, w: World,
          group: dist.ProcessGroup | None = None) -> None:
-    """Write a whole checkpoint, or raise OSError on all ranks and change no other one.
+    """Write a complete checkpoint, or raise OSError on all ranks and change no other one.
 
     Every rank must call it.
     """
@@ -155,7 +155,7 @@ def save(out_dir: Path, snapshot: Snapshot, w: World,
         if w.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         kept = complete_checkpoints(out_dir)
-        rest = f"the last whole one is {kept[-1]}" if kept else "there is none before it"
+        rest = f"the last complete one is {kept[-1]}" if kept else "there is none before it"
         raise OSError(f"checkpoint of step {snapshot.step} in {out_dir} not written: {error}; "
                       f"{rest}") from error
 
@@ -233,7 +233,7 @@ def _finish(out_dir: Path, folder: Path, snapshot: Snapshot, entries: dict[str, 
 def _make_room(out_dir: Path) -> None:
     """Replace a step's checkpoint by one that was saved again, with its validation loss.
 
-    At every moment a whole checkpoint of that step stands under a name that counts.
+    At every moment a complete checkpoint of that step stands under a name that counts.
     """
     for newer in complete_checkpoints(out_dir):
         place = newer.with_name(newer.name.removesuffix(AGAIN))

@@ -95,7 +95,7 @@ class KernelConfig:
     """Which backend runs each family of operators (kernels/__init__.py)."""
 
     kernels: Backend = "auto"
-    """of all families; auto: the fastest by measurement on this device"""
+    """of all families; auto: the fastest by measurement on this kind of GPU, else torch"""
     attention: AttentionBackend = ""
     """of attention alone; empty: as --kernels says"""
     layernorm: LayernormBackend = ""
@@ -116,7 +116,7 @@ class RunConfig:
     out_dir: NotEmpty = "out"
     """the run's folder: checkpoints, metrics.jsonl, config.json, loss.png"""
     init_from: NotEmpty = "scratch"
-    """scratch; resume: go on from the last whole checkpoint; auto: resume where there is one, else
+    """scratch; resume: from the last sound checkpoint; auto: resume where there is one, else
     scratch; gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder: start from those weights; merge,
     stitch: from two models"""
     resume_dir: str = ""
