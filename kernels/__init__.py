@@ -23,7 +23,7 @@ class Family(NamedTuple):
     """backend -> the module with its functions of those names"""
 
 
-# The registry. A new backend is one row; --help, `resolve`, `load` and the bench read it from here.
+# The registry. A new backend is one row; --help, `resolve`, `load` and bench/operators.py read it.
 FAMILIES = {
     "attention": Family(("attention", "attention_qkv"), {
         "reference": "kernels.reference",
