@@ -15,7 +15,7 @@ logits overwrites the logits.
 from dataclasses import dataclass
 
 from gpt.config import GPTConfig
-from gpt.flops import matmul_params
+from gpt.flops import params_without_positions
 
 # fp32 AdamW, per parameter: weight, gradient and two moments read, all but the gradient written
 # (28); the gradient read once more for the norm to clip by (4)
@@ -70,7 +70,7 @@ class Part:
 def parameters(c: GPTConfig) -> int:
     """The number of parameters of the model; a shared one counts once."""
     untied_head = 0 if c.tie_weights else c.vocab_size * c.n_embd
-    return matmul_params(c) + c.block_size * c.n_embd + untied_head
+    return params_without_positions(c) + c.block_size * c.n_embd + untied_head
 
 
 def step_parts(c: GPTConfig, tokens_per_step: int = 2**19, T: int | None = None) -> list[Part]:

@@ -5,7 +5,6 @@ shard from each rank; rng.safetensors, model.json (the GPTConfig), tokenizer.jso
 DONE, written last: {file: {"bytes", "sha256"}}. train/checkpoint.py writes them.
 """
 
-import hashlib
 import json
 import math
 import warnings
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.bounds import NonNegative, Positive
-from common.files import read_json, regular_file
+from common.files import read_json, regular_file, sha256_of
 from data.tokenizer import check_meta
 from gpt.config import GPTConfig, StitchedConfig, make_config
 
@@ -60,9 +59,7 @@ _Fields = TypedDict(  # type: ignore[misc]
 
 def entry(file: Path) -> Entry:
     """The entry of a file in DONE."""
-    with file.open("rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": sha256}
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def verify(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The config of a GPT, and the four published sizes. No torch here: config errors are instant."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from common.bounds import BelowOne, Must, NonNegative, check
@@ -8,7 +8,7 @@ from common.bounds import BelowOne, Must, NonNegative, check
 # Limits far beyond any model: --n_embd=1000000000000 must fail at once, not loop without end.
 Width = Annotated[int, Must("be from 1 to 1048576", lambda n: 1 <= n <= 1 << 20)]
 Depth = Annotated[int, Must("be from 1 to 10000", lambda n: 1 <= n <= 10_000)]
-Block = Annotated[int, Must("be the number of a block, or -1 for none", lambda n: n >= -1)]
+BlockNumber = Annotated[int, Must("be the number of a block, or -1 for none", lambda n: n >= -1)]
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,15 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
+# The fields that weights fix: a checkpoint says them, and a run cannot change them.
+ARCHITECTURE = tuple(field.name for field in fields(GPTConfig) if field.name != "dropout")
+
+
 @dataclass(frozen=True)
 class StitchedConfig(GPTConfig):
     """Two GPT-2s joined by a linear layer, the seam; only the seam is trained."""
 
-    seam: Block = 0
+    seam: BlockNumber = 0
     """the block that the seam stands before; n_layer: before the last norm"""
 
     def __post_init__(self) -> None:

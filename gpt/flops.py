@@ -22,32 +22,31 @@ PEAK_TFLOPS = {
 }
 
 
-def matmul_params(c: GPTConfig) -> int:
+def params_without_positions(c: GPTConfig) -> int:
     """The number of parameters without positions, and without the token embedding if untied."""
     norms = (2 * c.n_layer + 1) * c.n_embd * (2 if c.bias else 1)
     biases = c.n_layer * 9 * c.n_embd if c.bias else 0
     return c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd + norms + biases
 
 
-def flops_per_token(c: GPTConfig, T: int | None = None) -> dict[str, float]:
+def flops_per_token(c: GPTConfig) -> dict[str, float]:
     """FLOPs of forward and backward per token: {"palm": ..., "causal": ...}."""
-    T = T or c.block_size
-    N, w = matmul_params(c), min(T, c.window or T)
+    T = c.block_size
+    N, w = params_without_positions(c), min(T, c.window or T)
     palm, causal = (12.0 * c.n_layer * c.n_embd * keys for keys in (w, w - w**2 / (2 * T)))
     if isinstance(c, StitchedConfig):
         return seam.flops_per_token(c, N, palm, causal)
     return {"palm": 6.0 * N + palm, "causal": 6.0 * (N + c.block_size * c.n_embd) + causal}
 
 
-def mfu(c: GPTConfig, tokens_per_s: float, device_name: str,
-        T: int | None = None) -> dict[str, float | None]:
+def mfu(c: GPTConfig, tokens_per_s: float, device_name: str) -> dict[str, float | None]:
     """Model FLOPs utilisation of one device: fractions "mfu_palm" and "mfu_causal".
 
     None for an unknown device. Raises ValueError above 1: the clock or the formula is wrong.
     """
     peak = PEAK_TFLOPS.get(device_name)
     result: dict[str, float | None] = {}
-    for name, flops in flops_per_token(c, T).items():
+    for name, flops in flops_per_token(c).items():
         used = None if peak is None else flops * tokens_per_s / (peak * 1e12)
         if used is not None and used > 1:
             raise ValueError(f"mfu_{name} of {used:.2f} at {tokens_per_s:.0f} tokens/s on "

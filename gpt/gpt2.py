@@ -98,7 +98,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, doc_start: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """(branch, residual), whose sum is the residual stream, in and out, each (B, T, C)."""
+        """Return (branch, residual), each (B, T, C), whose sum is the residual stream.
+
+        The arguments are that pair from the block before; residual is None at the first block.
+        """
         residual, x = self.ln_1(x, residual)
         residual, x = self.ln_2(self.attn(x, doc_start, cache), residual)
         return self.mlp(x), residual

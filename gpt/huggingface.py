@@ -15,7 +15,7 @@ from torch import Tensor
 from common.files import read_json, regular_file
 from gpt.config import GPTConfig
 from gpt.gpt2 import GPT2
-from gpt.tensors import EMBEDDING, HEAD, about, described, fitting, floats, shown
+from gpt.tensors import EMBEDDING, HEAD, about, checked_weights, config_fields, floats, shown
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # transformers stores these as (in, out).
@@ -110,7 +110,7 @@ def _parsed(theirs: dict[str, Any],
     prefixed = any(name.startswith("transformer.") for name in tensors)  # not in a GPT2Model
     named = {name if prefixed or name == HEAD else f"transformer.{name}": tensor
              for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
-    shape, head = described(named), named.pop(HEAD, None)
+    shape, head = config_fields(named), named.pop(HEAD, None)
     if head is not None and not torch.equal(floats(head, HEAD).float(), named[EMBEDDING].float()):
         raise ValueError(f"{HEAD} is not the embedding, which this trainer's GPT-2 has as its head")
     weights = dict(named)
@@ -123,7 +123,7 @@ def _parsed(theirs: dict[str, Any],
                              f"{shape[name]}")
     activation: Any = ACTIVATIONS[_activation(theirs)]
     config = GPTConfig(**shape, n_head=theirs.get("n_head", 12), activation=activation)
-    return config, fitting(config, weights)
+    return config, checked_weights(config, weights)
 
 
 @torch.no_grad()

@@ -24,10 +24,10 @@ from gpt.tensors import (
     HEAD,
     POSITIONS,
     about,
+    checked_weights,
+    config_fields,
     decay_groups,
-    described,
     finite,
-    fitting,
     floats,
     shown,
 )
@@ -55,7 +55,7 @@ class NanoGPT:
 
     config: GPTConfig
     weights: dict[str, Tensor]
-    untold: tuple[str, ...]
+    guessed: tuple[str, ...]
     """fields of config that the file does not tell, so a guess"""
     content: dict[str, Any]
 
@@ -91,7 +91,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 def _parsed(content: dict[str, Any]) -> NanoGPT:
     args, weights = _arguments(content["model_args"]), _named(content["model"])
-    shape = described(weights)
+    shape = config_fields(weights)
     for name, value in shape.items():
         if args.get(name, value) != value:
             raise ValueError(f"model_args says {name}={args[name]}, its weights {value}")
@@ -106,7 +106,7 @@ def _parsed(content: dict[str, Any]) -> NanoGPT:
         **shape, n_head=args["n_head"], dropout=args.get("dropout", 0.0), tie_weights=tied,
         seam=seam, direction="backward" if args.get("backward") else "forward",
     )
-    weights = fitting(config, weights)
+    weights = checked_weights(config, weights)
     # Its GELU was the tanh form until June 2023. A file from before May 2023 shows that by its
     # optimizer's layout, one from before 27 January 2023 by having no `bias`, and one of
     # Stitch-LLMs, which kept that GELU, by its arguments.

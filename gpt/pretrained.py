@@ -17,7 +17,7 @@ from gpt.checkpoint_files import read_config, read_part, read_tokenizer, verify
 from gpt.config import SIZES, GPTConfig
 from gpt.gpt2 import GPT2
 from gpt.run_folder import reading
-from gpt.tensors import DTYPES, POSITIONS, about, dtype_of, fitting
+from gpt.tensors import DTYPES, POSITIONS, about, checked_weights, dtype_of
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -30,8 +30,8 @@ class Trained(NamedTuple):
     weights: dict[str, Tensor]
     meta: dict[str, Any] | None = None
     """its tokenizer's, for load_tokenizer; None if its files have none, as GPT-2's"""
-    untold: tuple[str, ...] = ()
-    """fields of config that its files do not tell, so a guess"""
+    guessed: tuple[str, ...] = ()
+    """fields of config that its files do not give: their values are guesses"""
 
 
 @torch.no_grad()
@@ -58,7 +58,8 @@ def read_source(source: str) -> Trained:
     path = Path(source)
     if (path / nanogpt.FILE).exists():
         found = nanogpt.read(path)
-        return Trained(source, found.config, found.weights, nanogpt_meta(path, found), found.untold)
+        meta = nanogpt_meta(path, found)
+        return Trained(source, found.config, found.weights, meta, found.guessed)
     if _is_huggingface(path / "config.json") or (source in SIZES and not path.is_dir()):
         return Trained(source, *huggingface.read(source))
     if not path.is_dir():
@@ -67,7 +68,7 @@ def read_source(source: str) -> Trained:
         verify(folder)
         config, weights = read_config(folder), read_part(folder, "model")
         with about(folder, "go back to an older checkpoint"):
-            return Trained(source, config, fitting(config, weights), read_tokenizer(folder))
+            return Trained(source, config, checked_weights(config, weights), read_tokenizer(folder))
 
 
 def _is_huggingface(file: Path) -> bool:

@@ -17,7 +17,7 @@ class Seam(Linear):
         layer.register_forward_pre_hook(self.cross)
 
     def cross(self, _layer: nn.Module, args: tuple) -> tuple:
-        """The arguments of a block or the last norm, their (x, residual) replaced by the seam's y.
+        """Return a layer's arguments with the residual stream replaced by the seam's output y.
 
         y has the stream's dtype: autocast rounds what the seam multiplies, not what follows it.
         """
@@ -31,13 +31,13 @@ def residual_stream(args: tuple) -> Tensor:
     return x if residual is None else residual + x
 
 
-def flops_per_token(c: StitchedConfig, matmul_params: int, palm: float,
+def flops_per_token(c: StitchedConfig, params_without_positions: int, palm: float,
                     causal: float) -> dict[str, float]:
     """gpt/flops.py's figures for a stitched model. palm, causal: attention's in a plain one.
 
     Only the seam has a weight gradient, and the backward pass ends at the seam.
     """
-    N = matmul_params + c.n_embd**2 + c.n_embd
+    N = params_without_positions + c.n_embd**2 + c.n_embd
     frozen_below = c.seam * 12 * c.n_embd**2
     work = 2.0 * N + 2.0 * (N - frozen_below) + 2.0 * c.n_embd**2
     share = (1 + 2 * (1 - c.seam / c.n_layer)) / 3

@@ -15,14 +15,13 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from gpt.config import GPTConfig, StitchedConfig
+from gpt.config import ARCHITECTURE, GPTConfig, StitchedConfig
 from gpt.gpt2 import GPT2
 from gpt.pretrained import Trained, fill
 from gpt.seam import residual_stream
 from gpt.tensors import EMBEDDING, HEAD
 
-MUST_EQUAL = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-              "direction", "window")
+MUST_EQUAL = [name for name in ARCHITECTURE if name != "tie_weights"]
 
 
 def merge(a: Trained, b: Trained, i: int,
@@ -34,7 +33,7 @@ def merge(a: Trained, b: Trained, i: int,
     shape, or if one is itself stitched.
     """
     _check(a, b, i)
-    weights = {name: (b if _above(name, i, original_head) else a).weights[name]
+    weights = {name: (b if _is_from_b(name, i, original_head) else a).weights[name]
                for name in a.weights if name != HEAD}
     tied = original_head and a.config.tie_weights
     if not tied:
@@ -76,7 +75,7 @@ def _check(a: Trained, b: Trained, i: int) -> None:
                          f"first block of {b.name}")
 
 
-def _above(name: str, i: int, original_head: bool) -> bool:
+def _is_from_b(name: str, i: int, original_head: bool) -> bool:
     """Whether a parameter is B's."""
     if name.startswith("transformer.h."):
         return int(name.split(".")[2]) >= i

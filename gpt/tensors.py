@@ -75,7 +75,7 @@ def finite(tensor: Any, shape: torch.Size, name: str) -> Tensor:
     return found
 
 
-def described(weights: Mapping[str, Any]) -> dict[str, Any]:
+def config_fields(weights: Mapping[str, Any]) -> dict[str, Any]:
     """The config fields that a GPT-2's weights tell. Raises ValueError for other weights.
 
     The sizes come from tensors in memory, so a model made of them is no larger than the file.
@@ -92,7 +92,7 @@ def described(weights: Mapping[str, Any]) -> dict[str, Any]:
             "n_layer": len(layers), "bias": "transformer.ln_f.bias" in weights}
 
 
-def fitting(config: GPTConfig, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+def checked_weights(config: GPTConfig, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights in fp32, in the model's order.
 
     Raises ValueError if one is missing, unknown, of another shape, or not finite.

@@ -52,7 +52,10 @@ _MEASURED: dict[str, dict[str, str]] = {}
 
 
 class Kernels(NamedTuple):
-    """The operators a model calls; signatures in kernels/reference.py."""
+    """All operators of the chosen backends; signatures in kernels/reference.py.
+
+    gpt/gpt2.py calls attention_qkv, the norms and linear_cross_entropy.
+    """
 
     attention: Callable
     attention_qkv: Callable
@@ -76,7 +79,8 @@ class Choice(NamedTuple):
 def resolve(kernels: str = "auto", device: "torch.device | str" = "cpu", **families: str) -> Choice:
     """Choose the backend of each family of operators, once, before the first step.
 
-    `kernels`: one of BACKENDS for all families, or "auto" for what was measured on this device.
+    `kernels`: one of BACKENDS for all families, or "auto": the fastest by
+    measurement on this kind of GPU, else PyTorch's.
     `families`: the backends of single families, as `attention="torch"`; "" changes nothing.
     Raises ValueError, with the remedy, for a backend that cannot run on `device`.
     """
@@ -105,7 +109,7 @@ def _automatic(device: "torch.device") -> tuple[dict[str, str], str]:
     name = torch.cuda.get_device_name(device)
     if name in _MEASURED:
         return _MEASURED[name], f"auto: measured on {name}"
-    return fused, f"auto: no measurement for {name}; `python bench/tune.py` would make one"
+    return fused, f"auto: no measurement for {name} yet, so PyTorch's operators"
 
 
 def _check_name(family: str, backend: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 from torch import Tensor
 
-from kernels.inputs import check_window
+from kernels.inputs import check_attention_window
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None,
@@ -40,6 +40,6 @@ def _options(q: Tensor, doc_start: Tensor | None, window: int | None, dropout: f
     if doc_start is not None:
         raise ValueError("attention: flash-attn cannot take doc_start unless the host waits; "
                          "choose --attention=triton or torch")
-    check_window(window)
+    check_attention_window(window)
     return {"dropout_p": dropout, "causal": True,
             "window_size": (-1 if window is None else window - 1, 0), "deterministic": True}

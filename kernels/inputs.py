@@ -1,4 +1,4 @@
-"""What the Triton operators accept: dtypes, memory layout, and the arguments of attention."""
+"""What the Triton operators accept: dtypes, memory layout, the arguments and masks of attention."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def check_attention(q: Tensor, doc_start: Tensor | None, window: int | None, dro
     if D % 8 or not 16 <= D <= 256:
         raise ValueError(f"attention: head dimension {D}; choose n_embd / n_head as a multiple of "
                          "8 from 16 to 256, or take --attention=torch")
-    check_window(window)
+    check_attention_window(window)
     if not 0 <= dropout < 1:
         raise ValueError(f"attention: dropout={dropout}; give a probability of at least 0 and "
                          "below 1")
@@ -35,7 +35,7 @@ def check_attention(q: Tensor, doc_start: Tensor | None, window: int | None, dro
                          f"{doc_start.device}; give {(B, T)} torch.int32 on {q.device}")
 
 
-def check_window(window: int | None) -> None:
+def check_attention_window(window: int | None) -> None:
     """Raise ValueError for a window without positions."""
     if window is not None and window < 1:
         raise ValueError(f"attention: window={window}; a query sees at least itself: give 1 or "

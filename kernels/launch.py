@@ -1,8 +1,8 @@
 """Launch settings: block sizes, warps and stages from shape and compute capability.
 
-All functions are pure, and nothing is autotuned at run time. The tables come from timings on a GPU
-(`python bench/tune.py`) or, where they say so, from the compiled code
-(`python bench/aot/ahead.py`).
+Nothing is autotuned at run time; only `capability` and `multiprocessors` ask the device. No row
+has been timed on a GPU yet, which `python bench/tune.py` would do: the tables come from the code
+compiled ahead (`python bench/aot/ahead.py`).
 """
 
 import torch

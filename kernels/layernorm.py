@@ -7,8 +7,9 @@
     dw = sum over rows of dy * xhat     db = sum over rows of dy
     d = dtotal + rs * (g - mean(g) - xhat * mean(g * xhat))     the gradient of both x and residual
 
-Shapes: x, residual, total, y (M, N); w, b (N,); mu, rs (M,) fp32. total is the residual stream
-after the addition; dtotal and dy are the gradients of the two outputs. Saved for backward: total
+Shapes: x, residual, total, y (M, N); w, b (N,); mu, rs (M,) fp32, saved as mean
+and rstd. total is the residual stream after the addition; dtotal and dy are the gradients of the
+two outputs. Saved for backward: total
 (or x), w, mu, rs. All arithmetic is fp32, and a value is rounded once, where it is stored.
 
 Every element moves once: M N elements times 2 forward, 4 with a residual; 3 backward, 4 with

@@ -171,8 +171,8 @@ def test_another_document_changes_no_logit(kernels, flags):
     other = idx.clone()
     other[0, : end - 1] = (other[0, : end - 1] + 1) % 50000
     seen = {}
-    for name, options in (("masked", built.mask(idx)), ("not", {})):
-        x, y = (built.model.features(i, **options)[0, a:b] for i in (idx, other))
+    for name, starts in (("masked", built.documents(idx)), ("not", None)):
+        x, y = (built.model.features(i, starts)[0, a:b] for i in (idx, other))
         built.model.zero_grad()
         x.sum().backward()
         moved = built.model.transformer.wpe.weight.grad[:a]
@@ -235,13 +235,13 @@ def test_what_is_measured_is_what_runs(flags, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(memory, "fit", lambda config, *others: (seen.append(others[-1]), config)[1])
         built = build.build(parse([*flags, "--fit_batch=True"]))
-    assert seen.pop() is built.mask
+    assert seen.pop() is built.documents
     monkeypatch.setattr(memory, "largest", lambda sizes, peak, *_: (peak(2), sizes[0])[1])
     monkeypatch.setattr(memory.hardware, "free_memory_bytes", lambda _: 0)
     forward = built.model.forward
     monkeypatch.setattr(built.model, "forward",
                         lambda *args, **more: (seen.append(more), forward(*args, **more))[1])
-    memory.fit(built.config, built.model, World(), built.device, built.dtype, built.mask)
+    memory.fit(built.config, built.model, World(), built.device, built.dtype, built.documents)
     assert [more["doc_start"].shape for more in seen] == [(1, 32), (2, 32)]
     given = []
     step = compiling.step_of_a_block(built.config, built.model.kernels, torch.float32)
@@ -267,4 +267,4 @@ def test_a_backend_without_documents_is_refused_before_the_first_step(flags):
     config = parse(flags)
     choice = Choice(dict.fromkeys(FAMILIES, "torch") | {"attention": "flash_attn"}, "asked for")
     with pytest.raises(ValueError, match="--attention=flash_attn cannot tell documents apart"):
-        documents.mask_of(config, choice, None, build.open_split(config.data_dir, "train"))
+        documents.documents_of(config, choice, None, build.open_split(config.data_dir, "train"))

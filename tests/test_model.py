@@ -8,7 +8,7 @@ import torch
 
 from gpt import GPT, SIZES, GPTConfig, linear
 from gpt.config import make_config
-from gpt.flops import matmul_params
+from gpt.flops import params_without_positions
 from gpt.generate import generate, sample_token
 from gpt.kv_cache import KVCache
 from gpt.pretrained import Trained, cropped
@@ -29,7 +29,7 @@ def test_sizes_have_the_published_parameters(size):
     with torch.device("meta"):
         model = GPT(SIZES[size])
     assert model.num_params() == PUBLISHED[size]
-    assert model.num_params(non_embedding=True) == matmul_params(SIZES[size])
+    assert model.num_params(non_embedding=True) == params_without_positions(SIZES[size])
 
 
 def test_loss_at_the_start_is_that_of_a_guess():

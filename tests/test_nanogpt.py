@@ -165,7 +165,8 @@ def test_swapped_moments_are_refused_and_not_run(tiny_flags, tmp_path, capsys):
 
 def test_the_older_layout_says_that_embeddings_now_decay(tiny_flags, tmp_path):
     content, *_ = made("module")
-    said = build.build(parse(resumed(content, tiny_flags, tmp_path, "--weight_decay=0.2"))).resumed
+    said = build.build(parse(resumed(content, tiny_flags, tmp_path, "--weight_decay=0.2")))
+    said = said.resumed_from
     assert "weight_decay was 0.1, is 0.2; " in said
     assert "; the embeddings, which did not decay there, do here" in said
 

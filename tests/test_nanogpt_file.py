@@ -21,10 +21,10 @@ def test_the_gelu_is_tanh_where_the_file_tells():
         return nanogpt._parsed(content)
 
     today = config(made()[0])
-    assert today.config.activation == "gelu" and today.untold == ("activation",)
+    assert today.config.activation == "gelu" and today.guessed == ("activation",)
     for told in (config(made("module")[0]), config(made()[0], backward=False),
                  config(made()[0], stitching=False)):
-        assert told.config.activation == "gelu_tanh" and told.untold == ()
+        assert told.config.activation == "gelu_tanh" and told.guessed == ()
     first = made()[0]
     del first["model_args"]["bias"], first["model_args"]["vocab_size"]
     assert config(first).config == told.config

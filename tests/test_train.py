@@ -78,7 +78,7 @@ def test_a_steps_time_on_a_cpu_is_its_own(tiny_flags, monkeypatch):
         now[0] += ms / 1000
         report.step(step, 1e-3, torch.tensor([2.0, 1.0, 0.0, 0.0]),
                     types.SimpleNamespace(position=0, epoch=0.0))
-    report.pause()
+    report.write_pending()
     assert [e["time_ms"] for e in entries(out(tiny_flags))] == pytest.approx([10, 20, 30])
 
 

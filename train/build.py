@@ -22,7 +22,7 @@ from gpt.pretrained import fill
 from kernels import Choice, load, resolve
 from train import compiling, memory, optim, parallel
 from train.config import Config, changed
-from train.documents import Mask, mask_of
+from train.documents import Documents, documents_of
 from train.init_from import InitFrom, complete, resolve_init_from
 from train.parallel import World
 from train.state import Run
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     init: InitFrom
     tokens: dict[str, Tokens]
     tokenizer: dict[str, Any]
-    mask: Mask
+    documents: Documents
 
 
 def build(config: Config, held: ExitStack | None = None) -> Run:
@@ -60,7 +60,7 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         lock = run_folder.lock(Path(config.run.out_dir))
         parallel.broadcast_from_rank_0(lambda: held.enter_context(lock), world)
 
-    config, init, tokens, tokenizer, mask = read_inputs(config, choice, world)
+    config, init, tokens, tokenizer, documents = read_inputs(config, choice, world)
     torch.set_float32_matmul_precision("high")
     model = new_model(config, init, choice, device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
@@ -69,15 +69,16 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         world)
     wrapped = parallel.place(model, config.parallel, world, device, dtype, compiled)
     if config.data.fit_batch:
-        config = memory.fit(config, wrapped, world, device, dtype, mask)
+        config = memory.fit(config, wrapped, world, device, dtype, documents)
     torch.manual_seed(config.run.seed + world.rank)
     run = Run(
         config=config, world=world, device=device, dtype=dtype,
         autocast=hardware.autocast(device, dtype), choice=choice, model=model, wrapped=wrapped,
         optimizer=optim.build(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), tokens=tokens,
-        batches=loader(tokens["train"], config, world, device), mask=mask, tokenizer=tokenizer,
-        compiled=compiled, why_compiled=why_compiled, store=store, started=init.name,
+        batches=loader(tokens["train"], config, world, device), documents=documents,
+        tokenizer=tokenizer,
+        compiled=compiled, why_compiled=why_compiled, store=store, starts_from=init.name,
     )
     if init.resume is not None:
         init.resume(run)
@@ -91,12 +92,12 @@ def read_inputs(config: Config, choice: Choice, world: World) -> Inputs:
     meta = read_meta(config.data_dir)
     init = resolve_init_from(config, world)
     config = complete(config, init, meta)
-    tokens = {split: fitting(part, config.model) for split, part in splits.items()}
-    mask = mask_of(config, choice, meta, tokens["train"])
-    return Inputs(config, init, tokens, meta or GPT2_META, mask)
+    tokens = {split: tokens_for_model(part, config.model) for split, part in splits.items()}
+    documents = documents_of(config, choice, meta, tokens["train"])
+    return Inputs(config, init, tokens, meta or GPT2_META, documents)
 
 
-def fitting(tokens: Tokens, model: GPTConfig) -> Tokens:
+def tokens_for_model(tokens: Tokens, model: GPTConfig) -> Tokens:
     """The tokens in the model's reading order. Raises ValueError where they do not fit it."""
     tokens = in_reading_order(tokens, model.direction)
     check_window(tokens, model.block_size)
@@ -133,5 +134,9 @@ def describe(run: Run) -> str:
                  f"{len(run.tokens['val']):,} to validate"),
         "tokens per iteration will be": f"{c.tokens_per_iter:,}",
         "settings": ", ".join(f"{k}={v}" for k, (_, v) in changed(c).items()) or "all defaults",
-    } | ({"resumed from": run.resumed} if run.resumed else {"starts from": run.started})
+    }
+    if run.resumed_from:
+        lines["resumed from"] = run.resumed_from
+    else:
+        lines["starts from"] = run.starts_from
     return "\n".join(f"{name}: {value}" for name, value in lines.items())

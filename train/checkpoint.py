@@ -65,7 +65,7 @@ class Snapshot(NamedTuple):
     tokenizer: dict[str, Any]
 
 
-def all_finite(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
+def all_ranks_finite(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
     """Whether all weights and moments are finite, on all ranks. Every rank must call it."""
     tensors = [*model.parameters(), *_moments(model, optimizer).values()]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
@@ -100,7 +100,10 @@ class Writer:
 
     def __init__(self, out_dir: Path, w: World, keep_last: int, keep_every: int,
                  on_failure: Callable[[], None]):
-        """`on_failure` is called in the thread when a checkpoint could not be written."""
+        """`on_failure` is called in the thread when a checkpoint could not be written.
+
+        Every rank must call it.
+        """
         self.out_dir, self.world, self.on_failure = out_dir, w, on_failure
         self.keep = keep_last, keep_every
         # A process group of its own, since the training uses the default one at the same time.
@@ -116,7 +119,10 @@ class Writer:
         self.thread.start()
 
     def wait(self) -> None:
-        """Wait until the checkpoint is on disk. Raises OSError, on all ranks, if it is not."""
+        """Wait until the checkpoint is on disk. Raises OSError, on all ranks, if it is not.
+
+        RuntimeError, if another rank is gone.
+        """
         if self.thread is not None:
             self.thread.join()
         self.thread, error, self.error = None, self.error, None
@@ -261,7 +267,7 @@ def roll_back(out_dir: Path, step: int) -> Path | None:
     """Move checkpoints later than `step`, and a copy of the metrics, to a new folder; return it.
 
     The run goes on from `step`: were they left, pruning would keep them instead of newer ones.
-    Checkpoints that are not whole are moved too, of any step. None where there is nothing to move.
+    Incomplete checkpoints are moved too, of any step. None where there is nothing to move.
     """
     later = [folder for folder in step_folders(out_dir)
              if step_of(folder) > step or not (folder / DONE).is_file()]

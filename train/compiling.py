@@ -1,4 +1,4 @@
-"""Whether to compile the model: tried first, and on a CPU measured."""
+"""Decide whether to compile the model: by a trial, and on a CPU by timing one block."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ from kernels import Kernels
 from train.config import Config
 
 # The base classes of what torch.compile raises where a compiler, a header or a driver is missing.
-UNABLE = (RuntimeError, OSError, ImportError)
+COMPILE_ERRORS = (RuntimeError, OSError, ImportError)
 # A shorter run is not measured: measuring takes about ten seconds, compiling all layers a minute.
 WORTH_TRYING_S = 300.0
 
@@ -32,7 +32,7 @@ def should_compile(config: Config, kernels: Kernels, device: torch.device, dtype
         if not wanted:
             return False, f"no ({why})"
         seconds = probe(device)
-    except UNABLE as error:
+    except COMPILE_ERRORS as error:
         line = str(error).strip().partition("\n")[0][:200]
         fault = f"torch.compile cannot work here: {type(error).__name__}: {line}"
         if config.run.compile == "auto":
@@ -101,8 +101,8 @@ def timed(step: Callable[[], None], repeats: int = 5) -> tuple[float, float]:
 def probe(device: torch.device) -> float:
     """Compile a small function and its backward, check them, and return the seconds it took.
 
-    Raises one of UNABLE where torch.compile does not work, which a run would else find out at its
-    first step.
+    Raises one of COMPILE_ERRORS where torch.compile does not work; a run would else find that out
+    at its first step.
     """
     def function(x: torch.Tensor) -> torch.Tensor:
         return (x.sin() * x).sum()

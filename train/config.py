@@ -5,7 +5,6 @@ the flags that override it: `--batch_size=32`.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from common import cli
 from common.bounds import BelowOne, Must, NonNegative, NonNegativeFloat, NotEmpty, Positive, check
-from gpt.config import Block, GPTConfig
+from gpt.config import BlockNumber, GPTConfig
 from kernels import BACKENDS, FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +81,7 @@ class JoinConfig:
 
     merge_dir: str = ""
     """the model of the upper blocks; that of the lower ones is resume_dir"""
-    stitch_layer_index: Block = -1
+    stitch_layer_index: BlockNumber = -1
     """the first block taken from merge_dir, 0 to n_layer"""
     use_original_head: bool = True
     """keep the last norm and the head of resume_dir; else take those of merge_dir"""
@@ -185,8 +184,8 @@ class Config:
     def __post_init__(self) -> None:
         check(self)
         if self.optim.decay_lr and self.optim.lr_decay_iters <= self.optim.warmup_iters:
-            both = self.optim.lr_decay_iters, self.optim.warmup_iters
-            raise ValueError("lr_decay_iters={} must be more than warmup_iters={}".format(*both))
+            raise ValueError(f"lr_decay_iters={self.optim.lr_decay_iters} must be more than "
+                             f"warmup_iters={self.optim.warmup_iters}")
 
     @property
     def data_dir(self) -> Path:
@@ -215,16 +214,16 @@ def unflatten(leaves: dict[str, Any], origin: str = "") -> Config:
     An int may stand for a float, and so may a string that spells one, as YAML 1.1 reads 6e-4.
     Raises ValueError, beginning with `origin`, for an unknown name or a value of a wrong type.
     """
-    default, types, sections = Config(), cli.types_of(Config), {}
+    default, types, sections, typed = Config(), cli.types_of(Config), {}, {}
     where = f"{origin}: " if origin else ""
     for name, value in leaves.items():
         if name not in types:
             raise ValueError(f"{where}unknown setting {name!r}{cli.nearest(name, types)}")
-        leaves = leaves | {name: _as_type_of(types[name], value, f"{where}{name}={value!r}")}
+        typed[name] = _as_type_of(types[name], value, f"{where}{name}={value!r}")
     for f in dataclasses.fields(default):
         section = getattr(default, f.name)
         names = {g.name for g in dataclasses.fields(section)}
-        given = {name: value for name, value in leaves.items() if name in names}
+        given = {name: value for name, value in typed.items() if name in names}
         sections[f.name] = dataclasses.replace(section, **given)
     return Config(**sections)
 
@@ -250,8 +249,3 @@ def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, 
     """The leaves that differ from `base` (the defaults): name -> (value in base, in config)."""
     before = dict(flatten(base or Config()))
     return {k: (before.get(k), v) for k, v in flatten(config) if before.get(k) != v}
-
-
-def to_json(config: Config) -> str:
-    """The config as a JSON object of its leaves."""
-    return json.dumps(dict(flatten(config)), indent=1)

@@ -14,18 +14,18 @@ from gpt.checkpoint_files import read_state
 from kernels import Choice
 from train.config import Config
 
-# From ids (B, T), as the model reads them, to what its forward is told of documents, by keyword.
-Mask = Callable[[Tensor], dict[str, Tensor]]
-UNABLE = ("flash_attn",)  # backends whose attention takes no doc_start
+# From ids (B, T), in the model's reading order, to its doc_start (B, T) int32; None: one document.
+Documents = Callable[[Tensor], Tensor | None]
+WITHOUT_DOC_START = ("flash_attn",)  # backends whose attention takes no doc_start
 
 
-def no_mask(idx: Tensor) -> dict[str, Tensor]:
-    """One document, as far as attention knows."""
-    return {}
+def one_document(idx: Tensor) -> None:
+    """Return None: each sequence is one document."""
+    return None
 
 
-def mask_at(end_of_text: int | None, direction: str, name: str) -> Mask:
-    """A mask for documents that end in the token `end_of_text`.
+def documents_at(end_of_text: int | None, direction: str, name: str) -> Documents:
+    """A function that finds the documents, which end in the token `end_of_text`.
 
     Raises ValueError, with `name` as the data's, where there is no such token.
     """
@@ -33,18 +33,19 @@ def mask_at(end_of_text: int | None, direction: str, name: str) -> Mask:
         raise ValueError(f"--document_mask=True: {name} is of characters or bytes, which have no "
                          "end-of-text token to tell documents apart; prepare the text with "
                          "data/text/prepare.py")
-    return lambda idx: {"doc_start": doc_start(idx, end_of_text, direction == "backward")}
+    return lambda idx: doc_start(idx, end_of_text, direction == "backward")
 
 
-def mask_of(config: Config, choice: Choice, meta: dict[str, Any] | None, tokens: Tokens) -> Mask:
-    """The mask that the config asks for, of data with this meta.json and these training tokens.
+def documents_of(config: Config, choice: Choice, meta: dict[str, Any] | None,
+                 tokens: Tokens) -> Documents:
+    """What the config asks for, on data with this meta.json and these training tokens.
 
     Raises ValueError where the data has no boundaries, or the backend of attention cannot see them.
     """
     if not config.data.document_mask:
-        return no_mask
+        return one_document
     backend, end_of_text = choice.backends["attention"], load_tokenizer(meta).end_of_text
-    if backend in UNABLE:
+    if backend in WITHOUT_DOC_START:
         raise ValueError(f"--document_mask=True: --attention={backend} cannot tell documents "
                          "apart; choose --attention=triton or torch")
     largest = recorded_max_id(tokens.paths)
@@ -52,7 +53,7 @@ def mask_of(config: Config, choice: Choice, meta: dict[str, Any] | None, tokens:
         raise ValueError(f"--document_mask=True: {tokens.name} holds no end-of-text token "
                          f"({end_of_text}), so it is one document; prepare documents with "
                          "data/text/prepare.py")
-    return mask_at(end_of_text, config.model.direction, str(config.data_dir))
+    return documents_at(end_of_text, config.model.direction, str(config.data_dir))
 
 
 def trained_with_mask(checkpoint: Path) -> bool:

@@ -54,7 +54,7 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     from gpt.model import load_with_tokenizer
     from train import parallel
     from train.config import ParallelConfig
-    from train.documents import Mask, mask_at, no_mask
+    from train.documents import Documents, documents_at, one_document
 
     if not (c.dataset or c.data_dir or c.hellaswag or c.lambada):
         raise ValueError("nothing to evaluate on; give --dataset=, --data_dir=, --hellaswag=FILE "
@@ -70,20 +70,20 @@ def evaluate(c: Evaluate) -> dict[str, float]:
     figures: dict[str, float] = {}
     with hardware.autocast(device, hardware.resolve_dtype(c.dtype, device)):
         if c.dataset or c.data_dir:
-            mask: Mask = no_mask
+            documents: Documents = one_document
             if masked:
                 data = c.data_dir or c.dataset
-                mask = mask_at(tokenizer.end_of_text, model.config.direction, data)
+                documents = documents_at(tokenizer.end_of_text, model.config.direction, data)
                 if world.rank == 0:
                     print("document_mask: True")
-            figures |= whole_split(c, model, tokenizer, world, mask)
+            figures |= whole_split(c, model, tokenizer, world, documents)
         if c.hellaswag:
             figures |= hellaswag(read_lines(c.hellaswag, HellaSwag), model, tokenizer, world)
         if c.lambada:
             figures |= lambada(read_lines(c.lambada, Lambada), model, tokenizer, world)
     if world.rank == 0:
         for name, value in figures.items():
-            print(f"{name}: {value:.6g}")
+            print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value:.6g}")
     parallel.stop()
     return figures
 
@@ -99,11 +99,12 @@ def hides_documents(c: Evaluate) -> bool:
         return trained_with_mask(folder)
 
 
-def whole_split(c: Evaluate, model, tokenizer, world, mask=lambda idx: {}) -> dict[str, float]:
+def whole_split(c: Evaluate, model, tokenizer, world,
+                documents=lambda idx: None) -> dict[str, float]:
     """Predict every token of the split but the first, once, from at most block_size before it.
 
-    `mask` may hide other documents (train/documents.py). End-of-text tokens count with their loss
-    and with 0 bytes.
+    `documents` may hide others (train/documents.py). End-of-text tokens count with their loss and
+    with 0 bytes. Every rank must call it.
     """
     import numpy as np
     import torch
@@ -133,11 +134,11 @@ def whole_split(c: Evaluate, model, tokenizer, world, mask=lambda idx: {}) -> di
             ids = torch.from_numpy(windows).to(device)
             idx, targets = ids[:, :-1], ids[:, 1:]
             with torch.no_grad():
-                total[0] += model(idx, targets, reduction="sum", **mask(idx))
+                total[0] += model(idx, targets, doc_start=documents(idx), reduction="sum")
             total[1:] += torch.tensor([targets.numel(), bytes_of[targets].sum()], device=device)
     loss, count, n_bytes = sum_over_ranks(total).tolist()
     return {"loss": loss / count, "perplexity": perplexity(loss / count),
-            "bits per byte": loss / math.log(2) / max(n_bytes, 1), "tokens": count}
+            "bits per byte": loss / math.log(2) / max(n_bytes, 1), "tokens": int(count)}
 
 
 class HellaSwag(TypedDict):

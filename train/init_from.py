@@ -15,6 +15,7 @@ from data.tokenizer import load_tokenizer
 from data.tokens import check_vocabulary, in_reading_order, open_split
 from gpt import SIZES, GPTConfig, nanogpt
 from gpt.checkpoint_files import DONE, read_config, read_state
+from gpt.config import ARCHITECTURE
 from gpt.pretrained import (
     Trained,
     cropped,
@@ -30,8 +31,6 @@ from train.config import Config
 from train.parallel import World
 from train.state import Run
 
-ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-                "tie_weights", "direction", "window")
 GPT2_PADDED_VOCAB = 50304  # GPT-2's 50,257 ids, padded to a multiple of 64, as in nanoGPT
 
 
@@ -54,7 +53,7 @@ class InitFrom:
 
 
 class Source(NamedTuple):
-    """What --init_from resolves to."""
+    """What `choose` decides on, before anything is read."""
 
     kind: str
     """scratch, resume, join or pretrained"""
@@ -67,18 +66,19 @@ class Source(NamedTuple):
 def resolve_init_from(config: Config, w: World) -> InitFrom:
     """Read what the run begins with. Rank 0 chooses it, so that all ranks begin at the same place.
 
-    After a restart by torchrun a run resumes, whatever --init_from says. Raises ValueError, on all
-    ranks, for what is not there, and for a start that would overwrite a run.
+    After a restart by torchrun a run resumes, whatever --init_from says. Every rank must call it.
+    Raises ValueError, on all ranks, for what is not there, and for a start that would overwrite a
+    run.
     """
     restarted = w.restarts > 0
     source = parallel.broadcast_from_rank_0(lambda: choose(config, restarted), w)
     if source.kind == "resume":
-        return resumed(Path(source.path), source.skipped, config.model, w)
+        return open_resumed(Path(source.path), source.skipped, config.model, w)
     if source.kind == "join":
-        return joined(config)
+        return join_models(config)
     if source.kind == "scratch":
         return InitFrom("scratch")
-    trained = pretrained(source.path, config.model)
+    trained = read_pretrained(source.path, config.model)
     return InitFrom(trained.name, trained.config, trained.weights, trained)
 
 
@@ -125,13 +125,14 @@ def newest(path: Path) -> Source:
 # -- reading ---------------------------------------------------------------------------
 
 
-def resumed(path: Path, skipped: str, asked: GPTConfig, w: World) -> InitFrom:
-    """A run to resume from one of our checkpoints, or from nanoGPT's."""
+def open_resumed(path: Path, skipped: str, asked: GPTConfig, w: World) -> InitFrom:
+    """A run to resume from one of our checkpoints, or from nanoGPT's. Every rank must call it."""
     if not (path / DONE).is_file():
         checkpoint = nanogpt.read(path)
         meta = nanogpt_meta(path, checkpoint)
-        trained = Trained(str(path), checkpoint.config, checkpoint.weights, meta, checkpoint.untold)
-        trained = with_untold(trained, asked)
+        guessed = checkpoint.guessed
+        trained = Trained(str(path), checkpoint.config, checkpoint.weights, meta, guessed)
+        trained = with_guesses_from(trained, asked)
         return InitFrom(trained.name, trained.config, trained.weights, trained,
                         partial(resume.from_nanogpt, path, checkpoint))
     lock = ExitStack()  # until all is read: another run may save, and prune, in --resume_dir
@@ -145,25 +146,25 @@ def resumed(path: Path, skipped: str, asked: GPTConfig, w: World) -> InitFrom:
     return InitFrom(str(path), read_config(path), resume=resume_run, compiled=compiled)
 
 
-def pretrained(source: str, asked: GPTConfig) -> Trained:
+def read_pretrained(source: str, asked: GPTConfig) -> Trained:
     """The weights at `source`, cropped to `asked.block_size` positions where they have more."""
-    return cropped(with_untold(read_source(source), asked), asked.block_size)
+    return cropped(with_guesses_from(read_source(source), asked), asked.block_size)
 
 
-def with_untold(trained: Trained, asked: GPTConfig) -> Trained:
-    """The model with the fields that its files do not say (`untold`) taken from `asked`."""
-    model = replace(trained.config, **{key: getattr(asked, key) for key in trained.untold})
+def with_guesses_from(trained: Trained, asked: GPTConfig) -> Trained:
+    """The model with the fields that its files do not give (`guessed`) taken from `asked`."""
+    model = replace(trained.config, **{key: getattr(asked, key) for key in trained.guessed})
     return trained._replace(config=model)
 
 
-def joined(config: Config) -> InitFrom:
+def join_models(config: Config) -> InitFrom:
     """A new run on two models joined: resume_dir's lower blocks under merge_dir's upper ones."""
     run, c = config.run, config.join
     if not c.merge_dir:
         raise ValueError(f"--init_from={run.init_from} joins two models; give the upper one, "
                          "--merge_dir=DIR, beside --resume_dir")
     sources = (run.resume_dir or run.out_dir, c.merge_dir)
-    a, b = (pretrained(source, config.model) for source in sources)
+    a, b = (read_pretrained(source, config.model) for source in sources)
     cut, head = c.stitch_layer_index, (a if c.use_original_head else b).name
     name = f"{a.name} below block {cut}, {b.name} from there on, the head of {head}"
     if run.init_from == "merge":
@@ -192,8 +193,8 @@ def alignment_batch(config: Config, model: GPTConfig) -> Tensor:
 def complete(config: Config, init: InitFrom, meta: dict[str, Any] | None) -> Config:
     """Fill in the model's shape: that of the weights, else the vocabulary of the data set.
 
-    Fields of --model that differ from their default must be those of the weights. Raises ValueError
-    where they are not, or where the data has another vocabulary than the weights.
+    Fields of config.model that differ from their default must be those of the weights. Raises
+    ValueError where they are not, or where the data has another vocabulary than the weights.
     """
     if init.model is None:
         of_data = meta["vocab_size"] if meta and meta["kind"] != "gpt2" else GPT2_PADDED_VOCAB

@@ -28,7 +28,8 @@ def train(config: Config) -> None:
             report.say(describe(run))
             if run.config.run.eval_only:
                 report.evaluation(run.step, 0.0, evaluate(run))
-                return parallel.stop()
+                parallel.stop()
+                return
             timeout_s = run.config.parallel.hang_timeout
             with (signals.listen(run.stop_request),
                   watchdog.watchdog(run.progress, run.store, run.world, timeout_s)):
@@ -48,7 +49,10 @@ def train(config: Config) -> None:
 
 
 def checkpoint_writer(run: Run) -> checkpoint.Writer:
-    """The writer of the run's checkpoints. Where it fails, all ranks stop after the same step."""
+    """The writer of the run's checkpoints. Where it fails, all ranks stop after the same step.
+
+    Every rank must call it.
+    """
     c = run.config.run
 
     def request_stop() -> None:
@@ -61,7 +65,7 @@ def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -
     """Prepare the run's folder, train, and draw loss.png.
 
     Checkpoints later than the run's step are set aside first. However training ends, the checkpoint
-    that is being written is finished.
+    that is being written is finished. Every rank must call it.
     """
     out_dir = Path(run.config.run.out_dir)
     aside = parallel.broadcast_from_rank_0(
@@ -78,7 +82,10 @@ def train_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -
 
 
 def step_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) -> None:
-    """The loop: evaluate and save when due, then step. A stop requested on any rank stops all."""
+    """The loop: evaluate and save when due, then step. A stop requested on any rank stops all.
+
+    Every rank must call it.
+    """
     c = run.config
     while True:
         lr = optim.learning_rate(run.step, c.optim)
@@ -89,11 +96,11 @@ def step_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) ->
             save(run, None, report, checkpoints)
             break
         if (is_last or run.step % c.run.eval_interval == 0) and not run.evaluated:
-            report.pause()
+            report.write_pending()
             losses = evaluate(run)
             report.evaluation(run.step, lr, losses)
             save(run, losses["val"], report, checkpoints)
-            report.resume_clock()
+            report.restart_clock()
         if is_last:
             break
         numbers = train_step(run, lr)
@@ -102,13 +109,14 @@ def step_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) ->
 
 
 def train_step(run: Run, lr: float) -> Tensor:
-    """One optimizer step. Return its numbers for Report: (4,) fp32 on the device, equal on all
-    ranks.
+    """One optimizer step. Return its numbers for Report, (4,) fp32, equal on all ranks.
 
-    They are the mean loss over all ranks' tokens, the gradient's norm, 1 if either is not finite
-    (weights and moments are then unchanged), and the number of ranks that request a stop.
+    Every rank must call it. The numbers, still on the device, are the mean loss over all ranks'
+    tokens, the gradient's norm, 1 if either is not finite (weights and moments are then unchanged),
+    and the number of ranks that request a stop.
     """
     run.progress.begins(f"step {run.step}")
+    run.progress.steps += 1
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     loss = accumulate(run)
@@ -135,10 +143,11 @@ def accumulate(run: Run) -> Tensor:
     total = torch.zeros((), device=run.device)
     for i in range(steps):
         parallel.sync_gradients(run.wrapped, on=i == steps - 1)
+        run.progress.begins(f"step {run.step}, forward {i + 1} of {steps}")
         tokens, targets = next(run.batches)
-        run.progress.begins(f"step {run.step}, forward and backward {i + 1} of {steps}")
         with run.autocast:
-            loss = run.wrapped(tokens, targets, reduction="sum", **run.mask(tokens)) * share
+            loss = run.wrapped(tokens, targets, doc_start=run.documents(tokens),
+                               reduction="sum") * share
         run.progress.begins(f"step {run.step}, backward {i + 1} of {steps}")
         run.scaler.scale(loss * run.world.size).backward()
         total += loss.detach()
@@ -149,8 +158,8 @@ def accumulate(run: Run) -> Tensor:
 def evaluate(run: Run) -> dict[str, float]:
     """The mean loss per token of each split, over eval_iters batches shared out among the ranks.
 
-    The windows are the same at every evaluation and for every number of ranks. Evaluation draws
-    none of the random numbers of training.
+    The windows are the same at every evaluation and for every number of ranks, given batch_size and
+    eval_iters. Evaluation draws none of the random numbers of training. Every rank must call it.
     """
     c, w, losses = run.config, run.world, {}
     run.model.eval()
@@ -161,9 +170,10 @@ def evaluate(run: Run) -> dict[str, float]:
             count=c.run.eval_iters, seed=c.run.seed, device=run.device, rank=w.rank,
             world_size=w.size,
         ):
-            run.progress.begins(f"evaluation after step {run.step}")
+            run.progress.begins(f"evaluation before step {run.step}")
             with run.autocast:
-                total[0] += run.model(inputs, targets, reduction="sum", **run.mask(inputs))
+                total[0] += run.model(inputs, targets, doc_start=run.documents(inputs),
+                                      reduction="sum")
             total[1] += (targets >= 0).sum()
         loss_sum, count = parallel.sum_over_ranks(total).tolist()
         losses[split] = loss_sum / count
@@ -176,8 +186,9 @@ def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoi
     """Save a checkpoint in the background if one is due, then prune older ones.
 
     After an evaluation it is due by always_save_checkpoint, or where `val_loss` is the best yet;
-    without an evaluation (`val_loss=None`) it always is. Nothing that is not finite is saved.
-    Raises OSError, on all ranks, if the checkpoint before this one could not be written.
+    without an evaluation (`val_loss=None`) it always is. Nothing that is not finite is saved. Every
+    rank must call it. Raises OSError, on all ranks, if the checkpoint before this one could not be
+    written.
     """
     c = run.config.run
     due = val_loss is None or c.always_save_checkpoint or val_loss < run.best_val_loss
@@ -185,7 +196,7 @@ def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoi
     if not due or run.step == 0:
         return
     known = val_loss is None or math.isfinite(val_loss)
-    if not known or not checkpoint.all_finite(run.model, run.optimizer):
+    if not known or not checkpoint.all_ranks_finite(run.model, run.optimizer):
         report.say(f"not saved: at step {run.step} the validation loss or a weight is not finite")
         return
     run.progress.begins(f"save of step {run.step}")

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from common import hardware
 from train import parallel
 from train.config import Config
-from train.documents import Mask, no_mask
+from train.documents import Documents, one_document
 from train.parallel import World
 
 # The part of a GPU's free memory that is planned for; fragmentation, NCCL's buffers and cuBLAS's
@@ -55,16 +55,17 @@ def with_micro_batch(config: Config, batch_size: int) -> Config:
 
 
 def fit(config: Config, wrapped: nn.Module, w: World, device: torch.device,
-        dtype: torch.dtype, mask: Mask = no_mask) -> Config:
+        dtype: torch.dtype, documents: Documents = one_document) -> Config:
     """The config with the largest micro-batch that fits on every rank. Every rank must call it.
 
-    Measured without torch.compile, which needs less memory. Dropout draws random numbers.
+    Measured in eager mode, which needs more memory than the compiled model. Dropout draws random
+    numbers.
     """
     def peak_bytes(sequences: int) -> int:
         hardware.reset_peak_memory(device)
         idx = torch.zeros(sequences, config.model.block_size, dtype=torch.int64, device=device)
         with torch.compiler.set_stance("force_eager"), hardware.autocast(device, dtype):
-            loss = wrapped(idx, idx, **mask(idx))
+            loss = wrapped(idx, idx, doc_start=documents(idx))
         loss.backward()
         return max(parallel.gather_or_raise(lambda: hardware.peak_memory_bytes(device) or 0, w))
 

@@ -36,8 +36,8 @@ def read_nanogpt(source: str, path: Path) -> Config:
 
     A value may be a literal, arithmetic, an f-string of names, or a name: one assigned before, or a
     setting's default. A value computed otherwise, as nanoGPT computes a run's name from the clock,
-    is not read: its setting keeps the default, and stderr says so. Raises ValueError for any other
-    statement.
+    is not read: its setting keeps the default, and stderr says so. Imports of other names, prints,
+    strings and `pass` are passed over. Raises ValueError for any other statement.
     """
     defaults, given, used = dict(flatten(Config())), dict[str, Any](), set[str]()
     known: dict[str, Any] = defaults | {"backward": False}

@@ -42,7 +42,8 @@ class World(NamedTuple):
 def world() -> World:
     """The World that torchrun describes; without torchrun a single process.
 
-    No other function reads torchrun's environment variables.
+    Nothing else reads torchrun's variables, but for the rendezvous in `start`, which takes the
+    address of the store from them.
     """
     if "RANK" not in os.environ:
         return World()
@@ -105,6 +106,8 @@ def place(model: GPT, c: ParallelConfig, w: World, device: torch.device, dtype: 
           compiled: bool) -> nn.Module:
     """Add activation checkpointing, compile, then replicate (DDP) or shard (FSDP2) the model.
 
+    Every rank must call it.
+
     One process compiles the whole model. Several compile block by block, so that the gradients of a
     block are reduced during the backward of the block below; the loss is compiled apart. Forwards
     are replaced, not modules: parameters keep their names, and FSDP2's hooks are not compiled.
@@ -134,8 +137,8 @@ def place(model: GPT, c: ParallelConfig, w: World, device: torch.device, dtype: 
 def shard(model: GPT, how: str, w: World, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Shard the model in place by FSDP2: over all ranks, or (hsdp) within each node.
 
-    Each block is a unit. The root unit has the embeddings and the last norm, and keeps them
-    gathered from forward to backward. bf16 gradients are reduced in fp32.
+    Every rank must call it. Each block is a unit. The root unit has the embeddings and the last
+    norm, and keeps them gathered from forward to backward. bf16 gradients are reduced in fp32.
     """
     if dtype == torch.float16:
         raise ValueError(f"--parallel={how} has no loss scaling for --dtype=float16; use bfloat16, "
@@ -205,6 +208,18 @@ def describe(wrapped: nn.Module, w: World, c: ParallelConfig) -> str:
     return how + (", activation checkpointing" if c.activation_checkpointing else "")
 
 
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's shard of `value`, sharded as `parameter` is.
+
+    `value` is the full tensor, and equal on all ranks. One of another shape is returned as it is.
+    """
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    mesh = parameter.device_mesh
+    return distribute_tensor(value.to(parameter.device), mesh, parameter.placements,
+                             src_data_rank=None)
+
+
 # -- when gradients are reduced --------------------------------------------------
 
 
@@ -237,24 +252,25 @@ def clip(model: nn.Module, limit: float) -> Tensor:
     return full_tensor(norm)
 
 
+def accumulation_per_rank(total: int, w: World) -> int:
+    """The micro-steps of each rank, of `total` over all ranks.
+
+    Raises ValueError, with the nearest numbers that divide, where `total` does not.
+    """
+    if total % w.size:
+        below, above = total // w.size * w.size, (total // w.size + 1) * w.size
+        near = f"{below} or {above}" if below else above
+        raise ValueError(f"gradient_accumulation_steps={total} is for all ranks together, {w.size} "
+                         f"ranks do not divide it; use {near}")
+    return total // w.size
+
+
 # -- collectives -----------------------------------------------------------------
 
 
 def full_tensor(value: Tensor) -> Tensor:
     """All-gather a tensor of which this rank holds a shard. Every rank must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's shard of `value`, sharded as `parameter` is. Every rank must call it.
-
-    `value` is the full tensor, and equal on all ranks. One of another shape is returned as it is.
-    """
-    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
-    mesh = parameter.device_mesh
-    return distribute_tensor(value.to(parameter.device), mesh, parameter.placements,
-                             src_data_rank=None)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -290,16 +306,3 @@ def gather_or_raise(fn: Callable[[], T], w: World,
         if raised is not None:
             raise raised
     return [result for result, _ in gathered]
-
-
-def accumulation_per_rank(total: int, w: World) -> int:
-    """The micro-steps of each rank, of `total` over all ranks.
-
-    Raises ValueError, with the nearest numbers that divide, where `total` does not.
-    """
-    if total % w.size:
-        below, above = total // w.size * w.size, (total // w.size + 1) * w.size
-        near = f"{below} or {above}" if below else above
-        raise ValueError(f"gradient_accumulation_steps={total} is for all ranks together, {w.size} "
-                         f"ranks do not divide it; use {near}")
-    return total // w.size

@@ -28,7 +28,7 @@ from common.plot import picture
 from data.loader import Loader
 from gpt.flops import mfu
 from train.checkpoint import METRICS
-from train.config import Config, flatten, to_json
+from train.config import Config, flatten
 from train.parallel import World
 from train.signals import CLOSED, StopRequest, detach_closed
 
@@ -108,13 +108,14 @@ class Report:
         On a GPU this writes the step before, which is done once this one has begun. Other devices
         have already done this step, and it is written at once.
         """
-        self._write_pending()
+        self.write_pending()
         data = {"position": batches.position, "epoch": batches.epoch}
         self.pending = Pending(step, lr, data, hardware.read_later(numbers))
         if self.device.type != "cuda":
-            self._write_pending()
+            self.write_pending()
 
-    def _write_pending(self) -> None:
+    def write_pending(self) -> None:
+        """Write the step that was launched last, if it is not written yet."""
         if self.pending is None:
             return
         (step, lr, data, read), self.pending = self.pending, None
@@ -144,7 +145,10 @@ class Report:
                 "memory_bytes": hardware.peak_memory_bytes(self.device)})
 
     def _count_skipped(self, skipped: bool, numbers: dict[str, float]) -> None:
-        """Raise FloatingPointError, on all ranks, after max_skipped skipped steps in a row."""
+        """Count a skipped step, or end the row of them.
+
+        Raises FloatingPointError, on all ranks, after max_skipped in a row.
+        """
         if not skipped:
             self.skipped_in_a_row.clear()
             return
@@ -170,12 +174,8 @@ class Report:
             self._log({"iter": step, "train/loss": losses["train"], "val/loss": losses["val"],
                        "lr": lr, "mfu": self.mfu})
 
-    def pause(self) -> None:
-        """Write the pending step before an evaluation or a save, whose time is not a step's."""
-        self._write_pending()
-
-    def resume_clock(self) -> None:
-        """Time the next step from now."""
+    def restart_clock(self) -> None:
+        """Time the next step from now, after an evaluation or a save."""
         self.clock = time.perf_counter()
 
     def _log(self, values: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ class Report:
 
     def finish(self) -> None:
         """Write the last step, close the progress bar and draw loss.png."""
-        self._write_pending()
+        self.write_pending()
         if self.bar is not None:
             with self._terminal():
                 self.bar.close()
@@ -219,7 +219,7 @@ def read_metrics(log: Path) -> list[dict[str, Any]]:
 
 def open_sinks(config: Config,
                say: Callable[[str], None]) -> list[Callable[[dict[str, Any]], None]]:
-    """Open wandb and TensorBoard, where the config asks for them: functions that take an entry.
+    """Return a function that takes an entry for each of wandb and TensorBoard that is asked for.
 
     One that is not installed gives a warning.
     """
@@ -232,7 +232,7 @@ def open_sinks(config: Config,
                 "metrics.jsonl has all")
         else:
             wandb.init(project=c.wandb_project, name=c.wandb_run_name,
-                       config=json.loads(to_json(config)))
+                       config=dict(flatten(config)))
             sinks.append(wandb.log)
     if c.tensorboard:
         try:

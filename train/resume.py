@@ -32,14 +32,14 @@ def from_checkpoint(folder: Path, skipped: str, run: Run) -> None:
     run.step, run.best_val_loss = state["step"], state["best_val_loss"]
     run.batches.position = state["position"] if same_data else 0
     run.evaluated = state["val_loss"] is not None
-    run.resumed = f"{folder}, step {state['step']}"
+    run.resumed_from = f"{folder}, step {state['step']}"
     for key, value in now.items():
         if key in before and before[key] != value and key != "init_from":
-            run.resumed += f"; {key} was {before[key]}, is {value}"
+            run.resumed_from += f"; {key} was {before[key]}, is {value}"
     if not same_ranks:
-        run.resumed += (f"; saved by {state['world_size']} rank(s), so dropout draws new random "
-                        "numbers")
-    run.resumed += skipped
+        run.resumed_from += (f"; saved by {state['world_size']} rank(s), so dropout draws new "
+                             "random numbers")
+    run.resumed_from += skipped
 
 
 def from_nanogpt(path: Path, theirs: nanogpt.NanoGPT, run: Run) -> None:
@@ -58,10 +58,11 @@ def from_nanogpt(path: Path, theirs: nanogpt.NanoGPT, run: Run) -> None:
         optim.load_moments(moments, run.model, run.optimizer)
     sequences = config.optim.gradient_accumulation_steps * config.data.batch_size
     run.batches.position, run.evaluated = run.step * sequences, True
-    run.resumed = f"{path / nanogpt.FILE}, nanoGPT's, step {run.step}; its data order is not in it"
+    run.resumed_from = (f"{path / nanogpt.FILE}, nanoGPT's, step {run.step}; its data order is not "
+                        "in it")
     before, now = theirs.settings, asdict(config.optim) | {"batch_size": config.data.batch_size}
     for key, value in now.items():
         if type(before.get(key)) is type(value) and before[key] != value:
-            run.resumed += f"; {key} was {before[key]}, is {value}"
+            run.resumed_from += f"; {key} was {before[key]}, is {value}"
     if config.optim.weight_decay and nanogpt.by_module(state, shapes):
-        run.resumed += "; the embeddings, which did not decay there, do here"
+        run.resumed_from += "; the embeddings, which did not decay there, do here"

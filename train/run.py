@@ -1,5 +1,7 @@
-"""Train a GPT: `python train/run.py [CONFIG] [--key=value ...]`, alone or under torchrun. --help
-lists the keys."""
+"""Train a GPT, alone or under torchrun: `python train/run.py [CONFIG] [--key=value ...]`.
+
+--help lists the keys.
+"""
 
 import sys
 
@@ -8,12 +10,12 @@ from train.command_line import parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0; 2 after one line on stderr for bad input; 130 for Ctrl-C."""
+    """Exit code: 0, also after SIGTERM; 2 after one line for bad input; 130 for Ctrl-C."""
     return exit_code(lambda: start(argv))
 
 
 def start(argv: list[str] | None) -> None:
-    """Train what the command line says. Raises what `exit_code` knows."""
+    """Train what the command line says. Raises the errors that `exit_code` reports."""
     config = parse(argv)
     from train.loop import train  # after parsing, which needs no torch
 

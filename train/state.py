@@ -13,7 +13,7 @@ from data.tokens import Tokens
 from gpt import GPT
 from kernels import Choice
 from train.config import Config
-from train.documents import Mask
+from train.documents import Documents
 from train.parallel import World
 from train.signals import StopRequest
 from train.watchdog import Progress
@@ -40,17 +40,17 @@ class Run:
     tokens: dict[str, Tokens]
     """train and val, in the order in which the model reads them"""
     batches: Loader
-    mask: Mask
-    """what attention is told of documents (train/documents.py)"""
+    documents: Documents
+    """where documents begin, for attention (train/documents.py)"""
     tokenizer: dict[str, Any]
     """its meta, as data.tokenizer.load_tokenizer takes it"""
     compiled: bool
     why_compiled: str
     store: dist.Store | None
     """shared by all ranks, for the watchdog; None for a single process"""
-    started: str
+    starts_from: str
     """what the weights are from, for the first lines of the run"""
-    resumed: str = ""
+    resumed_from: str = ""
     """what the run was resumed from, and what has changed since; "" for a new run"""
     step: int = 0
     """optimizer steps done, those that were skipped included"""

@@ -1,4 +1,4 @@
-"""The watchdog: where no rank makes progress, name the rank that hangs, and end the run."""
+"""The watchdog: where this rank makes no progress, name the rank that hangs, and end the run."""
 
 import contextlib
 import faulthandler
@@ -20,7 +20,7 @@ class Progress:
     """How far this process has come: how many activities it has begun, and which is the last."""
 
     def __init__(self) -> None:
-        self.count, self.doing = 0, "starting"
+        self.count, self.doing, self.steps = 0, "starting", 0
 
     def begins(self, doing: str) -> None:
         """Count the activity `doing`, which begins now."""
@@ -32,8 +32,9 @@ def watchdog(progress: Progress, store: dist.Store | None, w: World,
              timeout_s: float) -> Iterator[None]:
     """Watch over the block in a thread, which tells the other ranks this rank's progress.
 
-    Without progress for timeout_s seconds (three times that during the first step, which compiles)
-    the thread says which rank is behind and ends the process with exit code HUNG.
+    Without progress for timeout_s seconds the thread says which rank is behind and ends the process
+    with exit code HUNG. Until the second step begins it waits three times as long, because the
+    first one compiles.
     """
     if store is None or w.size == 1:
         yield
@@ -60,9 +61,9 @@ def _watch(progress: Progress, store: dist.Store, w: World, timeout_s: float,
                       json.dumps([progress.count, progress.doing, time.time()]))
         if progress.count != seen:
             seen, since = progress.count, time.monotonic()
-        elif time.monotonic() - since > timeout_s * (1 if progress.count > 10 else 3):
+        elif time.monotonic() - since > (limit_s := timeout_s * (1 if progress.steps > 1 else 3)):
             behind = _behind(store, w, 4 * pause_s)
-            print(f"error: rank {w.rank} waited {timeout_s:.0f} s in {progress.doing}: {behind}",
+            print(f"error: rank {w.rank} waited {limit_s:.0f} s in {progress.doing}: {behind}",
                   file=sys.stderr, flush=True)
             faulthandler.dump_traceback()  # if this rank is the one that hangs, it says where
             os._exit(HUNG)
