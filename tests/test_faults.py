@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from data import manifest
 from data.small import write_dataset
@@ -293,3 +295,30 @@ def test_the_doctor_finds_a_byte_that_a_run_would_not_read(tmp_path, monkeypatch
     assert "train.bin: its content is not what" in capsys.readouterr().err
     assert doctor.main([f"--data_dir={tmp_path / 'nothing'}"]) == 2
     assert "no manifest.json to compare with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "limit_s"), [(0, 30.0), (1, 30.0), (2, 10.0)])
+def test_the_watchdog_waits_three_times_as_long_for_the_first_step(steps, limit_s, monkeypatch,
+                                                                   capfd):
+    """It took the batches of the evaluation before it for steps, and ended a run that compiled."""
+    now = [0.0]
+    progress, store = watchdog.Progress(), dist.HashStore()
+    progress.count, progress.steps = 200, steps
+
+    class Ended(Exception):
+        pass
+
+    def wait(seconds):
+        now[0] += seconds
+        return False
+
+    def end(code):
+        assert code == watchdog.HUNG
+        raise Ended
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    monkeypatch.setattr(watchdog, "os", SimpleNamespace(_exit=end))
+    with pytest.raises(Ended):
+        watchdog._watch(progress, store, watchdog.World(size=2), 10.0, SimpleNamespace(wait=wait))
+    assert limit_s < now[0] <= limit_s + 2 * 2.5
+    assert f"waited {limit_s:.0f} s" in capfd.readouterr().err

@@ -20,7 +20,8 @@ def test_batch_size_auto_keeps_the_tokens_of_a_step(monkeypatch, tiny_flags):
     seen = []
     model = build.build(parse(tiny_flags)).model
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda x, y: (seen.append(len(x)), forward(x, y))[1])
+    spy = lambda x, y, doc_start: (seen.append(len(x)), forward(x, y))[1]  # noqa: E731
+    monkeypatch.setattr(model, "forward", spy)
     monkeypatch.setattr(hardware, "peak_memory_bytes", lambda _: 100 + 60 * seen[-1])
     moments = 2 * sum(p.nbytes for p in model.parameters())
     for free, batch in ((500, 4), (800, 8), (300, 2), (200, 1)):

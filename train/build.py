@@ -77,9 +77,8 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         optimizer=optim.build(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), tokens=tokens,
         batches=loader(tokens["train"], config, world, device), documents=documents,
-        tokenizer=tokenizer,
-        compiled=compiled, why_compiled=why_compiled, store=store, starts_from=init.name,
-    )
+        tokenizer=tokenizer, compiled=compiled, why_compiled=why_compiled, store=store,
+        starts_from=init.name)
     if init.resume is not None:
         init.resume(run)
     return run
