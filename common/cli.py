@@ -31,7 +31,8 @@ def run(main: Callable[..., Any], options: type | None = None, argv: Sequence[st
     The options are the fields of the dataclass `options`, of which main takes an instance, or else
     the parameters of main. Their bounds (common/bounds.py) are checked. `markers` are tyro's.
     """
-    prog = Path(inspect.getfile(main)).resolve().relative_to(Path(__file__).resolve().parents[1])
+    root = Path(__file__).resolve().parents[1]
+    prog = Path(inspect.getfile(main)).resolve().relative_to(root).as_posix()
 
     def work() -> Any:
         given = parse(options or main, argv, prog=prog, markers=markers)

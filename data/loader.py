@@ -139,7 +139,7 @@ class Loader:
         _read_windows(self._tokens, self._starts_at(position), batch)
 
     def _starts_at(self, position: int) -> np.ndarray:
-        """The first token's position, (batch_size,) int64, in this rank's windows at `position`."""
+        """Positions (batch_size,) int64 where this rank's windows at `position` begin."""
         index, remainder = divmod(position - self._starts_position, self._stride)
         if remainder or not 0 <= index < len(self._starts):
             first = position + self._rank * self._batch_size

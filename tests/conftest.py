@@ -85,8 +85,7 @@ def tiny_data(tmp_path):
 
 
 def write_tiny_data(folder):
-    """4,000 training and 800 validation tokens out of 29, easy to learn: each is the last one plus
-    1 or 2."""
+    """4,000 training and 800 validation tokens, ids below 29: each is the last one plus 1 or 2."""
     folder.mkdir()
     steps = np.random.default_rng(0).integers(1, 3, 4800).cumsum() % 29
     steps[:4000].astype(np.uint16).tofile(folder / "train.bin")
