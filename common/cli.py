@@ -31,7 +31,8 @@ def run(main: Callable[..., Any], options: type | None = None, argv: Sequence[st
     The options are the fields of the dataclass `options`, of which main takes an instance, or else
     the parameters of main. Their bounds (common/bounds.py) are checked. `markers` are tyro's.
     """
-    prog = Path(inspect.getfile(main)).resolve().relative_to(Path(__file__).parents[1]).as_posix()
+    root = Path(__file__).resolve().parents[1]
+    prog = Path(inspect.getfile(main)).resolve().relative_to(root).as_posix()
 
     def work() -> Any:
         given = parse(options or main, argv, prog=prog, markers=markers)
@@ -120,9 +121,9 @@ def _flush_or_discard(stream: TextIO) -> None:
 # -- reading the command line ----------------------------------------------------------
 
 
-def parse(of: Any, argv: Sequence[str] | None = None, *, prog: str, markers: tuple = (),
+def parse(target: Any, argv: Sequence[str] | None = None, *, prog: str, markers: tuple = (),
           **settings: Any) -> Any:
-    """Read the command line: into the dataclass `of`, or into a dict of a function's arguments.
+    """Read the command line: into the dataclass `target`, or into a dict of a function's arguments.
 
     Raises ValueError, with a message of one line, for a bad command line. `--help` prints and
     exits with 0. `settings` are tyro's.
@@ -130,18 +131,18 @@ def parse(of: Any, argv: Sequence[str] | None = None, *, prog: str, markers: tup
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    _check_names(argv, types_of(of))
-    is_class, complaint = isinstance(of, type), io.StringIO()
+    _check_names(argv, types_of(target))
+    is_class, complaint = isinstance(target, type), io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            given = tyro.cli(of if is_class else _returning_arguments(of), args=argv, prog=prog,
-                             use_underscores=True, config=(tyro.conf.FlagConversionOff, *markers),
-                             **settings)
+            form = target if is_class else _returning_arguments(target)
+            given = tyro.cli(form, args=argv, prog=prog, use_underscores=True,
+                             config=(tyro.conf.FlagConversionOff, *markers), **settings)
     except SystemExit as stop:
         if stop.code != 2:  # --help
             raise
         raise ValueError(_without_box(complaint.getvalue())) from None
-    bounds.check(given, None if is_class else bounds.hints_of(of))
+    bounds.check(given, None if is_class else bounds.hints_of(target))
     return given
 
 
@@ -153,22 +154,22 @@ def _check_names(argv: Sequence[str], types: dict[str, Any]) -> None:
         name, equals, value = arg[2:].partition("=")
         name = name.replace("-", "_")
         if name not in types and name != "help":
-            raise ValueError(f"unknown flag --{name}{nearest(name, types)}")
+            raise ValueError(f"unknown flag --{name}{suggestion(name, types)}")
         is_path = Path in (types.get(name), *get_args(types.get(name)))
         if is_path and not (value if equals else following):
             raise ValueError(f"--{name}= is empty; name a file or a folder (. is this one)")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def suggestion(name: str, names: Iterable[str]) -> str:
     """The end of an error message: the one of `names` closest to `name`, or where to find them."""
     matches = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean --{matches[0]}?" if matches else "; --help lists them all"
 
 
-def types_of(of: Any) -> dict[str, Any]:
+def types_of(target: Any) -> dict[str, Any]:
     """The type of every flag, with its bounds, for a dataclass (nested ones too) or a function."""
     types: dict[str, Any] = {}
-    for name, hint in bounds.hints_of(of).items():
+    for name, hint in bounds.hints_of(target).items():
         types |= types_of(hint) if dataclasses.is_dataclass(hint) else {name: hint}
     return types
 

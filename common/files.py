@@ -83,7 +83,7 @@ def check_json(value: Any, form: type[T], name: str, remedy: str) -> T:
         every = CollectionCheckStrategy.ALL_ITEMS
         value = check_type(value, form, collection_check_strategy=every)
         check_declared(value, form, "")
-    except (TypeCheckError, ValueError) as error:  # of several lines for a union
+    except (TypeCheckError, ValueError) as error:  # for a union the message has several lines
         raise ValueError(f"{name}: {' '.join(str(error).split())}; {remedy}") from None
     return value
 

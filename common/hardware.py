@@ -1,6 +1,6 @@
 """Devices: which one to run on, in which dtype, how much memory it has, how to read from it.
 
-Other modules ask here instead of asking torch.cuda, torch.backends or torch.cpu.
+A run's device, dtype and memory are asked for here.
 """
 
 import ctypes
@@ -56,6 +56,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _automatic_on_a_cpu() if device.type == "cpu" else torch.float32
 
 
+# Apart, so that tests can notice who asks for --dtype=auto (tests/conftest.py).
 def _automatic_on_a_cpu() -> torch.dtype:
     return torch.bfloat16 if cpu_has_bf16_units() else torch.float32
 

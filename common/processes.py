@@ -6,7 +6,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Call in a worker of multiprocessing: it exits with code 1 when its parent process ends.
+    """End this worker process, with code 1, when its parent process ends.
 
     A worker holds both ends of the pipe its work comes through, so it would wait there for ever
     after its parent was killed.

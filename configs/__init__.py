@@ -1,1 +1,1 @@
-"""Runs, as Python modules: each has a `config = Config(...)` and says how many tokens it reads."""
+"""Runs, as Python modules: each defines `config`; its docstring says what it reads and costs."""

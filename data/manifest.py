@@ -48,7 +48,7 @@ class SplitEntry(TypedDict):
 
 
 class Manifest(TypedDict):
-    """manifest.json. `source` is whatever tells one text from another."""
+    """manifest.json. `source` is the recipe: whatever tells one text from another."""
 
     source: dict[str, Any]
     tokenizer: str
@@ -67,16 +67,16 @@ class SplitProgress(TypedDict):
 class Progress(TypedDict):
     """unfinished.json: how far a preparation got in its source."""
 
-    made_from: dict[str, Any]  # becomes the manifest's `source`
+    made_from: dict[str, Any]  # the recipe; the manifest's "source"
     documents: NonNegative  # whole ones
     begun: NonNegative  # pieces of the next document
     empty: NonNegative  # documents without text
     splits: dict[str, SplitProgress]
 
 
-def start_unfinished(data_dir: Path, source: dict[str, Any]) -> Progress:
+def start_unfinished(data_dir: Path, recipe: dict[str, Any]) -> Progress:
     """Write unfinished.json: until it is removed, no run takes old and new files together."""
-    progress = Progress(made_from=source, documents=0, begun=0, empty=0, splits={})
+    progress = Progress(made_from=recipe, documents=0, begun=0, empty=0, splits={})
     write_json(data_dir / UNFINISHED, progress)
     return progress
 
@@ -88,10 +88,10 @@ def shard_entry(path: Path, tokens: int) -> ShardEntry:
             "sample": fingerprint(path)}
 
 
-def write_manifest(data_dir: str | Path, source: dict[str, Any], tokenizer: str, vocab_size: int,
+def write_manifest(data_dir: str | Path, recipe: dict[str, Any], tokenizer: str, vocab_size: int,
                    splits: dict[str, SplitEntry]) -> None:
     """Write manifest.json, which must be the last file of a data set to be written."""
-    manifest = Manifest(source=source, tokenizer=tokenizer, vocab_size=vocab_size, splits=splits)
+    manifest = Manifest(source=recipe, tokenizer=tokenizer, vocab_size=vocab_size, splits=splits)
     write_json(Path(data_dir) / MANIFEST, manifest)
 
 
@@ -115,10 +115,11 @@ def listed_files(data_dir: str | Path) -> list[tuple[Path, ShardEntry]]:
 
 
 def verify(data_dir: str | Path, *, full: bool = False) -> None:
-    """Compare the files in `data_dir` with its manifest; without one, as in nanoGPT, all is well.
+    """Compare the files in `data_dir` with its manifest.
 
-    With `full` every byte is read, otherwise all of a small file and 4 MiB of a large one. Raises
-    ValueError with the name of the first file that differs.
+    Without a manifest, as in nanoGPT's folders, nothing is checked. With `full` every byte is read,
+    otherwise all of a small file and 4 MiB of a large one. Raises ValueError with the name of the
+    first file that differs.
     """
     for path, shard in listed_files(data_dir):
         regular_file(path, f"{MANIFEST} names it; prepare the data again")
@@ -132,8 +133,8 @@ def verify(data_dir: str | Path, *, full: bool = False) -> None:
             raise ValueError(f"{path}: its content is not what {MANIFEST} says; {_remedy(path)}")
 
 
-def already_made(data_dir: str | Path, source: dict[str, Any]) -> bool:
-    """Whether `data_dir` holds unchanged files made from `source`; if so, print the counts."""
+def already_made(data_dir: str | Path, recipe: dict[str, Any]) -> bool:
+    """Whether `data_dir` holds unchanged files made by `recipe`; if so, print the counts."""
     if (Path(data_dir) / UNFINISHED).exists():
         return False
     try:
@@ -141,7 +142,7 @@ def already_made(data_dir: str | Path, source: dict[str, Any]) -> bool:
         manifest = read_manifest(data_dir)
     except ValueError:
         return False
-    if manifest is None or manifest["source"] != source:
+    if manifest is None or manifest["source"] != recipe:
         return False
     counts = ", ".join(f"{split} {entry['tokens']:,}"
                        for split, entry in manifest["splits"].items())

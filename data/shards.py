@@ -16,7 +16,7 @@ from data.manifest import UNFINISHED, SplitProgress
 from data.tokens import DTYPE, HEADER_BYTES, header_of
 
 # The names that a ShardWriter gives to its files.
-NAMES = re.compile(r"((train|val)|.+_(train|val)_\d{6,})\.bin(\.partial)?", re.DOTALL)
+SHARD_FILE_NAME = re.compile(r"((train|val)|.+_(train|val)_\d{6,})\.bin(\.partial)?", re.DOTALL)
 
 
 class ShardWriter:

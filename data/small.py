@@ -19,20 +19,20 @@ TINY_SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/
 _TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def write_dataset(out: Path, splits: dict[str, np.ndarray], source: dict[str, Any], kind: str,
+def write_dataset(out: Path, splits: dict[str, np.ndarray], recipe: dict[str, Any], kind: str,
                   vocab_size: int, chars: str = "") -> None:
     """Write SPLIT.bin for each split, the tokenizer's meta.json and the manifest; print the counts.
 
     `splits` maps a name to ids (n,). `kind`, `vocab_size` and `chars` are those of `write_meta`.
     """
-    start_unfinished(out, source)
+    start_unfinished(out, recipe)
     entries: dict[str, SplitEntry] = {}
     for split, ids in splits.items():
         tokens = write_tokens(out / f"{split}.bin", ids)
         shard = shard_entry(out / f"{split}.bin", tokens)
         entries[split] = {"tokens": tokens, "max_id": int(ids.max(initial=0)), "shards": [shard]}
     write_meta(out, kind, vocab_size, chars)
-    write_manifest(out, source, kind, vocab_size, entries)
+    write_manifest(out, recipe, kind, vocab_size, entries)
     (out / UNFINISHED).unlink()
     print(f"vocab size: {vocab_size:,}")
     for split, entry in entries.items():
@@ -61,8 +61,8 @@ def _download(url: str, sha256: str) -> bytes:
             content = answer.read()
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"no --input=FILE was given, and {url} cannot be had ({reason}); give the "
-                         "file") from None
+        raise ValueError(f"no --input=FILE was given, and {url} cannot be had ({reason}); "
+                         "give the file") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{url}: {len(content):,} bytes with the wrong SHA-256, not the known "
                          "text; give --input=FILE")

@@ -174,8 +174,8 @@ class _JsonLines:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path}: line {number:,} is not UTF-8 JSON "
-                                 f"({error})") from None
+                raise ValueError(f"{self.path}: line {number:,} is not UTF-8 "
+                                 f"JSON ({error})") from None
             text = row.get(self._column) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 columns = ", ".join(row) if isinstance(row, dict) else "none"
@@ -198,8 +198,8 @@ class _Table:
             except UnicodeDecodeError:
                 raise ValueError(f"{self.path}: row {first + i:,} is not UTF-8") from None
             if text is None:
-                raise ValueError(f"{self.path}: row {first + i:,} has no text in {self._column!r} "
-                                 "(null)")
+                raise ValueError(f"{self.path}: row {first + i:,} has no text in "
+                                 f"{self._column!r} (null)")
             yield in_pieces(iter([text]))
 
     def _check(self, schema: Any) -> None:

@@ -11,12 +11,12 @@ import os
 import pickle
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from common.bounds import Must, Positive
 from common.files import atomic_write, check_json, read_json, regular_file, write_json
+from data.gpt2 import END_OF_TEXT, VOCAB_SIZE, gpt2_encoding
 
 
 def _are_distinct(chars: str) -> bool:
@@ -100,20 +100,14 @@ class Char(Tokenizer):
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding. In a text "<|endoftext|>" becomes the one id 50256."""
 
-    vocab_size = 50257
-    end_of_text = 50256
-
-    @cached_property
-    def _encoding(self) -> Any:
-        from data.gpt2 import gpt2_encoding
-
-        return gpt2_encoding()
+    vocab_size = VOCAB_SIZE
+    end_of_text = END_OF_TEXT
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode(text, allowed_special={"<|endoftext|>"})
+        return gpt2_encoding().encode(text, allowed_special={"<|endoftext|>"})
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return self._encoding.decode_bytes(list(ids))
+        return gpt2_encoding().decode_bytes(list(ids))
 
 
 def load_tokenizer(meta: Mapping[str, Any] | None, name: str = "tokenizer.json") -> Tokenizer:
@@ -137,7 +131,7 @@ def check_meta(meta: Any, name: str) -> dict[str, Any]:
     remedy = "it must be what data/SET/prepare.py writes: prepare the data again"
     checked = check_json(meta, Meta, name, remedy)
     kind = checked["kind"]
-    ids = {"bytes": 256, "gpt2": 50257}.get(kind, len(checked.get("chars", "")))
+    ids = {"bytes": 256, "gpt2": VOCAB_SIZE}.get(kind, len(checked.get("chars", "")))
     if checked["vocab_size"] != ids:
         raise ValueError(f"{name}: vocab_size={checked['vocab_size']}, but its kind, {kind}, has "
                          f"{ids} ids; {remedy}")

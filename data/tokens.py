@@ -89,7 +89,7 @@ class Tokens:
             window, start, shard = window[len(here) :], start + len(here), shard + 1
 
     def chunks(self, every: int = 1) -> Iterator[np.ndarray]:
-        """All tokens in order, in arrays of up to 8 MiB; or only every k-th of these arrays."""
+        """All tokens in order, in arrays of up to 8 MiB; of these arrays only one in `every`."""
         for start in range(0, len(self), _CHUNK_TOKENS * every):
             yield self.read(np.array([start]), min(_CHUNK_TOKENS, len(self) - start))[0]
 
@@ -113,7 +113,8 @@ def _open(path: Path, header_expected: bool) -> _Shard:
         size = os.fstat(descriptor).st_size
         head = np.frombuffer(os.pread(descriptor, 12, 0).ljust(12, b"\0"), "<i4").tolist()
         size_fits = size >= HEADER_BYTES and size == HEADER_BYTES + head[2] * DTYPE.itemsize
-        # A raw file has the magic number only if its first id is 55,448, which GPT-2 does not have.
+        # A raw file begins with the magic number only if its first id is 55,432, which GPT-2 does
+        # not have.
         if header_expected or size_fits or head[0] == MAGIC:
             return _Shard(descriptor, HEADER_BYTES, _tokens_behind_header(path, size, head))
         if size % DTYPE.itemsize:
@@ -176,8 +177,8 @@ def check_window(tokens: Tokens, block_size: int) -> None:
     """Raise ValueError unless `tokens` hold at least one window of block_size + 1."""
     if len(tokens) <= block_size:
         raise ValueError(f"{tokens.name}: holds {len(tokens):,} tokens, one window needs "
-                         f"block_size + 1 = {block_size + 1:,}; lower --block_size or prepare more "
-                         "text")
+                         f"block_size + 1 = {block_size + 1:,}; "
+                         "lower --block_size or prepare more text")
 
 
 def check_vocabulary(tokens: Tokens, vocab_size: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import cli
-from common.bounds import NonNegative, NonNegativeFloat, NotEmpty, Positive, Share
+from common.bounds import AboveZeroToOne, NonNegative, NonNegativeFloat, NotEmpty, Positive
 from common.files import read_text
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Sample:
     """below 1: safer; 0: always the likeliest"""
     top_k: NonNegative = 200
     """sample from the top_k likeliest tokens; 0: from all"""
-    top_p: Share = 1.0
+    top_p: AboveZeroToOne = 1.0
     """sample from the likeliest tokens that have this probability together"""
     seed: NonNegative = 1337
     device: str = "auto"

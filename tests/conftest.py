@@ -16,17 +16,17 @@ from tests.units import sitecustomize as units
 
 ROOT = Path(__file__).parents[1]
 AUTOMATIC = hardware._automatic_on_a_cpu
-# each of these makes one thing for a minute and then looks at it
+# Each of these makes one thing for a minute and then looks at it.
 SHARING = ("test_ahead.py", "test_parallel.py")
 LONG = (*SHARING, "test_faults.py", "test_backends.py")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="how often tests/test_faults.py kills "
-                                                          "one run")
+    parser.addoption("--kills", type=int, default=1,
+                     help="how often tests/test_faults.py kills one run")
     parser.addoption("--bf16-units", choices=("detected", "denied", "claimed"), default="detected",
-                     help="what this CPU says of its bf16 units, here and in child processes, so "
-                          "what --dtype=auto is")
+                     help="the bf16 units that this CPU reports, here and in child processes: "
+                          "--dtype=auto depends on them")
 
 
 def pytest_configure(config):
@@ -35,7 +35,7 @@ def pytest_configure(config):
         os.environ |= {"BF16_UNITS": there,
                        "PYTHONPATH": os.pathsep.join([units.HERE, *([before] if before else [])])}
         units.claim(torch.cpu)
-    # several processes share the cores: threads would only wait for each other
+    # Several processes share the cores: threads would only wait for each other.
     if hasattr(config, "workerinput"):
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
@@ -85,8 +85,7 @@ def tiny_data(tmp_path):
 
 
 def write_tiny_data(folder):
-    """4,000 training and 800 validation tokens out of 29, easy to learn: each is the last one plus
-    1 or 2."""
+    """4,000 training and 800 validation tokens, ids below 29: each is the last one plus 1 or 2."""
     folder.mkdir()
     steps = np.random.default_rng(0).integers(1, 3, 4800).cumsum() % 29
     steps[:4000].astype(np.uint16).tofile(folder / "train.bin")

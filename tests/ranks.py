@@ -1,5 +1,4 @@
-"""Several ranks on this machine, at the price of one import: each is forked from a server that has
-torch loaded."""
+"""Several ranks on this machine at the price of one import: a server with torch forks them."""
 
 import faulthandler
 import multiprocessing
@@ -22,8 +21,7 @@ def free_port() -> int:
 
 
 def start(function, args: tuple, size: int, logs: Path, **environment) -> list:
-    """`function(*args)` on `size` ranks, as torchrun would start them; stdout and stderr go to
-    logs/RANK.log."""
+    """`function(*args)` on `size` ranks, as torchrun starts them; output goes to logs/RANK.log."""
     logs.mkdir(parents=True, exist_ok=True)
     port, processes = free_port(), []
     for rank in range(size):
@@ -39,8 +37,7 @@ def start(function, args: tuple, size: int, logs: Path, **environment) -> list:
 
 
 def wait(processes, seconds: float = 120) -> list[int | None]:
-    """Their exit codes. A rank that does not end in time is aborted (-6), which makes it say where
-    it stood."""
+    """Return the exit codes. A rank that is late is aborted (-6) and prints where it stood."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -66,8 +63,7 @@ def train(flags: list[str]) -> None:
 
 
 def train_each(runs: list[tuple[list[str], dict[str, int]]]) -> None:
-    """A rank that runs train/run.py with each of the flags and environments in turn: one start for
-    all.
+    """A rank that runs train/run.py several times, each with its flags and environment.
 
     torch.compile traces, and leaves the code as it is: what is compiled well is tested elsewhere.
     """

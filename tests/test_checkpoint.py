@@ -1,5 +1,4 @@
-"""Saves that die, disks that fill, files that rot: the last complete checkpoint stays, and is the
-one that is used."""
+"""Saves that die, full disks, damaged files: the last complete checkpoint is kept and used."""
 
 import json
 import os
@@ -27,8 +26,7 @@ def trained(tiny_flags):
 
 
 def test_a_save_that_died_does_not_count(trained):
-    """What kill -9 in the middle of a save leaves: a temporary folder, with anything in it, and
-    never a DONE in place."""
+    """kill -9 in a save leaves a temporary folder with anything in it, but no DONE in place."""
     flags, folder = trained
     dead = folder / f"{TEMPORARY}16"
     dead.mkdir()
@@ -43,8 +41,7 @@ def test_a_save_that_died_does_not_count(trained):
 
 
 def dying(flags, moments):
-    """Train, but die (os._exit) where `moments` fsyncs and renames of the save are done, before the
-    next one."""
+    """Train, but die (os._exit) after `moments` fsyncs and renames of the save."""
     left = iter(range(moments))
 
     def counted(real):
@@ -73,8 +70,7 @@ def test_a_kill_at_each_moment_of_a_save_leaves_a_whole_checkpoint(trained, tmp_
 
 
 def test_a_full_disk_is_said_and_loses_nothing(trained, capsys):
-    """A file size limit stands in for the full disk: the write fails in the same place, with the
-    real error."""
+    """A file size limit, in place of a full disk: the write fails there, with the real error."""
     flags, folder = trained
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "step-" in str(p)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -104,8 +100,7 @@ def test_too_little_room_is_said_before_anything_is_written(trained, capsys, mon
 
 
 def test_a_checkpoint_is_of_its_step_though_training_goes_on(tiny_flags, tmp_path, monkeypatch):
-    """The save of step 4 begins to write when step 6 is done, and writes what was there after step
-    4."""
+    """The save of step 4 begins to write after step 6, and writes the state after step 4."""
     flags = [*(f for f in tiny_flags if "--out_dir" not in f), "--keep_last=9"]
     assert run.main([*flags, f"--out_dir={tmp_path / 'usual'}"]) == 0
     steps, train_step, write = [], loop.train_step, checkpoint._write_tensors
@@ -131,8 +126,7 @@ def test_a_checkpoint_is_of_its_step_though_training_goes_on(tiny_flags, tmp_pat
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_ends_soon_after_one_that_fails(
         trained, capsys, monkeypatch):
-    """The save of step 100 waits until two more steps are done, and fails; the run ends there and
-    not with the next save."""
+    """The save of step 100 fails after two more steps: the run ends there, not at the next save."""
     flags, folder = trained
     steps, train_step = [], loop.train_step
 

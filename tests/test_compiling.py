@@ -1,5 +1,7 @@
-"""--compile=auto on a CPU: measured on a block, decided by what the whole run gains. fp32 and bf16,
-times by a clock of the test."""
+"""--compile=auto on a CPU: a block is measured, the gain over the whole run decides.
+
+In fp32 and bf16, with times by a clock of the test.
+"""
 
 from functools import partial
 
@@ -67,8 +69,10 @@ def test_what_is_timed_is_a_block_forward_and_backward(dtype, monkeypatch):
 
 
 def test_a_resumed_run_does_as_before(tiny_flags, monkeypatch, capsys):
-    """Measured again it might decide otherwise, and compiled code rounds otherwise: the resume
-    would not be bit-equal."""
+    """A new measurement could decide otherwise, and the resume would then not be bit-equal.
+
+    Compiled code rounds otherwise.
+    """
     flags = [f for f in tiny_flags if "--compile" not in f] + ["--max_iters=4", "--compile=auto"]
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(compiling, "WORTH_TRYING_S", 0.0)

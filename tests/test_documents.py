@@ -104,8 +104,10 @@ def separate(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 def test_a_runs_losses_are_those_of_separate_documents(flags, tmp_path):
-    """What a finished run printed, against its checkpoint and each document by itself. With the
-    mask off it is another run, and the same checkpoint has another loss."""
+    """A finished run's printed losses, against its checkpoint and each document by itself.
+
+    With the mask off it is another run, and the same checkpoint has another loss.
+    """
     assert run.main(flags) == 0
     model, losses = GPT.from_checkpoint(str(tmp_path / "out")), torch.zeros(3)
     config = build.build(parse([*flags, "--init_from=resume"])).config

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data import encode, shards, sources
-from data.encode import Split, prepare, validation_documents
+from data.encode import Validation, prepare, validation_documents
 from data.gpt2 import END_OF_TEXT, gpt2_encoding
 from data.manifest import verify
 from data.sources import Files
@@ -49,9 +49,9 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def go(pattern, out, split=None, **options):
+def go(pattern, out, validation=None, **options):
     options = {"name": "t", "workers": 1} | options
-    prepare(Files(str(pattern)), split or Split(fraction=0.1), out, **options)
+    prepare(Files(str(pattern)), validation or Validation(fraction=0.1), out, **options)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_shards_are_full_and_named_like_those_of_llmc(tmp_path, small_steps):
 
 def test_the_first_tokens_can_be_the_validation_split(tmp_path, small_steps):
     texts = documents(50)
-    go(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "out", Split(tokens=333))
+    go(write_lines(tmp_path / "a.jsonl", texts), tmp_path / "out", Validation(tokens=333))
     ids = ids_of(texts)
     assert tokens_of(tmp_path / "out", "val") == ids[:333]
     assert tokens_of(tmp_path / "out", "train") == ids[333:]
@@ -120,7 +120,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
 def test_empty_documents_and_half_characters_are_encoded_as_tiktoken_does(tmp_path, capsys):
     rows = ['{"text": ""}', r'{"text": "a \ud83d b"}', '{"text": ""}', '{"text": "x"}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n")
-    go(tmp_path / "a.jsonl", tmp_path / "out", Split(tokens=1))
+    go(tmp_path / "a.jsonl", tmp_path / "out", Validation(tokens=1))
     assert tokens_of(tmp_path / "out", "train") == ids_of(["a \ud83d b", "", "x"])
     assert tokens_of(tmp_path / "out", "val") == [END_OF_TEXT]
     assert "4 documents, 2 of them empty" in capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_a_large_document_is_encoded_exactly(tmp_path):
     assert len(text) > 2_000_000  # several pieces
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("x")
-    go(tmp_path, tmp_path / "out", Split(tokens=1))
+    go(tmp_path, tmp_path / "out", Validation(tokens=1))
     val, train = (tokens_of(tmp_path / "out", split) for split in ("val", "train"))
     assert val + train == ids_of([text, "x"])
 
@@ -147,6 +147,8 @@ def test_the_same_again_is_reused_and_a_change_is_not(tmp_path, small_steps, cap
     go(source, out, format="shards", shard_tokens=200)
     assert "already made" in capsys.readouterr().out and contents(out) == first
     go(write_lines(source, documents(30, seed=1)), out, format="shards", shard_tokens=200)
+    removed = f"removes {len(first) - 2} files of an earlier preparation"  # not the two .json
+    assert removed in capsys.readouterr().out
     assert 3 < len(contents(out)) < len(first)  # no shard of the first set is left
     is_validation = validation_documents(30, 0.1)
     texts = [text for text, val in zip(documents(30, seed=1), is_validation) if not val]
@@ -170,12 +172,12 @@ def test_two_preparations_do_not_share_a_folder(tmp_path):
         go(source, out)
 
 
-@pytest.mark.parametrize("n, split, says",
-                         [(1, Split(fraction=0.5), "the number of documents is 1"),
-                          (3, Split(tokens=10_000), "none came to the split 'train'")])
-def test_a_split_without_text_is_refused(tmp_path, n, split, says):
+@pytest.mark.parametrize("n, validation, says",
+                         [(1, Validation(fraction=0.5), "the number of documents is 1"),
+                          (3, Validation(tokens=10_000), "none came to the split 'train'")])
+def test_a_split_without_text_is_refused(tmp_path, n, validation, says):
     with pytest.raises(ValueError, match=says):
-        go(write_lines(tmp_path / "a.jsonl", documents(n)), tmp_path / "out", split)
+        go(write_lines(tmp_path / "a.jsonl", documents(n)), tmp_path / "out", validation)
     with pytest.raises(ValueError, match=r"train\.bin|not finished"):
         open_split(tmp_path / "out", "train")
 
@@ -258,7 +260,7 @@ def start(text, out, log):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are found in Linux's /proc")
 def test_kill_9_leaves_no_worker_and_loses_nothing(tmp_path, long_text):
-    go(long_text, tmp_path / "whole", Split(fraction=0.05), name="text", format="shards",
+    go(long_text, tmp_path / "whole", Validation(fraction=0.05), name="text", format="shards",
        shard_tokens=30_000)
     with open(tmp_path / "log", "w+") as log:
         process, command = start(long_text, tmp_path / "out", log)
@@ -331,4 +333,4 @@ def test_fewer_documents_than_announced_is_a_failure(tmp_path):
     source = Files(write_lines(tmp_path / "a.jsonl", documents(9)))
     source.documents = 10
     with pytest.raises(ValueError, match="9 documents came, where there should be 10"):
-        prepare(source, Split(fraction=0.1), tmp_path / "out", name="t", workers=1)
+        prepare(source, Validation(fraction=0.1), tmp_path / "out", name="t", workers=1)

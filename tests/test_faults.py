@@ -1,5 +1,4 @@
-"""Kills, signals, NaN, hanging ranks, damaged files, a second run: what is left is always a run
-that goes on."""
+"""Kills, signals, NaN, hanging ranks, damaged files, a second run: the run can always go on."""
 
 import json
 import os
@@ -61,8 +60,10 @@ def until(condition, seconds=90):
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all_and_nothing_is_lost(flags, tmp_path):
-    """SIGTERM to rank 1 and, in the next part, SIGUSR1 to rank 0: all exit with 0; the same command
-    ends as if never asked."""
+    """SIGTERM to rank 1 and, in the next part, SIGUSR1 to rank 0: all ranks exit with 0.
+
+    The same command afterwards ends as a run without signals does.
+    """
     assert ranks.run(ranks.train, ([*flags, f"--out_dir={tmp_path / 'whole'}"],), 2,
                      tmp_path / "logs") == [0, 0]
     asked = tmp_path / "asked"
@@ -128,8 +129,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(optimizer, tiny_flags)
 
 
 def crowded(flags, rank):
-    """Train, but no file on one rank can grow beyond 20,000 bytes, which stands in for its full
-    disk."""
+    """Train; one rank's files cannot grow beyond 20,000 bytes, as if its disk were full."""
     from train.run import main
 
     if int(os.environ["RANK"]) == rank:
@@ -166,8 +166,7 @@ def poisoned(flags, rank, at):
 
 
 def test_nan_on_one_rank_skips_the_step_on_all_and_too_many_end_the_run(tiny_flags, tmp_path):
-    """The poison comes after the gradients met, so rank 0's are finite: the loss, which is summed,
-    tells it."""
+    """NaN after the gradients were reduced: rank 0's are finite, only the summed loss tells it."""
     flags = [*tiny_flags, "--max_skipped=3"]
     assert ranks.run(poisoned, (flags, 1, {2, 5}), 2, tmp_path / "logs") == [0, 0]
     entries = [json.loads(line)
@@ -247,8 +246,10 @@ def children(pid):
 
 
 def test_a_run_killed_again_and_again_ends_as_if_never_killed(flags, tmp_path, request):
-    """kill -9 to one rank of two under FSDP2 at random moments (`--kills=N` times), saves included;
-    torchrun restarts them.
+    """kill -9 to one of two FSDP2 ranks at random moments, saves included; torchrun restarts them.
+
+    `--kills=N` times. --init_from stays scratch: after a restart the run knows that the folder is
+    its own.
 
     --init_from stays scratch: after a restart the run knows that the folder is its own.
     """

@@ -35,8 +35,10 @@ def test_the_ceiling_of_each_size(name, thousands):
 
 
 def test_products_are_those_of_the_flop_formula():
-    """6 N + 6 L d T also counts norms and positions as multiplied, and attention's backward as four
-    products instead of five."""
+    """But for two parts: 6 N + 6 L d T also counts norms and positions as multiplied.
+
+    It counts attention's backward as four products instead of five.
+    """
     c = size("gpt2")
     fifth_product = c.n_layer * c.n_embd * c.block_size
     work = sum(part.work.flops for part in floors.step_parts(c)) - fifth_product

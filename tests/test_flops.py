@@ -51,8 +51,11 @@ def test_the_kernels_tell_torch_what_they_multiply():
 
 @pytest.mark.parametrize("window", [1, 7, 300, 1023, 1024, 5000])
 def test_a_window_counts_the_scores_that_are_used(window):
-    """By counting the definition's pairs. As without a window, half of each token's score with
-    itself is left out; and PaLM's count takes as many keys for each token as the last one sees."""
+    """By counting the pairs of the definition.
+
+    As without a window, half of each token's score with itself is left out; and PaLM's count takes
+    as many keys for each token as the last one sees.
+    """
     with_window, without = (flops_per_token(replace(SIZES["gpt2"], window=w)) for w in (window, 0))
     each = 12 * 12 * 768  # operations of a score, forward and backward, in all layers
     seen = visible(T, window=window)[0]

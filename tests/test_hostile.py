@@ -12,7 +12,7 @@ import torch
 
 from common import cli
 from data import encode, manifest
-from data.encode import Split
+from data.encode import Validation
 from data.shakespeare_char import prepare as characters
 from data.sources import Files
 from data.text import prepare as text
@@ -41,7 +41,7 @@ def test_a_manifest_cannot_make_us_delete_other_files(tmp_path, name):
     (out / "manifest.json").write_text(text)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"manifest\.json: file='.*': must"):
-        go(source, out, Split(tokens=3))
+        go(source, out, Validation(tokens=3))
     assert contents(tmp_path) == before
 
 
@@ -63,7 +63,7 @@ def test_an_unfinished_preparation_deletes_only_its_own_files(tmp_path):
 
 def start_preparation(source, out, name, fraction, splits):
     """Write the unfinished.json of a preparation that has written `splits`."""
-    split = Split(fraction=fraction)._asdict()
+    split = Validation(fraction=fraction)._asdict()
     recipe = {"name": name, "text": Files(str(source)).describe(), "split": split,
               "format": "raw", "shard_tokens": None}
     progress = manifest.start_unfinished(out, recipe) | {"splits": splits}

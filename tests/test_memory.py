@@ -1,5 +1,4 @@
-"""Micro-batches for the memory at hand, what is said when it is not enough, and torch.compile tried
-before it is promised."""
+"""Micro-batches that fit the memory, the message if none does, and a trial of torch.compile."""
 
 import pytest
 import torch
@@ -11,8 +10,10 @@ from train.parallel import World
 
 
 def test_batch_size_auto_keeps_the_tokens_of_a_step(monkeypatch, tiny_flags):
-    """A GPU of 1,000 bytes, played: 100 for the model and 60 a sequence, beside AdamW's moments. 8
-    sequences a step."""
+    """A simulated GPU of 1,000 bytes: 100 for the model, 60 a sequence, and AdamW's moments.
+
+    A step has 8 sequences.
+    """
     config = parse([f.replace("--batch_size=4", "--batch_size=auto") for f in tiny_flags]
                    + ["--gradient_accumulation_steps=8"])
     assert config.data.fit_batch and config.data.batch_size == 12

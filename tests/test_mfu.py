@@ -76,8 +76,7 @@ def test_a_peer_with_another_loss_is_refused_with_both_values(loss, value, weigh
 
 
 def test_liger_is_given_what_it_takes(weights, batch, monkeypatch):
-    """A stand-in with the interface of liger-kernel 0.8: its norm needs a bias, and its loss
-    ignores -100 by default."""
+    """liger-kernel 0.8's interface: its norm needs a bias, its loss ignores -100 by default."""
     def fused(input, weight, target, bias=None, ce_weight=None, ignore_index=-100,
               lse_square_scale=0.0, label_smoothing=0.0, reduction="mean"):
         return F.cross_entropy(input @ weight.T, target, ignore_index=ignore_index,

@@ -115,8 +115,10 @@ def test_more_than_the_device_can_do_is_refused():
 
 
 def test_the_least_work_of_each_operator():
-    """By hand, bf16: attention has 2 products forward and 5 backward over half of the scores; a
-    loss reads its logits once."""
+    """By hand, in bf16: attention has 2 products forward and 5 backward, over half of the scores.
+
+    A loss reads its logits once.
+    """
     scores = 2 * 3 * 64 * 64 / 2
     apart, packed = (operators.work(Case(name, (2, 64, 3, 8)))
                      for name in ("attention", "attention_qkv"))

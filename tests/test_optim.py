@@ -10,8 +10,7 @@ from train.config import OptimConfig
 
 
 def one_step(c):
-    """A matrix and a vector of ones with gradient 0.5, after one step of c; what the matrix and the
-    vector became."""
+    """One step of c on a matrix and a vector of ones with gradient 0.5: both after it."""
     model = nn.Linear(1, 1)
     nn.init.ones_(model.weight), nn.init.ones_(model.bias)
     optimizer = optim.build(model, c)
@@ -22,8 +21,7 @@ def one_step(c):
 
 
 def test_adamw_step_by_hand():
-    """The first step of Adam is lr * sign(g); the matrix decays by lr * weight_decay beforehand,
-    the vector does not."""
+    """Adam's first step is lr * sign(g); only the matrix first decays by lr * weight_decay."""
     matrix, vector = one_step(OptimConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.2))
     assert matrix == pytest.approx(1 * (1 - 0.1 * 0.2) - 0.1, abs=1e-6)
     assert vector == pytest.approx(1 - 0.1, abs=1e-6)

@@ -43,8 +43,7 @@ NANOGPT = {
 
 @pytest.mark.parametrize("name", NANOGPT)
 def test_nanogpt_config_files_are_read(name, tmp_path, capsys):
-    """With their comments, arithmetic and, in one, a run name made from the clock, which is not
-    executed."""
+    """With comments and arithmetic; a run name made from the clock is not executed."""
     lines = [f"{k} = {v!r} # a comment" for k, v in NANOGPT[name].items()]
     lines = [line.replace("gradient_accumulation_steps = 40",
                           "gradient_accumulation_steps = 5 * 8") for line in lines]

@@ -1,5 +1,4 @@
-"""Any number of ranks is one process: the same losses, weights, evaluation, checkpoints, whatever
-is trained and how."""
+"""Any number of ranks is one process: the same losses, weights, evaluation and checkpoints."""
 
 import json
 import os
@@ -50,8 +49,7 @@ KEYS = {  # what else may change a parameter's name
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """The folder of all the runs of this file, each in a folder of its name; each number of ranks
-    is started once."""
+    """The folder with all runs of this file, by name; each number of ranks is started once."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_tiny_data(folder / "tiny")
     command = partial(flags_of, folder, data)
@@ -116,8 +114,7 @@ def start(folder, size, runs):
 
 
 def leave_first_step(runs, folder):
-    """A rank that writes of each of the runs, as NAME.pt: the first step's loss and gradients,
-    whole, and an evaluation."""
+    """A rank that writes NAME.pt for each run: first loss, whole gradients, an evaluation."""
     for name, flags, port in runs:
         os.environ["MASTER_PORT"] = str(port)
         built = build.build(parse(flags))
@@ -132,8 +129,10 @@ def leave_first_step(runs, folder):
 
 @pytest.fixture(scope="module")
 def first_step(tmp_path_factory):
-    """Reads what `leave_first_step` left of one process, and of two ranks under DDP and FSDP2, in a
-    dtype."""
+    """Reads, by dtype, what `leave_first_step` wrote: of one process, and of DDP and FSDP2.
+
+    Both of these have two ranks.
+    """
     folder = tmp_path_factory.mktemp("first")
     data = write_tiny_data(folder / "tiny")
     for size, hows in ((1, ["auto"]), (2, SPREADS)):
@@ -158,8 +157,10 @@ def outcome(folder):
 
 
 def assert_same(a, b, rel=1e-5):
-    """Losses, evaluations and weights within `rel`; the weights as a whole, since single ones are
-    near zero."""
+    """Compare losses and evaluations, and the weights as a whole, within `rel`.
+
+    Single weights are near zero.
+    """
     assert a[0].keys() == b[0].keys()
     assert list(a[0].values()) == pytest.approx(list(b[0].values()), rel=rel)
     for step in a[1].keys() & b[1].keys():
@@ -181,17 +182,21 @@ def assert_equal(a, b):
 @pytest.mark.parametrize(("how", "dtype"),
                          [("ddp", "float32"), ("fsdp", "float32"), ("ddp", "bfloat16")])
 def test_the_gradients_of_shards_and_of_copies_are_those_of_one_process(first_step, how, dtype):
-    """In bf16 as near as in fp32 under DDP: whoever computes a micro-batch rounds it in the same
-    way (all have one thread here), and the six are added in fp32. Only the order differs, which is
-    a few times 2**-24 of the sum of their sizes."""
+    """Under DDP, in bf16 as near as in fp32.
+
+    Whoever computes a micro-batch rounds it in the same way (all have one thread here), and the six
+    are added in fp32. Only the order differs, which is a few times 2**-24 of the sum of their
+    sizes.
+    """
     one, ours = first_step("auto", dtype), first_step(how, dtype)
     assert ours[:2] == pytest.approx(one[:2], rel=1e-6)
     torch.testing.assert_close(ours[2], one[2], rtol=1e-5, atol=1e-7)
 
 
 def test_the_gradients_of_bf16_shards_are_those_of_one_process_but_for_rounding(first_step):
-    """FSDP2 rounds what autocast leaves in fp32, the embeddings, norms and residual stream, so each
-    rounds for itself.
+    """FSDP2 also rounds the embeddings, norms and residual stream, which autocast leaves in fp32.
+
+    So each rank rounds them for itself.
 
     One rounding to 8 bits errs by at most u = 2**-8, and by u / sqrt(3) in the root mean square,
     whatever was rounded before; errors that do not know of each other add up in squares, and so do

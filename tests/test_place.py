@@ -1,5 +1,7 @@
-"""How one process spreads a model: what is compiled, recomputed and sharded. Several ranks:
-tests/test_parallel.py."""
+"""How one process spreads a model: what is compiled, recomputed and sharded.
+
+Several ranks: tests/test_parallel.py.
+"""
 
 from functools import partial
 
@@ -72,8 +74,10 @@ def test_an_accumulation_that_ranks_do_not_divide_is_refused():
 
 @pytest.mark.parametrize("how", ["auto", "fsdp"])
 def test_evaluation_and_generation_do_not_compile_the_step_again(how, tiny_flags, monkeypatch):
-    """One process compiles the model, the ways to spread it its blocks; FSDP2 over one rank stands
-    for more."""
+    """One process compiles the model; DDP and FSDP2 compile its blocks.
+
+    FSDP2 over one rank stands for more.
+    """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     flags = [flag for flag in tiny_flags if not flag.startswith("--compile=")]
     built = build.build(parse([*flags, "--compile=True", f"--parallel={how}"]))

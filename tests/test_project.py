@@ -32,8 +32,10 @@ def test_fractions_lengthen_their_own_parts():
 
 
 def test_rings_by_hand():
-    """8 GB over 4 GPUs of a node at 2 GB/s: 3/4 of it, 3 s. Over two such nodes also half of a
-    quarter at 1 GB/s: 1 s."""
+    """8 GB over 4 GPUs of a node at 2 GB/s: 3/4 of it, 3 s.
+
+    Over two such nodes also half of a quarter at 1 GB/s: 1 s.
+    """
     o = replace(GIVEN, node_gbs=2.0, network_gbs=1.0, gpus_per_node=4)
     assert ring_ms(8.0, 1, o) == 0
     assert ring_ms(8.0, 4, o) == pytest.approx(3000)

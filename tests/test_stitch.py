@@ -8,7 +8,8 @@ import torch
 from gpt import GPT, GPTConfig
 from gpt.config import StitchedConfig
 from gpt.generate import generate
-from gpt.stitch import Trained, least_squares, merge, stitch, stream
+from gpt.pretrained import Trained
+from gpt.stitch import least_squares, merge, stitch, stream
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 CONFIG = GPTConfig(block_size=12, vocab_size=19, n_layer=3, n_head=2, n_embd=8, bias=True)

@@ -68,8 +68,7 @@ def test_a_run_leaves_what_scripts_rely_on(tiny_flags, capsys):
 
 
 def test_a_steps_time_on_a_cpu_is_its_own(tiny_flags, monkeypatch):
-    """Each step once had the time of the one after it, and the last one before an evaluation had
-    that of nothing."""
+    """Each step once had the next one's time, and the last before an evaluation had nearly none."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     report = Report(parse(tiny_flags), World(), torch.device("cpu"), StopRequest())
@@ -85,8 +84,7 @@ def test_a_steps_time_on_a_cpu_is_its_own(tiny_flags, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_epoch(
         dtype, tiny_flags, tmp_path):
-    """12 steps at once, and 4 + 4 + 4: the same weights, moments, generators and data position, bit
-    for bit."""
+    """12 steps, and 4 + 4 + 4: weights, moments, generators and data position are bit-equal."""
     tiny_flags = [*tiny_flags, f"--dtype={dtype}"]
     assert run.main(tiny_flags) == 0
     parts = [f for f in tiny_flags
@@ -101,9 +99,10 @@ def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_e
 
 @pytest.mark.parametrize("delay", [0.0, 0.15])
 def test_a_killed_run_resumes_bit_equal(delay, tiny_flags, tmp_path):
-    """kill -9 some time after the first checkpoint, perhaps inside the next save; then the same
-    command again. All in processes of one thread: with another number of them sums are taken in
-    another order."""
+    """kill -9 after the first checkpoint, perhaps inside the next save; then the same command.
+
+    All processes have one thread: with another number sums are taken in another order.
+    """
     flags = [*tiny_flags, "--max_iters=60", "--lr_decay_iters=60", "--log_interval=1"]
     assert ranks.run(ranks.train, (flags,), 1, tmp_path / "logs") == [0]
     killed = [f for f in flags if not f.startswith("--out_dir")]
@@ -122,8 +121,7 @@ def test_a_killed_run_resumes_bit_equal(delay, tiny_flags, tmp_path):
 
 
 def test_accumulation_is_a_larger_batch(tiny_flags):
-    """4 micro-batches of 2 give the gradient of 1 micro-batch of 8: the same windows, each token
-    with the same weight."""
+    """4 micro-batches of 2 give the gradient of 1 of 8: same windows, same weight of each token."""
     gradients = []
     for batch, steps in ((2, 4), (8, 1)):
         config = parse([*tiny_flags, f"--batch_size={batch}",
@@ -157,8 +155,7 @@ def test_evaluation_is_repeatable_and_disturbs_nothing(tiny_flags):
 
 
 def test_evaluation_is_brute_force_over_all_windows(tiny_flags):
-    """With enough batches every window of the split counts once: sum of losses over sum of
-    tokens."""
+    """With enough batches every window counts once: sum of losses over sum of tokens."""
     config = parse([*tiny_flags, "--eval_iters=1000", "--batch_size=1"])
     built = build.build(config)
     tokens = built.tokens["val"]

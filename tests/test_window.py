@@ -120,8 +120,10 @@ def losses(folder):
 
 
 def test_a_run_keeps_its_window_without_the_flag(tiny_flags, tmp_path, capsys):
-    """Stopped and resumed it is the same run bit for bit, with dropout and accumulation; and not
-    the one without a window."""
+    """Stopped and resumed it is bit-equal, with dropout and accumulation.
+
+    And it is not the run without a window.
+    """
     parts, plain = tmp_path / "parts", tmp_path / "plain"
     assert run.main([*tiny_flags, "--window=3"]) == 0
     assert run.main([*tiny_flags, "--window=3", f"--out_dir={parts}", "--max_iters=4"]) == 0

@@ -218,7 +218,7 @@ def unflatten(leaves: dict[str, Any], origin: str = "") -> Config:
     where = f"{origin}: " if origin else ""
     for name, value in leaves.items():
         if name not in types:
-            raise ValueError(f"{where}unknown setting {name!r}{cli.nearest(name, types)}")
+            raise ValueError(f"{where}unknown setting {name!r}{cli.suggestion(name, types)}")
         typed[name] = _as_type_of(types[name], value, f"{where}{name}={value!r}")
     for f in dataclasses.fields(default):
         section = getattr(default, f.name)

@@ -31,7 +31,7 @@ from bench.floors import Rates, parameters, step_parts
 from bench.ops.cases import GPT2
 from bench.timing import result_path
 from common import cli
-from common.bounds import Fraction, Positive, PositiveFloat, Share, check
+from common.bounds import AboveZeroToOne, Positive, PositiveFloat, ZeroToOne, check
 from gpt.config import GPTConfig
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -50,13 +50,13 @@ class Options:
     """rate of bf16 matrix products on the GPU; the default is computed for an H200, not measured"""
     copy_gbs: PositiveFloat = 4300.0
     """rate of a copy, reads and writes counted; the default is computed, too"""
-    matmul_fraction: Share = 1.0
+    matmul_fraction: AboveZeroToOne = 1.0
     """the fraction of the matrix rate that matrix products reach"""
-    attention_fraction: Share = 1.0
+    attention_fraction: AboveZeroToOne = 1.0
     """the fraction of the matrix rate that attention reaches"""
-    memory_fraction: Share = 1.0
+    memory_fraction: AboveZeroToOne = 1.0
     """the fraction of the copy rate that everything else reaches"""
-    overlap: Fraction = 1.0
+    overlap: ZeroToOne = 1.0
     """the fraction of the passes that can hide communication"""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     gpus_per_node: Positive = 8

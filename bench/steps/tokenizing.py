@@ -19,7 +19,7 @@ import numpy as np
 
 from common import cli
 from common.bounds import NotEmpty, Positive, Processes
-from data.encode import Split, prepare
+from data.encode import Validation, prepare
 from data.gpt2 import END_OF_TEXT, gpt2_encoding
 from data.sources import Files
 from data.tokens import DTYPE
@@ -80,7 +80,7 @@ class Preparation:
 
     def run(self) -> None:
         with redirect_stdout(self.output), redirect_stderr(self.output):
-            prepare(Files(str(self.folder / "texts")), Split(tokens=1),
+            prepare(Files(str(self.folder / "texts")), Validation(tokens=1),
                     self.folder / f"out-{self.runs}", name="text", workers=self.workers)
         self.runs += 1
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.bounds import NonNegative, NotEmpty, Positive
 from common.cli import run
-from data.encode import Format, Split, Workers, prepare
+from data.encode import Format, Validation, Workers, prepare
 from data.sources import Files, Hub, Source
 
 VALIDATION_TOKENS = 100_000_000
@@ -42,8 +42,9 @@ def main(input: str = "", out: Path | None = None, *, edu: bool = False,
         val_tokens = VALIDATION_TOKENS
         if source.text_bytes is not None:
             val_tokens = min(val_tokens, source.text_bytes // 40 + 1)
-    prepare(source, Split(tokens=val_tokens), out or Path(__file__).parents[1] / name, name=name,
-            format=format, shard_tokens=shard_tokens, workers=workers)
+    out = out or Path(__file__).parents[1] / name
+    prepare(source, Validation(tokens=val_tokens), out, name=name, format=format,
+            shard_tokens=shard_tokens, workers=workers)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.bounds import NotEmpty, Positive
 from common.cli import run
-from data.encode import Format, Split, Workers, prepare
+from data.encode import Format, Validation, Workers, prepare
 from data.sources import Files, Hub, Source
 
 DOCUMENTS = 8_013_769
@@ -34,7 +34,7 @@ def main(input: str = "", out: Path = Path(__file__).parent, *, column: NotEmpty
     else:
         source = Hub("Skylion007/openwebtext", column=column, revision=revision,
                      documents=DOCUMENTS)
-    prepare(source, Split(fraction=VALIDATION), out, name="openwebtext", format=format,
+    prepare(source, Validation(fraction=VALIDATION), out, name="openwebtext", format=format,
             shard_tokens=shard_tokens, workers=workers)
 
 

@@ -53,15 +53,15 @@ def main(out: Path = Path(__file__).parent) -> None:
     if not all(parts.values()):
         raise ValueError(f"{root}: only {len(files)} .py files; this Python comes without its "
                          "library's source, take one that has it, or another data set")
-    source = {"name": "python_stdlib", "python": platform.python_version(), "files": len(files),
+    recipe = {"name": "python_stdlib", "python": platform.python_version(), "files": len(files),
               "sha256": digest.hexdigest()}
-    if already_made(out, source):
+    if already_made(out, recipe):
         return
-    print(f"{len(files)} files of Python {source['python']}, {len(parts['val'])} of them for "
+    print(f"{len(files)} files of Python {recipe['python']}, {len(parts['val'])} of them for "
           "validation")
     splits = {split: np.frombuffer(b"".join(contents), np.uint8)
               for split, contents in parts.items()}
-    write_dataset(out, splits, source, "bytes", 256)
+    write_dataset(out, splits, recipe, "bytes", 256)
 
 
 if __name__ == "__main__":

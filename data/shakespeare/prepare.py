@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from common.cli import run
-from data.gpt2 import encode_ordinary
+from data.gpt2 import VOCAB_SIZE, encode_ordinary
 from data.small import tiny_shakespeare, write_dataset
 
 
@@ -19,8 +19,8 @@ def main(input: Path | None = None, out: Path = Path(__file__).parent) -> None:
     text = tiny_shakespeare(input, out)
     train = len(text) * 9 // 10
     splits = {"train": encode_ordinary(text[:train]), "val": encode_ordinary(text[train:])}
-    source = {"name": "shakespeare", "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_dataset(out, splits, source, "gpt2", 50257)
+    recipe = {"name": "shakespeare", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_dataset(out, splits, recipe, "gpt2", VOCAB_SIZE)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ def main(input: Path | None = None, out: Path = Path(__file__).parent) -> None:
     chars, ids = np.unique(code_points, return_inverse=True)
     print(f"length of dataset in characters: {len(ids):,}")
     train = len(ids) * 9 // 10
-    source = {"name": "shakespeare_char", "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_dataset(out, {"train": ids[:train], "val": ids[train:]}, source, "char", len(chars),
+    recipe = {"name": "shakespeare_char", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_dataset(out, {"train": ids[:train], "val": ids[train:]}, recipe, "char", len(chars),
                   chars.tobytes().decode("utf-32-le"))
 
 

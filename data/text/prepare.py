@@ -6,17 +6,17 @@ from typing import Annotated
 
 from common.bounds import FileName, Must, NonNegative, NotEmpty, Positive
 from common.cli import run
-from data.encode import Format, Split, Workers, prepare
+from data.encode import Format, Validation, Workers, prepare
 from data.sources import Files, Hub, Source
 
-InsideZeroOne = Annotated[float, Must("be between 0 and 1", lambda x: 0 < x < 1)]
+BetweenZeroAndOne = Annotated[float, Must("be between 0 and 1", lambda x: 0 < x < 1)]
 
 
 def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "",
          config: str | None = None, hub_split: NotEmpty = "train", revision: NotEmpty = "main",
-         column: NotEmpty = "text", val_fraction: InsideZeroOne = 0.05, val_tokens: NonNegative = 0,
-         name: FileName = "text", format: Format = "raw", shard_tokens: Positive = 100_000_000,
-         workers: Workers = 0) -> None:
+         column: NotEmpty = "text", val_fraction: BetweenZeroAndOne = 0.05,
+         val_tokens: NonNegative = 0, name: FileName = "text", format: Format = "raw",
+         shard_tokens: Positive = 100_000_000, workers: Workers = 0) -> None:
     """Write the token files, meta.json and manifest.json. After a kill the same command resumes.
 
     Args:
@@ -44,8 +44,10 @@ def main(input: str = "", out: Path = Path(__file__).parent, *, hub: str = "",
         was_cut = not val_tokens and files.cut_single_text(val_fraction)
     else:
         source = Hub(hub, config, split=hub_split, column=column, revision=revision)
-    split = Split(tokens=val_tokens) if val_tokens else Split(fraction=val_fraction, last=was_cut)
-    prepare(source, split, out, name=name, format=format, shard_tokens=shard_tokens,
+    validation = Validation(fraction=val_fraction, last=was_cut)
+    if val_tokens:
+        validation = Validation(tokens=val_tokens)
+    prepare(source, validation, out, name=name, format=format, shard_tokens=shard_tokens,
             workers=workers)
 
 
