@@ -73,7 +73,7 @@ def parameters(c: GPTConfig) -> int:
 
 
 def step_parts(c: GPTConfig, tokens_per_step: int = 2**19) -> list[Part]:
-    """The parts of the floor in ns per token, in the order of the waterfall picture.
+    """The work per token of forward, backward and optimizer, in the waterfall picture's order.
 
     The optimizer's cost is divided by the `tokens_per_step` of an optimizer step; 2^19 is the
     number of nanoGPT and llm.c.
@@ -97,7 +97,7 @@ def step_parts(c: GPTConfig, tokens_per_step: int = 2**19) -> list[Part]:
 
 
 def ns_per_token(c: GPTConfig, rates: Rates, tokens_per_step: int = 2**19) -> float:
-    """The floor of a training step per token: the sum of its parts, as none overlaps another."""
+    """The floor of a training step in ns per token: the sum of its parts; none overlaps another."""
     return sum(part.ns(rates) for part in step_parts(c, tokens_per_step))
 
 
