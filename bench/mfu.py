@@ -287,7 +287,7 @@ class Variants:
 
 def build_variants(config: GPTConfig, weights: dict, device: torch.device, dtype: torch.dtype,
                    options: Options) -> list[Variant]:
-    """Ours first, on each backend; then the peers, in our dtype and in their own default.
+    """Ours first, on each backend; then the others, in our dtype and in their own default.
 
     A backend with replaced families is measured compiled only, unless nothing is compiled. Raises
     ValueError for a peer that is not known.

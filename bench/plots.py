@@ -87,8 +87,8 @@ def roofline(result: dict[str, Any], figure: Any) -> None:
     roof = [min(rates["matmul_tflops"], x * rates["copy_gbs"] / 1e3) for x in ends]
     axes.plot(ends, roof, "k-", linewidth=1)
     title = (f"Operators under the roof of a copy, {rates['copy_gbs']:,.4g} GB/s, and a matrix "
-             f"product, {matmul_rate(rates['matmul_tflops'])}\nfilled: forward; hollow: backward, of a "
-             "loss both together")
+             f"product, {matmul_rate(rates['matmul_tflops'])}\n"
+             "filled: forward; hollow: backward, of a loss both together")
     axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", title=title,
              xlabel="operations per byte (of norms and losses: nominal)")
     handles = [axes.plot([], [], linestyle="none", label=label, **look)[0]

@@ -171,7 +171,11 @@ def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor],
             optimizer = like.optimizer
     if compiled:
         model.compile()
-    return Variant(name, model, lambda idx, targets: model(idx, targets)[1], optimizer, device, dtype)
+
+    def loss(idx: Tensor, targets: Tensor) -> Tensor:
+        return model(idx, targets)[1]
+
+    return Variant(name, model, loss, optimizer, device, dtype)
 
 
 def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: torch.device,
@@ -206,13 +210,15 @@ def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: tor
 
 
 def agree(variants: list[Variant], idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """The losses of all variants on one batch. Raises ValueError where one is not like the first."""
+    """The losses of all variants on one batch. Raises ValueError if one is not like the first."""
     losses = {variant.name: variant.evaluate(idx, targets) for variant in variants}
     first = variants[0]
+    expected = losses[first.name]
     for variant in variants:
+        loss = losses[variant.name]
         allowed = max(TOLERANCE[variant.dtype], TOLERANCE[first.dtype])
-        if not abs(losses[variant.name] - losses[first.name]) <= allowed:
-            raise ValueError(f"{variant.name} has loss {losses[variant.name]:.5f} where {first.name} has "
-                             f"{losses[first.name]:.5f}, on the same weights and batch (allowed: "
-                             f"{allowed}); not timed")
+        if not abs(loss - expected) <= allowed:
+            raise ValueError(f"{variant.name} has loss {loss:.5f} where {first.name} has "
+                             f"{expected:.5f}, on the same weights and batch (allowed: {allowed}); "
+                             "not timed")
     return losses

@@ -105,7 +105,7 @@ def busy_ms(spans: Iterable[tuple[float, float]]) -> float:
 
 def profile_step(variant: Variant, config: GPTConfig, idx: Tensor, targets: Tensor, rates: Rates,
                  trace: Path) -> dict:
-    """The table of a step of a variant that is warm; writes the Chrome trace (.json or .json.gz)."""
+    """The table of a step of a warm variant; writes the Chrome trace (.json or .json.gz)."""
     cuda = variant.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, acc_events=True) as prof:
