@@ -110,8 +110,8 @@ def read_run(folder: Path) -> Run:
                     value = float("nan") if entry[name] is None else float(entry[name])
                     curves[name][int(entry["iter"])] = value
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{log}, line {number}: no entry of metrics.jsonl "
-                             f"({error!r})") from None
+            raise ValueError(f"{log}, line {number}: "
+                             f"no entry of metrics.jsonl ({error!r})") from None
     if not any(curves.values()):
         raise ValueError(f"{log}: no losses in it yet")
     config = folder / "config.json"
@@ -136,8 +136,8 @@ def read_reference(path: Path) -> list[Run]:
                     {name: dict(zip(steps[name], values[name], strict=True)) for name in CURVES},
                     found["config"], found["data"]) for seed, values in seeds.items()]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no reference of curves ({error!r}); make one with "
-                         "--write") from None
+        raise ValueError(f"{path}: no reference of curves ({error!r}); "
+                         "make one with --write") from None
 
 
 def read(path: str) -> list[Run]:

@@ -219,6 +219,6 @@ def agree(variants: list[Variant], idx: Tensor, targets: Tensor) -> dict[str, fl
         allowed = max(TOLERANCE[variant.dtype], TOLERANCE[first.dtype])
         if not abs(loss - expected) <= allowed:
             raise ValueError(f"{variant.name} has loss {loss:.5f} where {first.name} has "
-                             f"{expected:.5f}, on the same weights and batch (allowed: {allowed}); "
-                             "not timed")
+                             f"{expected:.5f}, on the same weights and batch "
+                             f"(allowed: {allowed}); not timed")
     return losses
