@@ -1,7 +1,7 @@
 """The one rule of accuracy: twice the error of PyTorch's own operator is allowed, not more.
 
 Both errors are taken against the definition (kernels/reference.py) computed in fp64. bench/ times
-nothing that breaks this rule, and the tests of the kernels (tests/numerics.py) are made of it.
+nothing that breaks this rule, and the tests of the kernels (tests/numerics.py) use it, too.
 """
 
 import math
@@ -35,9 +35,9 @@ def inaccuracy(got: Iterable[Tensor], yardstick: Iterable[Tensor], exact: Iterab
         allowed += unit * _norm(true, order)
         if not error <= allowed:  # also when it is NaN
             at = apart.abs().nan_to_num(nan=math.inf).flatten().argmax()
+            worst, right = (x.flatten()[at].item() for x in (mine, true))
             return (f"tensor {i}: error {error:.2e}, allowed {allowed:.2e}; its worst element is "
-                    f"{mine.flatten()[at].item():.6g} where {true.flatten()[at].item():.6g} is "
-                    "right")
+                    f"{worst:.6g} where {right:.6g} is right")
     return ""
 
 

@@ -49,7 +49,7 @@ class Options:
     """folders of runs; the first is judged by the others and --reference; the others may also be
     JSON files of references"""
     reference: str = ""
-    """quickstart, shakespeare: those of bench/results"""
+    """a reference in bench/results: quickstart or shakespeare"""
     plot: str = ""
     """PNG file to draw the curves and the band to"""
     write: str = ""
@@ -83,7 +83,8 @@ def reference_of(runs: list[Run], names: list[str], commit: str = "") -> dict[st
                          f"{', '.join(seeds)}")
     where = environment("cpu") | ({"commit": commit, "dirty": None} if commit else {})
     config = {k: v for k, v in first.config.items() if k not in PLACES}
-    settings = {k: v for k, v in first.config.items() if k != "seam"}  # no flag; made by a stitch
+    # "seam" is no flag: --init_from=stitch sets it
+    settings = {k: v for k, v in first.config.items() if k != "seam"}
     flags = [f"--{k}={v}" for k, (_, v) in changed(unflatten(settings)).items()
              if k not in PLACES]
     steps = {name: np.array(sorted(first.curves[name])) for name in CURVES}

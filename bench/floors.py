@@ -1,11 +1,10 @@
 """The least time a training step can take: operations over the matrix rate, bytes over copy rate.
 
     rates = Rates(matmul_tflops=790.0, copy_gbs=4300.0)  # measured, see bench/operators.py
-    sum(part.ns(rates) for part in step_parts(config))   # ns per token of an optimizer step
+    ns_per_token(config, rates)                          # the floor in ns per token
 
-Letters: L layers, d width, T sequence length, V vocabulary, P = 12 L d^2 + V d parameters of matrix
-products; for one operator B batch, H heads, D head dimension, M rows, N features. All is
-arithmetic; nothing here is measured.
+Letters: L layers, d width, T sequence length, V vocabulary; for one operator B batch, H heads, D
+head dimension, M rows, N features. All is arithmetic; nothing here is measured.
 
 The floor of a step assumes: residual stream and activations are bf16; each tensor is read once and
 written once; residual add, GELU and biases are fused into a matrix product; the gradient of the
@@ -73,13 +72,13 @@ def parameters(c: GPTConfig) -> int:
     return params_without_positions(c) + c.block_size * c.n_embd + untied_head
 
 
-def step_parts(c: GPTConfig, tokens_per_step: int = 2**19, T: int | None = None) -> list[Part]:
-    """Forward, backward and optimizer per token, in the order of the waterfall picture.
+def step_parts(c: GPTConfig, tokens_per_step: int = 2**19) -> list[Part]:
+    """The work per token of forward, backward and optimizer, in the waterfall picture's order.
 
     The optimizer's cost is divided by the `tokens_per_step` of an optimizer step; 2^19 is the
     number of nanoGPT and llm.c.
     """
-    L, d, V, T = c.n_layer, c.n_embd, c.vocab_size, T or c.block_size
+    L, d, V, T = c.n_layer, c.n_embd, c.vocab_size, c.block_size
     return [
         Part("matmuls of the blocks", "matmul", Work(flops=6 * 12 * L * d**2)),
         Part("head", "matmul", Work(flops=6 * V * d)),
@@ -97,26 +96,17 @@ def step_parts(c: GPTConfig, tokens_per_step: int = 2**19, T: int | None = None)
     ]
 
 
-def ns_per_token(c: GPTConfig, rates: Rates, tokens_per_step: int = 2**19,
-                 T: int | None = None) -> float:
-    """The floor of a training step per token: the sum of its parts, as none overlaps another."""
-    return sum(part.ns(rates) for part in step_parts(c, tokens_per_step, T))
-
-
-def tokens_per_s(c: GPTConfig, rates: Rates, tokens_per_step: int = 2**19,
-                 T: int | None = None) -> float:
-    """The highest speed of one device."""
-    return 1e9 / ns_per_token(c, rates, tokens_per_step, T)
+def ns_per_token(c: GPTConfig, rates: Rates, tokens_per_step: int = 2**19) -> float:
+    """The floor of a training step in ns per token: the sum of its parts; none overlaps another."""
+    return sum(part.ns(rates) for part in step_parts(c, tokens_per_step))
 
 
 # -- single operators ----------------------------------------------------------
 
 
-def attention(B: int, T: int, H: int, D: int, itemsize: int = 2,
-              window: int | None = None) -> dict[str, Work]:
+def attention(B: int, T: int, H: int, D: int, itemsize: int = 2) -> dict[str, Work]:
     """Causal attention: two products forward, five backward, over the scores that are used."""
-    seen = T * T / 2 if window is None or window >= T else T * window - window**2 / 2
-    scores, tensor = B * H * seen, B * T * H * D * itemsize
+    scores, tensor = B * H * T * T / 2, B * T * H * D * itemsize
     return {"forward": Work(2 * 2 * scores * D, 4 * tensor),
             "backward": Work(5 * 2 * scores * D, 8 * tensor)}
 

@@ -7,8 +7,9 @@
 
 A step is forward, backward, gradient clipping and the optimizer, on a fixed batch. All variants run
 in one process, in turns. Before anything is timed, their losses on the same weights and batch must
-agree. A backend is one of kernels.load, followed by single families from another one after plus
-signs: the difference between `triton+attention=torch` and `triton` is the share of the attention.
+agree. A backend is a name that kernels.load takes, or one with families replaced:
+`triton+attention=torch` is triton with PyTorch's attention. Its difference from `triton` is the
+share of the attention.
 
 The cold start of a compiled variant is its first step with an empty compiler cache; the warm start
 is the first step after forgetting the compiled code but not the cache. Our own Triton kernels stay
@@ -31,8 +32,9 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from bench.ops.cases import GPT2
+from bench.options import named
 from bench.steps import peers
-from bench.steps.peers import Peer
+from bench.steps.peers import Variant
 from bench.steps.profile_step import profile_all
 from bench.timing import environment, machine, measure, result_path, write_result
 from common import cli, hardware
@@ -98,13 +100,10 @@ def main(options: Options) -> dict:
         hardware.keep_freed_memory()  # as the trainer does; the peers gain by it, too
     dtype = hardware.resolve_dtype(options.dtype, device)
     default = GPU_CASES if device.type == "cuda" else CPU_CASES
-    names = options.cases.split(",") if options.cases else list(default)
-    if unknown := [name for name in names if name not in CASES]:
-        raise ValueError(f"--cases={options.cases}: no case {unknown[0]!r}; there are "
-                         f"{', '.join(CASES)}")
+    names = named("cases", options.cases, CASES) if options.cases else list(default)
     if options.batch_size == "auto" and device.type != "cuda":
-        raise ValueError(f"--batch_size=auto needs a GPU's limit, this is {device.type}; give a "
-                         "number")
+        raise ValueError(f"--batch_size=auto needs a GPU's limit, this is {device.type}; "
+                         "give a number")
     out = result_file(options, device)
     result: dict = {"benchmark": "mfu", "environment": environment(device), "cases": {}}
     for name in names:
@@ -128,60 +127,62 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
     """One shape: all variants, with the same weights, checked and then timed in turns."""
     torch.manual_seed(0)
     weights = {k: v.detach().clone() for k, v in GPT(config).state_dict().items()}
-    runners = variants(config, weights, device, dtype, options)
+    variants = build_variants(config, weights, device, dtype, options)
     del weights
     if options.batch_size == "auto":
-        batch = largest_batch(partial(fits, runners, config), limit=512)
+        batch = largest_batch(partial(fits, variants, config), limit=512)
     idx, targets = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
     profiled = None
     # Dynamo counts the variants of all modules of one class together, and runs those above its
     # limit uncompiled.
     with fresh_cache(), torch._dynamo.config.patch(recompile_limit=256,
                                                    fail_on_recompile_limit_hit=True):
-        cold = first_steps(runners, idx, targets)
+        cold = first_steps(variants, idx, targets)
         torch._dynamo.reset()
-        warm = first_steps([peer for peer in runners if peer.compiled], idx, targets)
-        losses = peers.agree(runners, idx, targets)
-        memory = {peer.name: peak_memory_bytes(peer, idx, targets) for peer in runners}
-        steps = {peer.name: (lambda peer=peer: peer.step(idx, targets).item()) for peer in runners}
+        warm = first_steps([v for v in variants if v.compiled], idx, targets)
+        losses = peers.agree(variants, idx, targets)
+        memory = {v.name: peak_memory_bytes(v, idx, targets) for v in variants}
+        steps = {v.name: (lambda v=v: v.step(idx, targets).item()) for v in variants}
         timings = measure(steps, device=device, warmup=1, repeats=options.steps)
         if options.profile:
             folder = result_file(options, device).parent
-            profiled = profile_all(runners, config, idx, targets, folder)
+            profiled = profile_all(variants, config, idx, targets, folder)
     rows = {}
-    for peer in runners:
-        name, tokens_per_s = peer.name, idx.numel() / timings[peer.name].median_ms * 1e3
+    for variant in variants:
+        name, tokens_per_s = variant.name, idx.numel() / timings[variant.name].median_ms * 1e3
         rows[name] = {
-            "dtype": str(peer.dtype).removeprefix("torch."), "compiled": peer.compiled,
-            "backend": peer.backend, "loss": losses[name], "step": timings[name],
+            "dtype": str(variant.dtype).removeprefix("torch."), "compiled": variant.compiled,
+            "backend": variant.backend, "loss": losses[name], "step": timings[name],
             "tokens_per_s": tokens_per_s,
             **mfu(config, tokens_per_s, hardware.device_name(device)),
             "peak_memory_bytes": memory[name], "cold_start_s": cold[name],
             "warm_start_s": warm.get(name)}
-    del runners, steps
+    del variants, steps
     gc.collect()
     return {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows),
             "profile": profiled}
 
 
-def first_steps(runners: list[Peer], idx: Tensor, targets: Tensor) -> dict[str, float]:
+def first_steps(variants: list[Variant], idx: Tensor, targets: Tensor) -> dict[str, float]:
     """Seconds of a rehearsed step of each; it compiles what is not compiled yet."""
     seconds = {}
-    for peer in runners:
+    for variant in variants:
         start = time.perf_counter()
-        peer.rehearse(idx, targets).item()
-        seconds[peer.name] = time.perf_counter() - start
+        variant.rehearse(idx, targets).item()
+        seconds[variant.name] = time.perf_counter() - start
     return seconds
 
 
-def peak_memory_bytes(peer: Peer, idx: Tensor, targets: Tensor) -> int | None:
-    """The bytes a peer holds, and the most that a step adds; None where they are not counted."""
-    if peer.device.type != "cuda":
+def peak_memory_bytes(variant: Variant, idx: Tensor, targets: Tensor) -> int | None:
+    """The bytes a variant holds, and the most that a step adds; None where they are not counted."""
+    if variant.device.type != "cuda":
         return None
-    before = torch.cuda.memory_allocated(peer.device)
-    torch.cuda.reset_peak_memory_stats(peer.device)
-    peer.rehearse(idx, targets).item()
-    return peer.bytes_held() + torch.cuda.max_memory_allocated(peer.device) - before
+    before = torch.cuda.memory_allocated(variant.device)
+    hardware.reset_peak_memory(variant.device)
+    variant.rehearse(idx, targets).item()
+    peak = hardware.peak_memory_bytes(variant.device)
+    assert peak is not None, "a GPU counts its memory"
+    return variant.bytes_held() + peak - before
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int) -> int:
@@ -202,20 +203,21 @@ def largest_batch(fits: Callable[[int], bool], limit: int) -> int:
     return good
 
 
-def fits(runners: list[Peer], config: GPTConfig, batch: int) -> bool:
+def fits(variants: list[Variant], config: GPTConfig, batch: int) -> bool:
     """Whether every eager variant can take a step of `batch` sequences, with all of them loaded."""
     try:
         idx, targets = torch.randint(config.vocab_size, (2, batch, config.block_size),
-                                     device=runners[0].device)
-        for peer in runners:
-            if not peer.compiled:
-                peer.rehearse(idx, targets).item()
+                                     device=variants[0].device)
+        for variant in variants:
+            if not variant.compiled:
+                variant.rehearse(idx, targets).item()
     except torch.OutOfMemoryError:
         pass
     else:
         return True
-    for peer in runners:  # out of the handler, whose traceback would keep the step's tensors alive
-        peer.optimizer.zero_grad(set_to_none=True)
+    # out of the handler, whose traceback would keep the step's tensors alive
+    for variant in variants:
+        variant.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
     return False
@@ -260,62 +262,60 @@ def backends(options: Options, device: torch.device) -> list[tuple[str, str, dic
 
 
 class Variants:
-    """Collects the peers of one case, all built on the same weights."""
+    """Collects the variants of one case, all built on the same weights."""
 
     def __init__(self, config: GPTConfig, weights: dict, device: torch.device,
-                 ways: list[bool]) -> None:
-        self.here, self.ways = (config, weights, device), ways
-        self.found: list[Peer] = []
+                 compile_ways: list[bool]) -> None:
+        self.here, self.compile_ways = (config, weights, device), compile_ways
+        self.built: list[Variant] = []
 
-    def add(self, make: Callable[..., Peer], name: str, dtype: torch.dtype, compiled: bool,
-            like: Peer | None = None, **more: Any) -> Peer:
-        """Build a peer that shares the weights of `like`."""
+    def add(self, make: Callable[..., Variant], name: str, dtype: torch.dtype, compiled: bool,
+            like: Variant | None = None, **more: Any) -> Variant:
+        """Build a variant that shares the weights of `like`."""
         label = name + ", compiled" * compiled
-        peer = make(*self.here, dtype, name=label, compiled=compiled, like=like, **more)
-        peer.compiled = compiled
-        self.found.append(peer)
-        return peer
+        variant = make(*self.here, dtype, name=label, compiled=compiled, like=like, **more)
+        variant.compiled = compiled
+        self.built.append(variant)
+        return variant
 
-    def both(self, make: Callable[..., Peer], name: str, dtype: torch.dtype,
-             like: Peer | None = None, **more: Any) -> None:
-        """Build a peer eager and, where compiled ones are measured, compiled."""
-        for compiled in self.ways:
+    def both(self, make: Callable[..., Variant], name: str, dtype: torch.dtype,
+             like: Variant | None = None, **more: Any) -> None:
+        """Build a variant eager and, where compiled ones are measured, compiled."""
+        for compiled in self.compile_ways:
             like = self.add(make, name, dtype, compiled, like, **more)
 
 
-def variants(config: GPTConfig, weights: dict, device: torch.device, dtype: torch.dtype,
-             options: Options) -> list[Peer]:
-    """Ours first, on each backend; then the peers, in our dtype and in their own default.
+def build_variants(config: GPTConfig, weights: dict, device: torch.device, dtype: torch.dtype,
+                   options: Options) -> list[Variant]:
+    """Ours first, on each backend; then the others, in our dtype and in their own default.
 
     A backend with replaced families is measured compiled only, unless nothing is compiled. Raises
     ValueError for a peer that is not known.
     """
     chosen = backends(options, device)
-    wanted = [name for name in options.peers.split(",") if name]
-    if strangers := set(wanted) - set(PEERS):
-        raise ValueError(f"--peers={options.peers}: no peer {min(strangers)!r}; there are "
-                         f"{', '.join(PEERS)}, and --nanogpt=DIR")
-    ways = [False, True] if options.compile else [False]
-    built = Variants(config, weights, device, ways)
-    first: Peer | None = None
+    wanted = named("peers", options.peers, PEERS) if options.peers else []
+    compile_ways = [False, True] if options.compile else [False]
+    found = Variants(config, weights, device, compile_ways)
+    first: Variant | None = None
     for name, backend, families in chosen:
         label = "ours" if len(chosen) == 1 else f"ours, {name}"
-        for compiled in ways[-1:] if families else ways:
-            peer = built.add(peers.ours, label, dtype, compiled, first, kernels=backend, **families)
-            peer.backend = name
-            first = first or peer
+        for compiled in compile_ways[-1:] if families else compile_ways:
+            variant = found.add(peers.ours, label, dtype, compiled, first, kernels=backend,
+                                **families)
+            variant.backend = name
+            first = first or variant
     if options.nanogpt:
         default = dtype if device.type == "cuda" else torch.float32  # it has no autocast on a CPU
         make = partial(peers.nanogpt, options.nanogpt)
         if dtype != default:
-            built.add(make, f"nanoGPT, {str(dtype).removeprefix('torch.')}", dtype, False)
-        built.both(make, "nanoGPT", default)
+            found.add(make, f"nanoGPT, {str(dtype).removeprefix('torch.')}", dtype, False)
+        found.both(make, "nanoGPT", default)
     if "transformers" in wanted and importlib.util.find_spec("transformers"):
-        built.both(peers.transformers_gpt2, "transformers", dtype)
+        found.both(peers.transformers_gpt2, "transformers", dtype)
     if "liger" in wanted and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        built.both(peers.ours, "Liger's kernels in ours", dtype, first,
+        found.both(peers.ours, "Liger's kernels in ours", dtype, first,
                    kernels=peers.liger_kernels())
-    return built.found
+    return found.built
 
 
 def show(name: str, case: dict) -> None:

@@ -5,10 +5,10 @@
 
 Forward and backward are timed apart and together. The floor is operations over the rate of a large
 matrix product, or bytes over that of a large copy, both measured in this run; attention's
-operations count only the scores that are used. Every implementation first runs at the full shape
-and is compared, where a slice can be, with kernels/reference.py in fp64. A wrong one is refused,
-with its value and the right one, and is not timed. Peers that are not installed, or cannot run
-here, are named.
+operations count only the scores that are used. Every implementation first runs at the full shape,
+and the part that `wrong` names is compared with kernels/reference.py in fp64. A wrong one is
+refused, with its value and the right one, and is not timed. Peers that are not installed, or cannot
+run here, are named.
 """
 
 import sys
@@ -28,6 +28,7 @@ from bench.floors import Rates, Work
 from bench.ops import cases
 from bench.ops.cases import Case
 from bench.ops.peers import OURS, implementations
+from bench.options import named
 from bench.timing import Timing, environment, measure, result_path, write_result
 from common import cli, hardware
 from common.bounds import NonNegativeFloat, Positive
@@ -95,10 +96,7 @@ def chosen_cases(options: Options, device: torch.device) -> list[Case]:
     """The cases, the most important first. Raises ValueError for an unknown size."""
     if device.type == "cpu":
         return small_cases(options.sweep)
-    names = options.sizes.split(",")
-    if unknown := [name for name in names if name not in cases.GPT2]:
-        raise ValueError(f"--sizes={options.sizes}: no size {unknown[0]!r}; there are "
-                         f"{', '.join(cases.GPT2)}")
+    names = named("sizes", options.sizes, cases.GPT2)
     first, *others = (cases.gpt2(name, options.batch_size) for name in names)
     swept = [Case("attention", (max(1, cases.ROWS // T), T, 768 // D, D))
              for D in (64, 128) for T in SWEEP] if options.sweep else []
@@ -172,12 +170,12 @@ def speed(timing: Timing, least: Work | None, rates: Rates) -> dict:
     return row
 
 
-def refuse_impossible(name: str, phase: str, row: dict) -> None:
-    """Raise ValueError for a time below the floor by far: the clock, or the floor, is wrong."""
-    if row["of_floor"] is not None and row["of_floor"] > IMPOSSIBLE:
-        raise ValueError(f"{name}, {phase}: {row['timing'].median_ms:.4g} ms is "
-                         f"{100 * row['of_floor']:.0f} % of what this device can do; nothing is "
-                         f"reported above {100 * IMPOSSIBLE:.0f} %")
+def impossible(name: str, phase: str, row: dict) -> str:
+    """Why a time cannot be true, or ""."""
+    if row["of_floor"] is None or row["of_floor"] <= IMPOSSIBLE:
+        return ""
+    return (f"{name}, {phase}: {row['timing'].median_ms:.4g} ms is {100 * row['of_floor']:.0f} % "
+            f"of what this device can do; nothing is reported above {100 * IMPOSSIBLE:.0f} %")
 
 
 # -- check -----------------------------------------------------------------------
@@ -293,21 +291,18 @@ def measure_case(case: Case, rates: Rates, device: torch.device, repeats: int) -
                                 repeats=repeats, min_time_ms=1.0) for phase in PHASES}
     least = work(case)
     variants: dict[str, dict] = {name: {} for name in right}
-    impossible = []
+    too_fast = []
     for phase in PHASES:
         for name, timing in times[phase].items():
             variants[name][phase] = row = speed(timing, least[phase], rates)
-            try:
-                # a CPU's caches are not flushed, and may well be faster than its memory
-                if device.type == "cuda":
-                    refuse_impossible(name, phase, row)
-            except ValueError as error:
-                impossible.append(str(error))
+            # a CPU's caches are not flushed, and may well be faster than its memory
+            if device.type == "cuda" and (why := impossible(name, phase, row)):
+                too_fast.append(why)
                 variants[name][phase] = None
     floor = {phase: w and {"flops": w.flops, "bytes": w.bytes, "ms": w.ns(rates) * 1e-6}
              for phase, w in least.items()}
     return {"operator": case.operator, "shape": case.shape, "dtype": case.dtype, "floor": floor,
-            "variants": variants, "skipped": skipped, "refused": refused, "impossible": impossible}
+            "variants": variants, "skipped": skipped, "refused": refused, "impossible": too_fast}
 
 
 def show(case: Case, found: dict) -> None:
@@ -332,9 +327,14 @@ def _cells(row: dict | None) -> str:
 
 def rate(row: dict) -> str:
     """The speed of a row with its unit."""
-    if tflops := row["tflops"]:
-        return f"{tflops:.0f} TFLOP/s" if tflops >= 10 else f"{1e3 * tflops:.0f} GFLOP/s"
+    if row["tflops"]:
+        return matmul_rate(row["tflops"])
     return f"{row['gbs']:.4g} GB/s" if row["gbs"] else ""
+
+
+def matmul_rate(tflops: float) -> str:
+    """A rate of matrix products with its unit."""
+    return f"{tflops:,.0f} TFLOP/s" if tflops >= 10 else f"{1e3 * tflops:,.0f} GFLOP/s"
 
 
 if __name__ == "__main__":

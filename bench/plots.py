@@ -16,6 +16,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from bench.operators import matmul_rate
 from bench.report import where
 from bench.timing import RESULTS
 from common import cli
@@ -86,17 +87,13 @@ def roofline(result: dict[str, Any], figure: Any) -> None:
     roof = [min(rates["matmul_tflops"], x * rates["copy_gbs"] / 1e3) for x in ends]
     axes.plot(ends, roof, "k-", linewidth=1)
     title = (f"Operators under the roof of a copy, {rates['copy_gbs']:,.4g} GB/s, and a matrix "
-             f"product, {_rate(rates['matmul_tflops'])}\nfilled: forward; hollow: backward, of a "
-             "loss both together")
+             f"product, {matmul_rate(rates['matmul_tflops'])}\n"
+             "filled: forward; hollow: backward, of a loss both together")
     axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", title=title,
              xlabel="operations per byte (of norms and losses: nominal)")
     handles = [axes.plot([], [], linestyle="none", label=label, **look)[0]
                for label, look in (shown | operators).items()]
     figure.legend(handles=handles, fontsize=8, loc="outside right upper")
-
-
-def _rate(tflops: float) -> str:
-    return f"{tflops:,.0f} TFLOP/s" if tflops >= 10 else f"{1e3 * tflops:,.0f} GFLOP/s"
 
 
 # -- tokens per second -----------------------------------------------------------

@@ -142,7 +142,7 @@ def filled(readme: str, results: Path = RESULTS) -> str:
 
 
 def main(options: Options) -> int:
-    """0 when README.md is what the results say, or has been written so."""
+    """Write README's tables, or with --check only compare. Returns 0, or 1 where they differ."""
     path = ROOT / "README.md"
     before = path.read_text()
     after = filled(before)

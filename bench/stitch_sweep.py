@@ -23,9 +23,10 @@ from data.shakespeare_char.prepare import main as prepare
 from gpt.config import Depth, Width
 from gpt.run_folder import complete_checkpoints
 from train import loop, optim
-from train.build import Run, build
+from train.build import build
 from train.command_line import parse
 from train.config import Config
+from train.state import Run
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def settings(o: Options, **flags: object) -> Config:
 
 
 def trained(o: Options, base: Base) -> dict[str, float]:
-    """Train the model unless that was done; its loss."""
+    """Train a model unless its folder has it already, and return its validation loss."""
     out_dir = Path(o.out_dir) / base.name
     config = settings(o, out_dir=out_dir, seed=base.seed, optimizer=base.optimizer,
                       direction=base.direction, learning_rate=base.learning_rate,

@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from bench.options import named
 from bench.timing import ROOT, environment, write_result
 from common import cli, hardware
 from common.bounds import PositiveFloat
@@ -88,7 +89,7 @@ def parts_of_a_gpu() -> list[Part]:
 
 
 def parts_of_a_cpu(device: str) -> list[Part]:
-    """The parts elsewhere."""
+    """The parts on any other device, at a small size; what needs CUDA is skipped."""
     none, here = f"needs a CUDA device, this is {device}", f"--device={device}"
     return [
         Part("ring3", (), 0, 0, skip=none),
@@ -127,10 +128,9 @@ def main(options: Options) -> int:
 
 def choose(known: list[Part], names: str) -> list[Part]:
     """The parts of these names, in the order of `known`. Raises ValueError for an unknown name."""
-    wanted = names.split(",") if names else [part.name for part in known]
-    if unknown := set(wanted) - {part.name for part in known}:
-        raise ValueError(f"--parts={names}: no part {min(unknown)!r}; there are "
-                         f"{', '.join(part.name for part in known)}")
+    if not names:
+        return known
+    wanted = named("parts", names, [part.name for part in known])
     return [part for part in known if part.name in wanted]
 
 

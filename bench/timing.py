@@ -161,8 +161,8 @@ def measure(variants: Mapping[str, Callable[[], object]], *, device: torch.devic
     find its data in the cache. Raises ValueError for repeats < 1 or warmup < 0.
     """
     if repeats < 1 or warmup < 0:
-        raise ValueError(
-            f"measure: repeats={repeats} must be at least 1, warmup={warmup} at least 0")
+        raise ValueError(f"measure: repeats={repeats} must be at least 1, "
+                         f"warmup={warmup} at least 0")
     device = torch.device(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return _measure(variants, device, warmup, repeats, min_time_ms)

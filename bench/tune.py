@@ -26,6 +26,7 @@ import torch
 
 from bench.ops import cases, peers
 from bench.ops.cases import Case
+from bench.options import named
 from bench.timing import Timing, environment, measure, write_result
 from common import cli
 from common.bounds import Positive
@@ -42,7 +43,7 @@ class Options:
     sizes: str = ",".join(cases.GPT2)
     """of GPT-2, with commas"""
     family: str = ""
-    """only this family of operators: attention, layernorm, cross_entropy"""
+    """only these families of operators, with commas: attention, layernorm, cross_entropy"""
     batch: Positive = 16
     """sequences of 1024 tokens"""
     repeats: Positive = 20
@@ -278,16 +279,12 @@ def _compared_line(row: dict) -> str:
 
 def chosen_cases(options: Options) -> list[tuple[str, Case, Case]]:
     """(size, case, the same case with two sequences). Raises ValueError for unknown names."""
-    sizes = options.sizes.split(",")
-    if unknown := [size for size in sizes if size not in cases.GPT2]:
-        raise ValueError(f"--sizes={options.sizes}: unknown {unknown[0]}; choose from "
-                         f"{', '.join(cases.GPT2)}")
-    if options.family not in ("", *FAMILIES):
-        raise ValueError(f"--family={options.family}: choose from {', '.join(FAMILIES)}")
+    sizes = named("sizes", options.sizes, cases.GPT2)
+    families = named("family", options.family, FAMILIES) if options.family else list(FAMILIES)
     return [(size, case, small) for size in sizes
             for case, small in zip(cases.gpt2(size, options.batch), cases.gpt2(size, 2),
                                    strict=True)
-            if options.family in ("", case.family)]
+            if case.family in families]
 
 
 def main(options: Options) -> None:

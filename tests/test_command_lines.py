@@ -97,7 +97,7 @@ def measurements(trained):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             options = importlib.import_module(module).Options
             commands[module] = Entry(parse_only(options), options)
-    main = partial(cli.run, lambda options: print(project.table(options)), project.Options)
+    main = partial(cli.run, project.main, project.Options)
     commands[project.__name__] = Entry(main, project.Options,
                                        ["--node_gbs=300", "--network_gbs=40"])
     main = partial(cli.run, compare_run.main, compare_run.Options,

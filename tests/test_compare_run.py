@@ -106,11 +106,14 @@ def test_exit_codes_and_plot(tmp_path, capsys):
     (("torn", "good"), "torn/metrics.jsonl, line 2: no entry"),
     (("empty", "good"), "no losses in it yet"),
     (("good", "good/metrics.json"), "no reference of curves"),
+    (("listed", "good"), "listed/config.json: .*list.*; give the out_dir of a run"),
 ])
 def test_bad_input_is_one_clear_line(bad, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "good", run_at(1.0))
     (tmp_path / "good" / "metrics.json").write_text("{}")
+    write_run(tmp_path / "listed", run_at(1.0))
+    (tmp_path / "listed" / "config.json").write_text("[]")
     for name, text in {"torn": '{"iter": 0, "loss": 1.0}\n{"iter": 1, "lo\n{}\n',
                        "empty": '{"iter": 3, "lo'}.items():
         (tmp_path / name).mkdir()

@@ -7,6 +7,7 @@ import pytest
 
 from bench import floors
 from bench.steps.project import GPUS, Options, measured, model, project, ring_ms, table
+from bench.timing import RESULTS
 
 GIVEN = Options(node_gbs=300.0, network_gbs=40.0, results="nowhere.json")
 
@@ -78,6 +79,15 @@ def test_the_table_says_that_it_is_a_projection_and_what_is_not_measured(tmp_pat
     ceiling = 2**19 / project(model("124M"), 1, GIVEN).total_ms * 1e3
     row = table(replace(GIVEN, results=str(result))).splitlines()[4]
     assert f"600,000 (ours, triton, compiled), {6e5 / ceiling:.0%} of the projection" in row
+
+
+def test_another_file_is_no_measurement_and_a_damaged_one_is_refused(tmp_path):
+    assert measured("124M", RESULTS / "stitch.json") is None
+    damaged = tmp_path / "mfu.json"
+    for text in ("[]", '{"cases": '):
+        damaged.write_text(text)
+        with pytest.raises(ValueError, match="mfu.json: .*; name a result of bench/mfu.py"):
+            measured("124M", damaged)
 
 
 @pytest.mark.parametrize("bad", [{"matmul_fraction": 0.0}, {"memory_fraction": 1.1},

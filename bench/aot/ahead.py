@@ -15,7 +15,7 @@ target that a stand-in driver names.
 
 import os
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -30,10 +30,12 @@ from bench.aot import sass, traffic
 from bench.aot.offline import name_of, offline
 from bench.ops import cases
 from bench.ops.cases import Case
+from bench.options import named
 from bench.timing import RESULTS, environment, write_result
 from common import cli
 from common.bounds import NotEmpty, Processes
 from common.processes import end_with_parent
+from kernels import FAMILIES
 
 MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy", "linear_cross_entropy")
 
@@ -47,7 +49,7 @@ class Options:
     quick: bool = False
     """only GPT-2's four sizes, in bf16"""
     family: str = ""
-    """only this family of operators: attention, layernorm, cross_entropy"""
+    """only these families of operators, with commas: attention, layernorm, cross_entropy"""
     out: NotEmpty = str(RESULTS / "ahead.json")
     """JSON file for the result"""
     processes: Processes = 2
@@ -85,7 +87,7 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
     assert not triton.knobs.runtime.interpret, "kernels are compiled without TRITON_INTERPRET"
     compile_kernel = triton.runtime.JITFunction.run
     rows: dict[str, dict] = {}
-    case = batch[0]
+    case = batch[0]  # `launched` reads the loop's case
 
     def launched(kernel, grid, args, kwargs):
         row = {"family": case.family, "kernel": name_of(kernel), "arch": arch,
@@ -106,8 +108,9 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
     with patch.object(triton.runtime.driver, "_active", OfflineDriver(arch)):
         for case in batch:
             with offline(divmod(arch, 10), launched):
-                deque(cases.run(cases.operator(case, "triton"), cases.arguments(case, "meta"),
-                                cases.options(case, "meta")), 0)
+                fn, args = cases.operator(case, "triton"), cases.arguments(case, "meta")
+                for _ in cases.run(fn, args, cases.options(case, "meta")):
+                    pass
     return list(rows.values())
 
 
@@ -230,21 +233,15 @@ def traffic_table(moved: list[dict]) -> str:
 
 def architectures(given: str) -> list[int]:
     """The architectures of --arch. Raises ValueError for one that is not known."""
-    names = given.split(",")
-    known = {str(arch): arch for arch in sass.MULTIPROCESSOR}
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"--arch={given}: unknown {unknown[0]}; choose from {', '.join(known)}")
-    return [known[name] for name in names]
+    return [int(name) for name in named("arch", given, map(str, sass.MULTIPROCESSOR))]
 
 
 def main(options: Options) -> int:
     """Compile, report, write; 1 where a kernel does not compile."""
     archs = architectures(options.arch)
-    chosen = [c for c in (cases.quick() if options.quick else cases.full())
-              if options.family in ("", c.family)]
-    if not chosen:
-        raise ValueError(f"--family={options.family}: choose from "
-                         f"{', '.join(sorted(set(cases.FAMILY.values())))}")
+    families = named("family", options.family, FAMILIES) if options.family else list(FAMILIES)
+    every = cases.quick() if options.quick else cases.full()
+    chosen = [case for case in every if case.family in families]
     result = report(chosen, archs, options.processes)
     write_result(options.out, result)
     print(kernel_table(result["kernels"]))

@@ -4,20 +4,20 @@ Three curves are judged: the evaluations, `train/loss` and `val/loss`, as they a
 of one batch, averaged over the last 50 steps up to each (those of them that are compared, the same
 for every run).
 
-The band at a step is [min - 3 S, max + 3 S] over the reference's runs. S is the larger of two
-figures:
+The band at a step is [min - 3 sigma, max + 3 sigma] over the reference's runs. sigma is the larger
+of two figures:
 
-- The spread of the seeds: the standard deviation between the runs, as a root mean square over the
-  n/2 - 5th to 2n + 5th compared step around the nth. Three runs say little at one step, so steps
-  are pooled; over a ratio, because the spread changes with the logarithm of the step.
+- The spread of the seeds: the standard deviation between the runs. Three runs say little at one
+  step, so at the nth compared step it is the root mean square over those from n/2 - 5 to 2n + 5: a
+  ratio, because the spread changes with the logarithm of the step.
 - The sampling noise of a mean over m batches, s / sqrt(m): s from the differences of consecutive
   batch losses, m the batches of the evaluation or of the 50 steps. The seed draws the batches, so
   runs of different seeds cannot agree better than that; three that seem to do so by chance.
 
-A single reference run shows no spread: then S is twice the noise, since between the seeds of the
-two committed references the spread is 1.2 to 2.3 times the noise. With fewer than three runs
-3 sqrt(2) replaces the 3: S is not known well. Two runs with the same seed read the same batches,
-and should differ much less than this band allows.
+A single reference run shows no spread: then sigma is twice the noise, since between the seeds of
+the two committed references the spread is 1.2 to 2.3 times the noise. With fewer than three runs
+3 sqrt(2) replaces the 3: sigma is not known well. Two runs with the same seed read the same
+batches, and should differ much less than this band allows.
 
 Tried: seed 1, which is in neither committed reference, stays in the bands of both. Each of their
 six runs against the other two: five in band, one outside for 2 of 2000 steps, by 0.0025. The bound
@@ -32,10 +32,12 @@ from typing import Any
 import numpy as np
 
 from bench.timing import ROOT
+from common.files import read_json
 
 SMOOTH_STEPS = 50
 WIDENING = 3.0
 CURVES = ("train/loss", "val/loss", "loss")
+REMEDY = "give the out_dir of a run"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def read_run(folder: Path) -> Run:
     """
     log = folder / "metrics.jsonl"
     if not log.is_file():
-        raise ValueError(f"{folder}: no metrics.jsonl there; give the out_dir of a run")
+        raise ValueError(f"{folder}: no metrics.jsonl there; {REMEDY}")
     curves: dict[str, dict[int, float]] = {name: {} for name in CURVES}
     for number, line in enumerate(log.read_text().splitlines(keepends=True), 1):
         if not line.endswith("\n"):
@@ -108,19 +110,21 @@ def read_run(folder: Path) -> Run:
                     value = float("nan") if entry[name] is None else float(entry[name])
                     curves[name][int(entry["iter"])] = value
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{log}, line {number}: no entry of metrics.jsonl ({error!r})") from None
+            raise ValueError(f"{log}, line {number}: "
+                             f"no entry of metrics.jsonl ({error!r})") from None
     if not any(curves.values()):
         raise ValueError(f"{log}: no losses in it yet")
     config = folder / "config.json"
-    leaves = json.loads(config.read_text()) if config.is_file() else {}
+    leaves = read_json(config, dict[str, Any], REMEDY) if config.is_file() else {}
     return Run(folder.name, curves, leaves, _data_source(leaves))
 
 
 def _data_source(leaves: dict[str, Any]) -> dict[str, Any] | None:
     folder = Path(leaves.get("data_dir") or ROOT / "data" / leaves.get("dataset", ""))
     manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text()).get("source") if manifest.is_file() else None
+    if not manifest.is_file():
+        return None
+    return read_json(manifest, dict[str, Any], "prepare the data of the run anew").get("source")
 
 
 def read_reference(path: Path) -> list[Run]:
@@ -132,8 +136,8 @@ def read_reference(path: Path) -> list[Run]:
                     {name: dict(zip(steps[name], values[name], strict=True)) for name in CURVES},
                     found["config"], found["data"]) for seed, values in seeds.items()]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: no reference of curves ({error!r}); make one with --write") from None
+        raise ValueError(f"{path}: no reference of curves ({error!r}); "
+                         "make one with --write") from None
 
 
 def read(path: str) -> list[Run]:
@@ -153,8 +157,8 @@ def smoothed(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def pooled(squares: np.ndarray) -> np.ndarray:
-    """For each nth of the squares (S,) the root of their mean over the n/2 - 5th to 2n + 5th."""
-    return np.sqrt([squares[max(0, n // 2 - 5) : 2 * n + 6].mean() for n in range(len(squares))])
+    """Root mean square of the squares (n,) around each position k: from k // 2 - 5 to 2 k + 5."""
+    return np.sqrt([squares[max(0, k // 2 - 5) : 2 * k + 6].mean() for k in range(len(squares))])
 
 
 def band(curve: str, steps: np.ndarray, runs: list[Run]) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +172,10 @@ def band(curve: str, steps: np.ndarray, runs: list[Run]) -> tuple[np.ndarray, np
 
 
 def _sampling_noise(curve: str, steps: np.ndarray, run: Run) -> np.ndarray:
-    """The standard error of the mean over the batches behind each value of a run."""
+    """The standard error of the mean over the batches behind each value of a run.
+
+    Raises ValueError for fewer than three logged steps.
+    """
     logged = np.array(sorted(run.curves["loss"]))
     if len(logged) < 3:
         raise ValueError(f"{run.name}: {len(logged)} steps logged, too few to see the noise of its "

@@ -24,11 +24,13 @@ from bench.timing import RESULTS, environment, write_result
 from common import cli
 from common.bounds import BelowOne, NotEmpty, Positive
 from data.loader import Loader, eval_batches
-from data.tokens import open_split, open_tokens, write_tokens
+from data.tokens import check_vocabulary, open_split, open_tokens, write_tokens
 from gpt import GPT, GPTConfig
 from kernels import load
 from train import optim
 from train.config import OptimConfig
+
+VOCABULARY = 65  # the characters of data/shakespeare_char
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ FORMS: dict[str, Callable] = {
 
 def run(form: Callable, seed: int, options: Options, data: Path) -> float:
     """Train on the tokens in `data`; the validation loss at the end, in nats."""
-    config = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128,
+    config = GPTConfig(block_size=64, vocab_size=VOCABULARY, n_layer=4, n_head=4, n_embd=128,
                        dropout=options.dropout)
     c = OptimConfig(learning_rate=1e-3, min_lr=1e-4, max_iters=options.max_iters,
                     lr_decay_iters=options.max_iters, warmup_iters=50, beta2=0.99)
@@ -85,11 +87,15 @@ def run(form: Callable, seed: int, options: Options, data: Path) -> float:
 
 
 def main(options: Options) -> None:
-    """Train with each form from each seed, in turns; print and write."""
+    """Train with each form from each seed, in turns; print and write.
+
+    Raises ValueError for data with ids of VOCABULARY or more.
+    """
     losses: dict[str, list[float]] = {name: [] for name in FORMS}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "slice.bin"
         whole = open_split(options.data_dir, "train")
+        check_vocabulary(whole, VOCABULARY)
         write_tokens(data, next(whole.chunks())[: options.train_tokens])
         for seed in range(options.seeds):
             for name, form in FORMS.items():

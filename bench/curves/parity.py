@@ -11,6 +11,7 @@ standard library, in GPT-2's tokens where its vocabulary is installed, else in b
 import json
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def write_corpus(folder: Path, gpt2_tokens: bool) -> str:
 
 def write_gpt2_tokens(folder: Path) -> None:
     """The standard library in GPT-2's tokens, split by file as data/python_stdlib splits it."""
-    root = Path(prepare.sysconfig.get_path("stdlib"))
+    root = Path(sysconfig.get_path("stdlib"))
     parts: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     for path in prepare.source_files(root):
         ids = encode_ordinary((root / path).read_text(encoding="utf-8", errors="replace"))

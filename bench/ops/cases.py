@@ -14,7 +14,8 @@ from gpt.config import SIZES
 from kernels import FAMILIES, load
 
 GPT2 = dict(zip(("124M", "350M", "774M", "1558M"), SIZES.values(), strict=True))  # by parameters
-T, V, ROWS = 1024, 50304, 16 * 1024  # context, padded vocabulary, and the tokens of one micro-batch
+CONTEXT, VOCABULARY = 1024, 50304  # the vocabulary is padded
+ROWS = 16 * 1024  # the tokens of one micro-batch
 FAMILY = {operator: family for family, row in FAMILIES.items() for operator in row.operators}
 WINDOW, DROPOUT = 256, 0.1
 
@@ -43,16 +44,16 @@ class Case:
         return f"{self.operator} {'x'.join(map(str, self.shape))} {dtype} {self.variant}".rstrip()
 
 
-def gpt2(size: str, batch: int = ROWS // T) -> list[Case]:
+def gpt2(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
     """The calls of the model of this size in one micro-batch, bf16."""
     heads, width = GPT2[size].n_head, GPT2[size].n_embd
-    rows = batch * T
+    rows = batch * CONTEXT
     return [
-        Case("attention_qkv", (batch, T, heads, width // heads)),
+        Case("attention_qkv", (batch, CONTEXT, heads, width // heads)),
         Case("add_layernorm", (rows, width)),
         Case("layernorm", (rows, width)),
-        Case("cross_entropy", (rows, V)),
-        Case("linear_cross_entropy", (rows, width, V)),
+        Case("cross_entropy", (rows, VOCABULARY)),
+        Case("linear_cross_entropy", (rows, width, VOCABULARY)),
     ]
 
 
@@ -70,10 +71,10 @@ def full() -> list[Case]:
     dims = (16, 32, 40, 80, 96, 128, 160, 192, 256)
     widths = (64, 128, 256, 384, 512, 1000, 2048, 3072, 4096, 5120, 8192, 16384)
     return quick() + [
-        *(Case("attention_qkv", (16, T, 12, D)) for D in dims),
-        *(Case("attention_qkv", (16, T, 12, D), dtype) for D in (64, 128, 256)
+        *(Case("attention_qkv", (16, CONTEXT, 12, D)) for D in dims),
+        *(Case("attention_qkv", (16, CONTEXT, 12, D), dtype) for D in (64, 128, 256)
           for dtype in (fp16, fp32)),
-        *(Case("attention_qkv", (16, T, 12, D), bf16, variant)
+        *(Case("attention_qkv", (16, CONTEXT, 12, D), bf16, variant)
           for D in (64, 128) for variant in ("window", "documents", "dropout")),
         *(Case(operator, (ROWS, N)) for operator in ("add_layernorm", "layernorm") for N in widths),
         *(Case("layernorm", (ROWS, N), fp32) for N in (768, *widths)),
@@ -81,8 +82,8 @@ def full() -> list[Case]:
         *(Case(operator, (ROWS, 768), bf16, "nobias")
           for operator in ("add_layernorm", "layernorm")),
         Case("add_layernorm", (ROWS, 768), bf16, "fp32 residual"),
-        *(Case("cross_entropy", (ROWS, v)) for v in (65, 50257, 131072)),
-        *(Case("cross_entropy", (ROWS, V), dtype) for dtype in (fp16, fp32)),
+        *(Case("cross_entropy", (ROWS, V)) for V in (65, 50257, 131072)),
+        *(Case("cross_entropy", (ROWS, VOCABULARY), dtype) for dtype in (fp16, fp32)),
         Case("linear_cross_entropy", (ROWS, 768, 65)),
     ]
 
@@ -99,21 +100,21 @@ def arguments(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
         return torch.randn(shape, dtype=dtype, device=device).requires_grad_()
 
     match case.operator, case.shape:
-        case "attention_qkv", (B, t, H, D):
-            return [normal(B, t, 3, H, D)]
-        case "attention", (B, t, H, D):
-            return [normal(B, t, H, D) for _ in range(3)]
+        case "attention_qkv", (B, T, H, D):
+            return [normal(B, T, 3, H, D)]
+        case "attention", (B, T, H, D):
+            return [normal(B, T, H, D) for _ in range(3)]
         case "layernorm" | "add_layernorm" as operator, (M, N):
             stream = torch.float32 if case.variant == "fp32 residual" else case.dtype
             residual = [normal(M, N, dtype=stream)]
             count = 1 if case.variant == "nobias" else 2
             parameters = [normal(N, dtype=torch.float32) for _ in range(count)]
             return [normal(M, N), *(residual if operator == "add_layernorm" else []), *parameters]
-        case "cross_entropy", (M, v):
-            return [normal(M, v), torch.randint(v, (M,), device=device)]
-        case "linear_cross_entropy", (M, N, v):
-            return [normal(M, N), normal(v, N, dtype=torch.float32),
-                    torch.randint(v, (M,), device=device)]
+        case "cross_entropy", (M, V):
+            return [normal(M, V), torch.randint(V, (M,), device=device)]
+        case "linear_cross_entropy", (M, N, V):
+            return [normal(M, N), normal(V, N, dtype=torch.float32),
+                    torch.randint(V, (M,), device=device)]
     raise ValueError(f"no case for {case.operator} of shape {case.shape}; see bench/ops/cases.py")
 
 
@@ -122,9 +123,9 @@ def options(case: Case, device: torch.device | str = "cpu") -> dict:
     if case.variant == "window":
         return {"window": WINDOW}
     if case.variant == "documents":  # four documents of equal length in a row
-        t = case.shape[1]
-        length = max(1, t // 4)
-        starts = torch.arange(t, device=device, dtype=torch.int32) // length * length
+        T = case.shape[1]
+        length = max(1, T // 4)
+        starts = torch.arange(T, device=device, dtype=torch.int32) // length * length
         return {"doc_start": starts.expand(case.shape[:2]).contiguous()}
     if case.variant == "dropout":
         return {"dropout": DROPOUT, "seed": torch.zeros((), dtype=torch.int64, device=device)}

@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Options:
     """Measure generation."""
 
     device: str = "auto"
-    size: str = "gpt2"
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, with random weights"""
+    size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """of the model, which has random weights"""
     new_tokens: Positive = 128
     nanogpt: str = ""
     """folder of a nanoGPT checkout to measure against"""
@@ -47,10 +47,10 @@ def main(options: Options) -> dict:
     idx = torch.randint(50257, (1, 4), device=device)
     model.to(device)
     check(makers(options, weights, model, idx, 16, top_k=1))
-    best = GPT(config).eval()
+    best = GPT(config).eval().to(device)
     best.load_state_dict(weights)
     sample = Sample(max_new_tokens=options.new_tokens)
-    best.to(device, weights_dtype(sample, best.to(device), idx.shape[1]))
+    best.to(weights_dtype(sample, best, idx.shape[1]))
     callables = {"ours": lambda: best.generate(idx, options.new_tokens),
                  **makers(options, weights, model, idx, options.new_tokens)}
     timings = measure(callables, device=device, warmup=1, repeats=options.repeats)
@@ -59,8 +59,8 @@ def main(options: Options) -> dict:
                              for name in timings}
     rows["ours"]["dtype"] = str(best.lm_head.weight.dtype).removeprefix("torch.")
     for name in rows:
-        print(f"{name:20}{rate[name]:8.1f} tokens/s   ours is {rate['ours'] / rate[name]:.2f} x "
-              "this")
+        ratio = rate["ours"] / rate[name]
+        print(f"{name:20}{rate[name]:8.1f} tokens/s   ours is {ratio:.2f} x this")
     result = {"benchmark": "generation", "environment": environment(device), "options": options,
               "variants": rows}
     out = result_path(options.out, f"generation-{machine(device)}")

@@ -80,14 +80,14 @@ def peak_bytes(config: GPTConfig, backend: str, device: torch.device, batch: int
         torch.cuda.empty_cache()
 
 
-def _two_steps(config: GPTConfig, backend: str, batch: int, device: torch.device) -> int:
+def _two_steps(config: GPTConfig, backend: str, batch: int, device: torch.device) -> int | None:
     weights = GPT(config).state_dict()
-    peer = peers.ours(config, weights, device, torch.bfloat16, kernels=backend)
+    variant = peers.ours(config, weights, device, torch.bfloat16, kernels=backend)
     idx, targets = torch.randint(config.vocab_size, (2, batch, config.block_size), device=device)
-    peer.step(idx, targets)
-    torch.cuda.reset_peak_memory_stats(device)
-    peer.step(idx, targets).item()
-    return torch.cuda.max_memory_allocated(device)
+    variant.step(idx, targets)
+    hardware.reset_peak_memory(device)
+    variant.step(idx, targets).item()
+    return hardware.peak_memory_bytes(device)
 
 
 if __name__ == "__main__":

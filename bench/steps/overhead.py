@@ -23,10 +23,11 @@ import torch
 from bench.timing import Timing, environment, result_path, write_result
 from common.cli import exit_code
 from train import loop, optim, parallel
-from train.build import Run, build
+from train.build import build
 from train.command_line import parse
 from train.config import Config
 from train.report import Report
+from train.state import Run
 
 STEPS, WARMUP = 100, 10
 
@@ -90,7 +91,7 @@ def one(run: Run, report: Report, watch: Stopwatch) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 2 after one line on stderr for bad input."""
+    """Run the command. Exit code: 0, or 2 after one line on stderr."""
     return exit_code(lambda: overhead(sys.argv[1:] if argv is None else argv))
 
 

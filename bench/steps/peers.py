@@ -1,7 +1,7 @@
 """Models that train the same GPT, ours and others', each as something the bench can step.
 
-Every peer starts from the same tensors, named as in gpt/model.py. Before anything is timed all
-compute the loss of one batch, and a peer whose loss differs is refused.
+Every variant starts from the same tensors, named as in gpt/model.py. Before anything is timed all
+compute the loss of one batch, and a variant whose loss differs is refused.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # 
 
 
 @dataclass
-class Peer:
+class Variant:
     """A model with its optimizer; `step` calls `loss`, the mean cross-entropy, under autocast."""
 
     name: str
@@ -51,7 +51,7 @@ class Peer:
         return loss
 
     def bytes_held(self) -> int:
-        """Bytes of weights and optimizer state; another peer may share them."""
+        """Bytes of weights and optimizer state; another variant may share them."""
         states = (t for state in self.optimizer.state.values()
                   for t in state.values() if isinstance(t, Tensor))
         return sum(t.nbytes for t in [*self.module.parameters(), *states])
@@ -68,7 +68,7 @@ class Peer:
 
     @torch.no_grad()
     def evaluate(self, idx: Tensor, targets: Tensor) -> float:
-        """The loss without dropout, in which peers must agree."""
+        """The loss without dropout, in which variants must agree."""
         self.module.eval()
         with hardware.autocast(self.device, self.dtype):
             loss = self.loss(idx, targets).item()
@@ -78,11 +78,11 @@ class Peer:
 
 def ours(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype,
          *, name: str = "ours", kernels: str | Kernels = "torch", compiled: bool = False,
-         like: Peer | None = None, **families: str) -> Peer:
+         like: Variant | None = None, **families: str) -> Variant:
     """Our model on a backend, or on any Kernels; `families` replace single ones (kernels.load).
 
-    It shares the parameters and the optimizer of the peer `like`, so that many variants of a large
-    model fit a GPU.
+    It shares the parameters and the optimizer of the variant `like`, so that many variants of a
+    large model fit a GPU.
     """
     operators = load(kernels, **families) if isinstance(kernels, str) else kernels
     model = shared(GPT, like, config, operators)
@@ -92,10 +92,10 @@ def ours(config: GPTConfig, weights: dict[str, Tensor], device: torch.device, dt
     if compiled:
         model.compile()
     optimizer = like.optimizer if like else optim.build(model, OPTIM)
-    return Peer(name, model, model, optimizer, device, dtype)
+    return Variant(name, model, model, optimizer, device, dtype)
 
 
-def shared(make: Callable[..., nn.Module], like: Peer | None, *arguments: Any) -> Any:
+def shared(make: Callable[..., nn.Module], like: Variant | None, *arguments: Any) -> Any:
     """make(*arguments), which shares the parameters of `like` where there is one."""
     if like is None:
         return make(*arguments)
@@ -141,15 +141,15 @@ def liger_kernels() -> Kernels:
 
 def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor],
             device: torch.device, dtype: torch.dtype, *, name: str = "nanoGPT",
-            compiled: bool = False, like: Peer | None = None) -> Peer:
+            compiled: bool = False, like: Variant | None = None) -> Variant:
     """The model.py and optimizer of a nanoGPT checkout; `like` as in `ours`.
 
     Raises ValueError if `folder` has no model.py, or for a tanh GELU.
     """
     file = Path(folder) / "model.py"
     if not file.is_file():
-        raise ValueError(f"--nanogpt={folder}: no model.py there; clone nanoGPT and give its "
-                         "folder")
+        raise ValueError(f"--nanogpt={folder}: no model.py there; clone nanoGPT and "
+                         "give its folder")
     if config.activation != "gelu":
         raise ValueError(f"nanoGPT has no {config.activation}; measure it with activation=gelu")
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
@@ -171,12 +171,16 @@ def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor],
             optimizer = like.optimizer
     if compiled:
         model.compile()
-    return Peer(name, model, lambda idx, targets: model(idx, targets)[1], optimizer, device, dtype)
+
+    def loss(idx: Tensor, targets: Tensor) -> Tensor:
+        return model(idx, targets)[1]
+
+    return Variant(name, model, loss, optimizer, device, dtype)
 
 
 def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: torch.device,
                       dtype: torch.dtype, *, name: str = "transformers", compiled: bool = False,
-                      like: Peer | None = None) -> Peer:
+                      like: Variant | None = None) -> Variant:
     """transformers' GPT2LMHeadModel, PyTorch's fused attention and AdamW; `like` as in `ours`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -202,17 +206,19 @@ def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: tor
         return F.cross_entropy(model(idx).logits.float().flatten(0, 1), targets.flatten())
 
     optimizer = like.optimizer if like else optim.build(model, OPTIM)
-    return Peer(name, model, loss, optimizer, device, dtype)
+    return Variant(name, model, loss, optimizer, device, dtype)
 
 
-def agree(peers: list[Peer], idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """The losses of all peers on one batch. Raises ValueError where one is not like the first."""
-    losses = {peer.name: peer.evaluate(idx, targets) for peer in peers}
-    first = peers[0]
-    for peer in peers:
-        allowed = max(TOLERANCE[peer.dtype], TOLERANCE[first.dtype])
-        if not abs(losses[peer.name] - losses[first.name]) <= allowed:
-            raise ValueError(f"{peer.name} has loss {losses[peer.name]:.5f} where {first.name} has "
-                             f"{losses[first.name]:.5f}, on the same weights and batch (allowed: "
-                             f"{allowed}); not timed")
+def agree(variants: list[Variant], idx: Tensor, targets: Tensor) -> dict[str, float]:
+    """The losses of all variants on one batch. Raises ValueError if one is not like the first."""
+    losses = {variant.name: variant.evaluate(idx, targets) for variant in variants}
+    first = variants[0]
+    expected = losses[first.name]
+    for variant in variants:
+        loss = losses[variant.name]
+        allowed = max(TOLERANCE[variant.dtype], TOLERANCE[first.dtype])
+        if not abs(loss - expected) <= allowed:
+            raise ValueError(f"{variant.name} has loss {loss:.5f} where {first.name} has "
+                             f"{expected:.5f}, on the same weights and batch "
+                             f"(allowed: {allowed}); not timed")
     return losses

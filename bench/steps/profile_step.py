@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import floors
 from bench.floors import Rates
 from bench.operators import measure_rates
-from bench.steps.peers import Peer
+from bench.steps.peers import Variant
 from gpt.config import GPTConfig
 
 # The kind of a kernel or operator is the first pattern that its name matches. If none does, the
@@ -103,17 +103,17 @@ def busy_ms(spans: Iterable[tuple[float, float]]) -> float:
 # -- one step --------------------------------------------------------------------
 
 
-def profile_step(peer: Peer, config: GPTConfig, idx: Tensor, targets: Tensor, rates: Rates,
+def profile_step(variant: Variant, config: GPTConfig, idx: Tensor, targets: Tensor, rates: Rates,
                  trace: Path) -> dict:
-    """The table of a step of a peer that is warm; writes the Chrome trace (.json or .json.gz)."""
-    cuda = peer.device.type == "cuda"
+    """The table of a step of a warm variant; writes the Chrome trace (.json or .json.gz)."""
+    cuda = variant.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, acc_events=True) as prof:
         began = time.perf_counter()
         for _ in range(STEPS):
-            peer.step(idx, targets)
+            variant.step(idx, targets)
         if cuda:
-            torch.cuda.synchronize(peer.device)
+            torch.cuda.synchronize(variant.device)
         wall_ms = (time.perf_counter() - began) * 1e3
     trace.parent.mkdir(parents=True, exist_ok=True)
     prof.export_chrome_trace(str(trace))
@@ -164,7 +164,7 @@ def show(title: str, found: dict, lines: int = 12) -> None:
               f"{row['name'][:80]}")
 
 
-def profile_all(runners: list[Peer], config: GPTConfig, idx: Tensor, targets: Tensor,
+def profile_all(variants: list[Variant], config: GPTConfig, idx: Tensor, targets: Tensor,
                 folder: Path) -> dict:
     """Profile and print every variant of a case, with ceilings measured now.
 
@@ -172,11 +172,11 @@ def profile_all(runners: list[Peer], config: GPTConfig, idx: Tensor, targets: Te
     """
     rates, ceilings = measure_rates(idx.device)
     found = {}
-    for peer in runners:
+    for variant in variants:
         slug = re.sub(r"[^A-Za-z0-9]+", "-",
-                      f"{config.n_layer}x{config.n_embd} {peer.name}").strip("-")
-        peer.step(idx, targets)
-        found[peer.name] = profile_step(peer, config, idx, targets, rates,
+                      f"{config.n_layer}x{config.n_embd} {variant.name}").strip("-")
+        variant.step(idx, targets)
+        found[variant.name] = profile_step(variant, config, idx, targets, rates,
                                         folder / f"trace-{slug}.json.gz")
-        show(peer.name, found[peer.name])
+        show(variant.name, found[variant.name])
     return {"rates": ceilings, "variants": found}

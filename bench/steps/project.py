@@ -21,7 +21,6 @@ contention for memory.
 The row of one GPU has the measurement beside it where bench/results/mfu-cuda.json has one.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from bench.ops.cases import GPT2
 from bench.timing import result_path
 from common import cli
 from common.bounds import AboveZeroToOne, Positive, PositiveFloat, ZeroToOne, check
+from common.files import read_json
 from gpt.config import GPTConfig
 
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -126,9 +126,9 @@ def measured(case: str, results: Path) -> tuple[str, float] | None:
     """Our fastest variant and its tokens/s on one GPU, from a result of bench/mfu.py, if any."""
     if not results.is_file():
         return None
-    found: dict[str, Any] = json.loads(results.read_text())["cases"].get(case, {})
-    ours = {name: row["tokens_per_s"] for name, row in found.get("variants", {}).items()
-            if name.startswith("ours")}
+    result = read_json(results, dict[str, Any], "name a result of bench/mfu.py")
+    variants = result.get("cases", {}).get(case, {}).get("variants", {})
+    ours = {name: row["tokens_per_s"] for name, row in variants.items() if name.startswith("ours")}
     return max(ours.items(), key=lambda item: item[1]) if ours else None
 
 
@@ -141,8 +141,8 @@ def table(o: Options) -> str:
         f"GPU, of which matrix products reach {o.matmul_fraction:g}, attention "
         f"{o.attention_fraction:g}, the rest {o.memory_fraction:g}; {o.node_gbs:g} GB/s in nodes "
         f"of {o.gpus_per_node}, {o.network_gbs:g} GB/s between; overlap {o.overlap:g}.", "",
-        "| GPUs | projected ms/step | projected tokens/s | projected scaling | projected "
-        "communication, ms | measured tokens/s |",
+        "| GPUs | projected ms/step | projected tokens/s | projected scaling | "
+        "projected communication, ms | measured tokens/s |",
         "|---|---|---|---|---|---|", *(_row(c, gpus, o) for gpus in GPUS),
     ])
 
@@ -161,5 +161,10 @@ def _row(c: GPTConfig, gpus: int, o: Options) -> str:
             f"{step.communication_ms:.1f}, {step.exposed_ms:.1f} exposed | {told} |")
 
 
+def main(options: Options) -> None:
+    """Print the projection."""
+    print(table(options))
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda options: print(table(options)), Options))
+    sys.exit(cli.run(main, Options))
