@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from common import hardware
+from data import gpt2
 from data.loader import Loader
 from data.manifest import verify
 from data.tokenizer import read_meta
@@ -28,7 +29,7 @@ from train.parallel import World
 from train.state import Run
 
 # The tokenizer of data without a meta file, as in nanoGPT.
-GPT2_META = {"kind": "gpt2", "vocab_size": 50257}
+GPT2_META = {"kind": "gpt2", "vocab_size": gpt2.VOCAB_SIZE}
 
 
 class Inputs(NamedTuple):

@@ -11,7 +11,6 @@ An empty context is the end-of-text token, as in lm-eval. The figures differ fro
 those, export with --to=hf.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 from common import cli
 from common.bounds import Must, NotEmpty, Positive
-from common.files import check_json, read_text
+from common.files import check_json, parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -165,21 +164,19 @@ class Example(NamedTuple):
 
 def read_lines(path: str, form: Any) -> list[Example]:
     """Read the objects of a JSONL file, each a `form`. Raises ValueError that names a bad line."""
+    remedy = "mend the line, or leave it out"
     examples = []
     for number, text in enumerate(read_text(Path(path)).split("\n"), 1):
         where = f"{path}, line {number}"
         if not text.strip():
             continue
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
+        line: Any = parse_json(text, object, where, remedy)
         if not isinstance(line, dict):
             raise ValueError(f"{where}: no object")
         if missing := form.__annotations__.keys() - line.keys():
             raise ValueError(f"{where}: no {sorted(missing)[0]!r}")
         line = {key: line[key] for key in form.__annotations__}
-        line = check_json(line, form, where, "mend the line, or leave it out")
+        line = check_json(line, form, where, remedy)
         examples.append(Example(where, line))
     if not examples:
         raise ValueError(f"{path}: no examples in it")
