@@ -13,33 +13,34 @@ if TYPE_CHECKING:
     import torch
 
     from kernels.cpu_dropout import dropout as dropout
+    from kernels.torch_ops import rotated_qkv as rotated_qkv
 
 
 class Family(NamedTuple):
     """Operators that are replaced together."""
 
     operators: tuple[str, ...]
-    modules: dict[str, str]
-    """backend -> the module with its functions of those names"""
+    modules: dict[str, tuple[str, ...]]
+    """backend -> the modules with its functions of those names"""
 
 
 # The registry. A new backend is one row; --help, `resolve`, `load` and bench/operators.py read it.
 FAMILIES = {
     "attention": Family(("attention", "attention_qkv"), {
-        "reference": "kernels.reference",
-        "torch": "kernels.torch_ops",
-        "triton": "kernels.attention",
-        "flash_attn": "kernels.flash_attn",
+        "reference": ("kernels.reference",),
+        "torch": ("kernels.torch_ops",),
+        "triton": ("kernels.attention",),
+        "flash_attn": ("kernels.flash_attn",),
     }),
-    "layernorm": Family(("layernorm", "add_layernorm"), {
-        "reference": "kernels.reference",
-        "torch": "kernels.torch_ops",
-        "triton": "kernels.layernorm",
+    "layernorm": Family(("layernorm", "add_layernorm", "rmsnorm", "add_rmsnorm"), {
+        "reference": ("kernels.reference",),
+        "torch": ("kernels.torch_ops",),
+        "triton": ("kernels.layernorm", "kernels.rmsnorm"),
     }),
     "cross_entropy": Family(("cross_entropy", "linear_cross_entropy"), {
-        "reference": "kernels.reference",
-        "torch": "kernels.torch_ops",
-        "triton": "kernels.cross_entropy",
+        "reference": ("kernels.reference",),
+        "torch": ("kernels.torch_ops",),
+        "triton": ("kernels.cross_entropy",),
     }),
 }
 # Backends that have every family: what --kernels= takes, besides auto.
@@ -54,13 +55,15 @@ _MEASURED: dict[str, dict[str, str]] = {}
 class Kernels(NamedTuple):
     """All operators of the chosen backends; signatures in kernels/reference.py.
 
-    gpt/gpt2.py calls attention_qkv, the norms and linear_cross_entropy.
+    The models call attention_qkv, the norms and linear_cross_entropy.
     """
 
     attention: Callable
     attention_qkv: Callable
     layernorm: Callable
     add_layernorm: Callable
+    rmsnorm: Callable
+    add_rmsnorm: Callable
     cross_entropy: Callable
     linear_cross_entropy: Callable
 
@@ -155,8 +158,10 @@ def load(kernels: str = "torch", **families: str) -> Kernels:
     operators: dict[str, Callable] = {}
     for family, backend in chosen.items():
         _check_name(family, backend)
-        module = import_module(FAMILIES[family].modules[backend])
-        operators |= {name: getattr(module, name) for name in FAMILIES[family].operators}
+        modules = [import_module(name) for name in FAMILIES[family].modules[backend]]
+        operators |= {name: next(getattr(module, name) for module in modules
+                                 if hasattr(module, name))
+                      for name in FAMILIES[family].operators}
     return Kernels(**operators)
 
 
@@ -165,4 +170,8 @@ def __getattr__(name: str) -> Any:
         from kernels.cpu_dropout import dropout
 
         return dropout
+    if name == "rotated_qkv":
+        from kernels.torch_ops import rotated_qkv
+
+        return rotated_qkv
     raise AttributeError(f"module 'kernels' has no attribute {name!r}")

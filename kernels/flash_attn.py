@@ -14,6 +14,7 @@ from flash_attn import flash_attn_func, flash_attn_qkvpacked_func
 from torch import Tensor
 
 from kernels.inputs import check_attention_window
+from kernels.torch_ops import rotated_qkv
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None,
@@ -23,9 +24,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
     return flash_attn_func(q, k, v, **_options(q, doc_start, window, dropout))
 
 
-def attention_qkv(qkv: Tensor, *, doc_start: Tensor | None = None, window: int | None = None,
-                  dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D)."""
+def attention_qkv(qkv: Tensor, *, rotation: Tensor | None = None, doc_start: Tensor | None = None,
+                  window: int | None = None, dropout: float = 0.0,
+                  seed: Tensor | None = None) -> Tensor:
+    """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D).
+
+    `rotation` (T, D): `rotated_qkv` comes first, as PyTorch's operators.
+    """
+    if rotation is not None:
+        qkv = rotated_qkv(qkv, rotation)
     return flash_attn_qkvpacked_func(qkv, **_options(qkv, doc_start, window, dropout))
 
 

@@ -85,9 +85,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
         return (p @ vs).transpose(1, 2).to(q.dtype)
 
 
-def attention_qkv(qkv: Tensor, **options) -> Tensor:
-    """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D)."""
+def attention_qkv(qkv: Tensor, *, rotation: Tensor | None = None, **options) -> Tensor:
+    """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D).
+
+    `rotation` (T, D) fp32: `rotated_qkv` comes first.
+    """
+    if rotation is not None:
+        qkv = rotated_qkv(qkv, rotation)
     return attention(*qkv.unbind(2), **options)
+
+
+def rotated_qkv(qkv: Tensor, rotation: Tensor, eps: float = 1e-6) -> Tensor:
+    """qkv (B, T, 3, H, D) with q and k normalised by `rmsnorm` over D, and then rotated.
+
+    `rotation` (T, D) has the cosine of each position's D / 2 angles, then the sine. Element i is
+    rotated with element i + D / 2, as (a, b) -> (a cos + b sin, b cos - a sin). Source: Su et al.,
+    "RoFormer: enhanced transformer with rotary position embedding", 2021; the sign is nanochat's.
+    """
+    with torch.autocast(qkv.device.type, enabled=False):
+        wide, (cos, sin) = _wide(qkv)[0], rotation[:, None, None].to(qkv.device).chunk(2, -1)
+        a, b = rmsnorm(wide[:, :, :2], eps).chunk(2, -1)
+        qk = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+        return torch.cat([qk, wide[:, :, 2:]], 2).to(qkv.dtype)
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -113,6 +132,28 @@ def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = Non
         return total, layernorm(wide, w, b, eps).to(x.dtype)
 
 
+def rmsnorm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x (..., N) over its root mean square, without weights: x / sqrt(mean(x^2) + eps).
+
+    Source: Zhang and Sennrich, "Root mean square layer normalization", 2019.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        (xs,) = _wide(x)
+        return (xs * torch.rsqrt(xs.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_rmsnorm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The pre-norm residual step (residual + x, rmsnorm(residual + x)); x, residual (..., N).
+
+    Rounded as `add_layernorm` is.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        xs, rs = _wide(x, residual)
+        total = (rs + xs).to(residual.dtype)
+        (wide,) = _wide(total)
+        return total, rmsnorm(wide, eps).to(x.dtype)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
                   ignore_index: int = -1) -> Tensor:
     """-log softmax(logits)[target] for logits (M, V) and targets (M,) int64, in fp32.
@@ -128,13 +169,19 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
         return total / kept.sum() if reduction == "mean" else total
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
-                         ignore_index: int = -1) -> Tensor:
-    """cross_entropy(x @ weight^T, targets) of features x (M, N) and weight (V, N)."""
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, cap: float = 0.0,
+                         reduction: str = "mean", ignore_index: int = -1) -> Tensor:
+    """cross_entropy(x @ weight^T, targets) of features x (M, N) and weight (V, N).
+
+    `cap`: the logits are cap * tanh(logits / cap), which keeps them within it; 0: as they are.
+    """
     with torch.autocast(x.device.type, enabled=False):
         xs, ws = _wide(x, weight)
-        return cross_entropy(xs @ ws.T, targets, reduction=reduction, ignore_index=ignore_index)
+        logits = xs @ ws.T
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)
 
 
-__all__ = ["add_layernorm", "attention", "attention_qkv", "cross_entropy", "layernorm",
-           "linear_cross_entropy"]
+__all__ = ["add_layernorm", "add_rmsnorm", "attention", "attention_qkv", "cross_entropy",
+           "layernorm", "linear_cross_entropy", "rmsnorm", "rotated_qkv"]

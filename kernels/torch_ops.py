@@ -1,6 +1,6 @@
 """PyTorch's own fused operators under our signatures: the baseline that our kernels must beat.
 
-The six signatures are those of kernels/reference.py. Dropout masks differ from its masks: on a GPU
+The signatures are those of kernels/reference.py. Dropout masks differ from its masks: on a GPU
 they are drawn by PyTorch's generator, so `seed` is not used; on a CPU by `cpu_dropout.keep_mask`.
 On a CPU, attention is kernels/cpu_attention.py where that is faster than PyTorch's fused operator.
 """
@@ -35,11 +35,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
     return y.transpose(1, 2)
 
 
-def attention_qkv(qkv: Tensor, *, dropout: float = 0.0, **options) -> Tensor:
-    """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D)."""
+def attention_qkv(qkv: Tensor, *, rotation: Tensor | None = None, dropout: float = 0.0,
+                  **options) -> Tensor:
+    """`attention` of the packed projection qkv (B, T, 3, H, D): (B, T, H, D).
+
+    `rotation` (T, D): `rotated_qkv` comes first.
+    """
+    if rotation is not None:
+        qkv = rotated_qkv(qkv, rotation)
     if _in_blocks(qkv, dropout):
         return cpu_attention.attention_qkv(qkv, dropout=dropout, **options)
     return attention(*qkv.unbind(2), dropout=dropout, **options)
+
+
+def rotated_qkv(qkv: Tensor, rotation: Tensor, eps: float = 1e-6) -> Tensor:
+    """qkv (B, T, 3, H, D) with q and k normalised and rotated by `rotation` (T, D), in fp32."""
+    with torch.autocast(qkv.device.type, enabled=False):
+        cos, sin = rotation[:, None, None].chunk(2, -1)
+        qk = qkv[:, :, :2].to(torch.promote_types(qkv.dtype, torch.float32))
+        a, b = F.rms_norm(qk, qk.shape[-1:], eps=eps).chunk(2, -1)
+        qk = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+        return torch.cat([qk.to(qkv.dtype), qkv[:, :, 2:]], 2)
 
 
 def _in_blocks(x: Tensor, dropout: float) -> bool:
@@ -61,6 +77,19 @@ def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = Non
         return total, F.layer_norm(total.to(w.dtype), w.shape, w, b, eps).to(x.dtype)
 
 
+def rmsnorm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """F.rms_norm of x (..., N), without weights."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def add_rmsnorm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(residual + x, RMS norm of it) for x and residual (..., N)."""
+    total = (residual + x).to(residual.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return total, F.rms_norm(total, total.shape[-1:], eps=eps).to(x.dtype)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
                   ignore_index: int = -1) -> Tensor:
     """F.cross_entropy of logits (M, V) in fp32 or wider."""
@@ -68,11 +97,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
     return F.cross_entropy(wide, targets, reduction=reduction, ignore_index=ignore_index)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
-                         ignore_index: int = -1) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, cap: float = 0.0,
+                         reduction: str = "mean", ignore_index: int = -1) -> Tensor:
     """F.cross_entropy of F.linear(x, weight), for x (M, N) and weight (V, N).
 
-    All logits exist at once.
+    All logits exist at once, with a `cap` as cap * tanh(logits / cap), in fp32.
     """
     logits = F.linear(x, weight.to(x.dtype))
+    if cap:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = cap * torch.tanh(wide / cap)
     return cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)
