@@ -14,7 +14,7 @@ logits overwrites the logits.
 from dataclasses import dataclass
 
 from gpt.config import GPTConfig
-from gpt.flops import params_without_positions
+from gpt.flops import count_params
 
 # fp32 AdamW, per parameter: weight, gradient and two moments read, all but the gradient written
 # (28); the gradient read once more for the norm to clip by (4)
@@ -68,8 +68,8 @@ class Part:
 
 def parameters(c: GPTConfig) -> int:
     """The number of parameters of the model; a shared one counts once."""
-    untied_head = 0 if c.tie_weights else c.vocab_size * c.n_embd
-    return params_without_positions(c) + c.block_size * c.n_embd + untied_head
+    _, but_untied_embedding = count_params(c)
+    return but_untied_embedding + (0 if c.tied else c.vocab_size * c.n_embd)
 
 
 def step_parts(c: GPTConfig, tokens_per_step: int = 2**19) -> list[Part]:

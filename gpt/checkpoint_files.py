@@ -22,7 +22,7 @@ from torch import Tensor
 from common.bounds import NonNegative, Positive
 from common.files import read_json, regular_file, sha256_of
 from data.tokenizer import check_meta
-from gpt.config import GPTConfig, StitchedConfig, make_config
+from gpt.config import GPTConfig, StitchedConfig, make_config, resolved
 
 DONE = "DONE"
 _REMEDY = "take another checkpoint, or an undamaged copy of this one"
@@ -107,7 +107,7 @@ def read_state(folder: Path) -> State:
 def read_config(folder: Path) -> GPTConfig:
     """The config in model.json. Raises ValueError if it is not one, or of a newer version."""
     remedy = "it must have the fields of gpt/config.py"
-    return make_config(**read_json(folder / "model.json", _Fields, remedy))
+    return resolved(make_config(**read_json(folder / "model.json", _Fields, remedy)))
 
 
 def config_json(config: GPTConfig) -> str:

@@ -1,9 +1,9 @@
 """The config of a GPT, and the four published sizes. No torch here: config errors are instant."""
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from common.bounds import BelowOne, Must, NonNegative, check
+from common.bounds import BelowOne, Must, NonNegative, NonNegativeFloat, PositiveFloat, check
 
 # Limits far beyond any model: --n_embd=1000000000000 must fail at once, not loop without end.
 Width = Annotated[int, Must("be from 1 to 1048576", lambda n: 1 <= n <= 1 << 20)]
@@ -11,9 +11,36 @@ Depth = Annotated[int, Must("be from 1 to 10000", lambda n: 1 <= n <= 10_000)]
 BlockNumber = Annotated[int, Must("be the number of a block, or -1 for none", lambda n: n >= -1)]
 
 
+
+
+class Architecture(NamedTuple):
+    """A kind of decoder."""
+
+    module: str
+    """the file with its Transformer"""
+    own: tuple[str, ...]
+    """the fields of GPTConfig that only it has"""
+    ties: bool
+    """whether its head is the token embedding, unless --tie_weights says otherwise"""
+
+
+# The registry. A new architecture is one row, and the file that it names.
+ARCHITECTURES = {
+    "gpt2": Architecture("gpt.gpt2", ("bias", "activation"), ties=True),
+    "nanochat": Architecture("gpt.nanochat", ("rope_theta", "logit_cap"), ties=False),
+}
+if TYPE_CHECKING:
+    ArchitectureName = str
+else:  # choices from the registry, for --help and for check
+    ArchitectureName = Literal[tuple(ARCHITECTURES)]
+
+
 @dataclass(frozen=True)
 class GPTConfig:
-    """A GPT-2: pre-norm transformer decoder with learned positions."""
+    """A GPT: a pre-norm transformer decoder of one of the ARCHITECTURES."""
+
+    architecture: ArchitectureName = "gpt2"
+    """gpt2; nanochat: rotary positions, RMS norms, normalised queries and keys, ReLU squared"""
 
     block_size: Width = 1024
     """longest sequence, in tokens"""
@@ -29,11 +56,16 @@ class GPTConfig:
     dropout: BelowOne = 0.0
     """probability, for embeddings, attention, and what attention and MLP add; 0 for pretraining"""
     bias: bool = False
-    """bias in linear layers and norms, as in GPT-2; False is a little better and faster"""
+    """of gpt2: bias in linear layers and norms; False is a little better and faster"""
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
-    """gelu (erf) as in nanoGPT; gelu_tanh for GPT-2's published weights"""
-    tie_weights: bool = True
-    """the head is the token embedding, as in GPT-2; False: it has weights of its own"""
+    """of gpt2: gelu (erf) as in nanoGPT; gelu_tanh for GPT-2's published weights"""
+    rope_theta: PositiveFloat = 10_000.0
+    """of nanochat: base of the rotary angles; at position t they are t * rope_theta^(-2i / D)"""
+    logit_cap: NonNegativeFloat = 15.0
+    """of nanochat: logits are c * tanh(logits / c) with this c; 0: as they are"""
+    tie_weights: bool | Literal["auto"] = "auto"
+    """the head is the token embedding; False: it has weights of its own; auto: as the architecture
+    is published, True for gpt2, False for nanochat"""
     direction: Literal["forward", "backward"] = "forward"
     """backward: the model reads a text from its end and predicts the previous token"""
     window: NonNegative = 0
@@ -46,19 +78,37 @@ class GPTConfig:
             near = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; "
                              f"nearest that do: {near}")
+        for other, row in ARCHITECTURES.items():
+            for name in row.own if other != self.architecture else ():
+                value = getattr(self, name)
+                if value != GPTConfig.__dataclass_fields__[name].default:
+                    raise ValueError(f"{name}={value}: only --architecture={other} has that, and "
+                                     f"this is {self.architecture}; leave it out")
 
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the token embedding."""
+        if self.tie_weights == "auto":
+            return ARCHITECTURES[self.architecture].ties
+        return self.tie_weights
+
 
 # The fields that weights fix: a checkpoint says them, and a run cannot change them.
-ARCHITECTURE = tuple(field.name for field in fields(GPTConfig) if field.name != "dropout")
+FIXED_BY_WEIGHTS = tuple(field.name for field in fields(GPTConfig) if field.name != "dropout")
+
+
+def resolved(config: GPTConfig) -> GPTConfig:
+    """The config with a value for every "auto"."""
+    return replace(config, tie_weights=config.tied)
 
 
 @dataclass(frozen=True)
 class StitchedConfig(GPTConfig):
-    """Two GPT-2s joined by a linear layer, the seam; only the seam is trained."""
+    """Two GPTs joined by a linear layer, the seam; only the seam is trained."""
 
     seam: BlockNumber = 0
     """the block that the seam stands before; n_layer: before the last norm"""

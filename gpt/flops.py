@@ -8,8 +8,14 @@ Without a window these are 12 L d T and 6 L d T. A document mask is not counted:
 depends on the data.
 """
 
+import functools
+
+import torch
+
 from gpt import seam
 from gpt.config import GPTConfig, StitchedConfig
+from gpt.decoder import Decoder
+from gpt.tensors import EMBEDDING
 
 # Dense bf16 peak of the tensor cores in TFLOP/s, by device name. Source: NVIDIA's data sheets of
 # A100, H100 and H200, whose sparse figures are twice these. Any other GPU has no MFU.
@@ -22,21 +28,29 @@ PEAK_TFLOPS = {
 }
 
 
-def params_without_positions(c: GPTConfig) -> int:
-    """The number of parameters without positions, and without the token embedding if untied."""
-    norms = (2 * c.n_layer + 1) * c.n_embd * (2 if c.bias else 1)
-    biases = c.n_layer * 9 * c.n_embd if c.bias else 0
-    return c.n_layer * 12 * c.n_embd**2 + c.vocab_size * c.n_embd + norms + biases
+@functools.cache
+def count_params(c: GPTConfig) -> tuple[int, int]:
+    """The number of parameters without positions and with them.
+
+    Neither counts a token embedding that is not the head: reading a row of it is no product.
+    """
+    with torch.device("meta"):
+        model = Decoder(c)
+    positions = sum(p.numel() for name, p in model.named_parameters()
+                    if model.roles()[name].kind == "embedding" and name != EMBEDDING)
+    without = model.num_params(non_embedding=True)
+    return without, without + positions
 
 
 def flops_per_token(c: GPTConfig) -> dict[str, float]:
     """FLOPs of forward and backward per token: {"palm": ..., "causal": ...}."""
     T = c.block_size
-    N, w = params_without_positions(c), min(T, c.window or T)
+    N, with_positions = count_params(c)
+    w = min(T, c.window or T)
     palm, causal = (12.0 * c.n_layer * c.n_embd * keys for keys in (w, w - w**2 / (2 * T)))
     if isinstance(c, StitchedConfig):
         return seam.flops_per_token(c, N, palm, causal)
-    return {"palm": 6.0 * N + palm, "causal": 6.0 * (N + c.block_size * c.n_embd) + causal}
+    return {"palm": 6.0 * N + palm, "causal": 6.0 * with_positions + causal}
 
 
 def mfu(c: GPTConfig, tokens_per_s: float, device_name: str) -> dict[str, float | None]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gpt.gpt2 import GPT2
+from gpt.decoder import Decoder
 from gpt.kv_cache import KVCache
 
 
@@ -29,7 +29,7 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None,
 
 
 @torch.no_grad()
-def generate(model: GPT2, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
+def generate(model: Decoder, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, cached: bool = True,
              n_tokens: int | None = None) -> Iterator[Tensor]:
     """Yield max_new_tokens ids, (B, 1) each, that continue idx (B, T), given in reading order.
@@ -60,7 +60,7 @@ def generate(model: GPT2, idx: Tensor, max_new_tokens: int, temperature: float =
                 features = model.features(window[:, cache.length :], cache=cache)
             else:
                 features = model.features(window)
-            token = sample_token(model.lm_head(features[:, -1])[:, :n_tokens], temperature,
+            token = sample_token(model.head(features[:, -1])[:, :n_tokens], temperature,
                                  top_k, top_p)
             window = torch.cat([window, token], dim=1)[:, -size:]
             yield token
@@ -68,7 +68,7 @@ def generate(model: GPT2, idx: Tensor, max_new_tokens: int, temperature: float =
         model.train(was_training)
 
 
-def _compute_dtype(model: GPT2) -> torch.dtype:
+def _compute_dtype(model: Decoder) -> torch.dtype:
     weight = model.lm_head.weight
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)

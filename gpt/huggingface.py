@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.files import read_json, regular_file
 from gpt.config import GPTConfig
-from gpt.gpt2 import GPT2
+from gpt.decoder import Decoder
 from gpt.tensors import EMBEDDING, HEAD, about, checked_weights, config_fields, floats, shown
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -127,7 +127,7 @@ def _parsed(theirs: dict[str, Any],
 
 
 @torch.no_grad()
-def write(model: GPT2, folder: Path, vocab_size: int) -> None:
+def write(model: Decoder, folder: Path, vocab_size: int) -> None:
     """Write a folder for AutoModelForCausalLM, with the first vocab_size rows of the vocabulary.
 
     GPT-2 has biases; a model without them gets zeros, which is the same function. The folder is

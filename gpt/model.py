@@ -7,15 +7,15 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from gpt.checkpoint_files import read_config, read_part, read_tokenizer, verify
+from gpt.decoder import Decoder
 from gpt.generate import generate
-from gpt.gpt2 import GPT2
 from gpt.pretrained import Trained, fill, read_source, tokenizer_of
 from gpt.run_folder import reading
 from kernels import Kernels
 
 
-class GPT(GPT2):
-    """GPT-2, with what a user does with a model."""
+class GPT(Decoder):
+    """A GPT, with what a user does with a model."""
 
     def predict(self, idx: Tensor, targets: bool = True) -> Tensor:
         """The same as `logits`, under the name that scripts use; False: the last position alone."""

@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, read_meta
 from gpt import huggingface, nanogpt
 from gpt.checkpoint_files import read_config, read_part, read_tokenizer, verify
 from gpt.config import SIZES, GPTConfig
-from gpt.gpt2 import GPT2
+from gpt.decoder import Decoder
 from gpt.run_folder import reading
 from gpt.tensors import DTYPES, POSITIONS, about, checked_weights, dtype_of
 
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 
 
 @torch.no_grad()
-def fill(model: GPT2, tensors: dict[str, Tensor]) -> None:
+def fill(model: Decoder, tensors: dict[str, Tensor]) -> None:
     """Copy tensors into the parameters of the same names; ValueError unless all of them fit."""
     parameters = dict(model.named_parameters())
     if parameters.keys() != tensors.keys():
@@ -95,7 +95,8 @@ def cropped(trained: Trained, block_size: int) -> Trained:
     """The model with its first block_size positions, if it has more; short inputs give the same."""
     if block_size >= trained.config.block_size:
         return trained
-    weights = trained.weights | {POSITIONS: trained.weights[POSITIONS][:block_size]}
+    weights = {name: tensor[:block_size] if name == POSITIONS else tensor
+               for name, tensor in trained.weights.items()}
     config = replace(trained.config, block_size=block_size)
     return trained._replace(config=config, weights=weights)
 

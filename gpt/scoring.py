@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.gpt2 import GPT2
+from gpt.decoder import Decoder
 
 
 def perplexity(loss: float) -> float:
@@ -25,7 +25,7 @@ def spans(n: int, block_size: int) -> Iterator[tuple[int, int]]:
 
 
 @torch.no_grad()
-def token_losses(model: GPT2, ids: Tensor) -> Tensor:
+def token_losses(model: Decoder, ids: Tensor) -> Tensor:
     """-log p of ids[1:] in nats, fp32 (n - 1,), for ids (n,), in separate windows of block_size."""
     losses = [torch.zeros(0, device=ids.device)]
     for start, end in spans(len(ids), model.config.block_size):
@@ -35,7 +35,7 @@ def token_losses(model: GPT2, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def continuation_losses(model: GPT2, context: list[int],
+def continuation_losses(model: Decoder, context: list[int],
                         endings: list[list[int]]) -> list[tuple[Tensor, bool]]:
     """For each ending of a context: its tokens' losses (n,), and whether greedy decoding gives it.
 

@@ -1,6 +1,6 @@
 """The seam of a stitched model: a linear layer between the blocks of two models.
 
-gpt/stitch.py makes such models, and gpt/gpt2.py places a seam where the config is a StitchedConfig.
+gpt/stitch.py makes such models. gpt/decoder.py places a seam where the config is a StitchedConfig.
 """
 
 from torch import Tensor, nn
@@ -31,13 +31,12 @@ def residual_stream(args: tuple) -> Tensor:
     return x if residual is None else residual + x
 
 
-def flops_per_token(c: StitchedConfig, params_without_positions: int, palm: float,
-                    causal: float) -> dict[str, float]:
-    """gpt/flops.py's figures for a stitched model. palm, causal: attention's in a plain one.
+def flops_per_token(c: StitchedConfig, N: int, palm: float, causal: float) -> dict[str, float]:
+    """gpt/flops.py's figures for a stitched model of N parameters without positions.
 
-    Only the seam has a weight gradient, and the backward pass ends at the seam.
+    palm, causal: attention's in a plain one. Only the seam has a weight gradient, and the backward
+    pass ends at the seam.
     """
-    N = params_without_positions + c.n_embd**2 + c.n_embd
     frozen_below = c.seam * 12 * c.n_embd**2
     work = 2.0 * N + 2.0 * (N - frozen_below) + 2.0 * c.n_embd**2
     share = (1 + 2 * (1 - c.seam / c.n_layer)) / 3

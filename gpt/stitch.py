@@ -15,13 +15,13 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from gpt.config import ARCHITECTURE, GPTConfig, StitchedConfig
-from gpt.gpt2 import GPT2
+from gpt.config import FIXED_BY_WEIGHTS, GPTConfig, StitchedConfig
+from gpt.decoder import Decoder
 from gpt.pretrained import Trained, fill
 from gpt.seam import residual_stream
 from gpt.tensors import EMBEDDING, HEAD
 
-MUST_EQUAL = [name for name in ARCHITECTURE if name != "tie_weights"]
+MUST_EQUAL = [name for name in FIXED_BY_WEIGHTS if name != "tie_weights"]
 
 
 def merge(a: Trained, b: Trained, i: int,
@@ -35,11 +35,11 @@ def merge(a: Trained, b: Trained, i: int,
     _check(a, b, i)
     weights = {name: (b if _is_from_b(name, i, original_head) else a).weights[name]
                for name in a.weights if name != HEAD}
-    tied = original_head and a.config.tie_weights
-    if not tied:
+    config = a.config if original_head else replace(a.config, tie_weights=False)
+    if not config.tied:
         chosen = (a if original_head else b).weights
         weights[HEAD] = chosen.get(HEAD, chosen[EMBEDDING])
-    return replace(a.config, tie_weights=tied), weights
+    return config, weights
 
 
 def stitch(a: Trained, b: Trained, i: int, original_head: bool,
@@ -85,7 +85,7 @@ def _is_from_b(name: str, i: int, original_head: bool) -> bool:
 @torch.no_grad()
 def stream(trained: Trained, idx: Tensor, i: int) -> Tensor:
     """The model's stream at i on sequences idx (B, T): (B * T, C), fp32, on idx's device."""
-    model = GPT2(trained.config).float()
+    model = Decoder(trained.config).float()
     fill(model, trained.weights)
     model.to(idx.device).eval()
     seen: list[Tensor] = []

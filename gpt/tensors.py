@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import GPTConfig
-from gpt.gpt2 import GPT2
+from gpt.decoder import Decoder
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EMBEDDING, POSITIONS, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
@@ -38,7 +38,7 @@ def dtype_of(tensor: Tensor) -> str:
 def shapes_of(config: GPTConfig) -> dict[str, torch.Size]:
     """The shape of each parameter in the model's order, from a meta device, without memory."""
     with torch.device("meta"):
-        return {name: p.shape for name, p in GPT2(config).named_parameters()}
+        return {name: p.shape for name, p in Decoder(config).named_parameters()}
 
 
 def decay_groups(names: Mapping[str, Any]) -> tuple[list[str], list[str]]:

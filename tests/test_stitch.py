@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt import GPT, GPTConfig
-from gpt.config import StitchedConfig
+from gpt.config import StitchedConfig, resolved
 from gpt.generate import generate
 from gpt.pretrained import Trained
 from gpt.stitch import least_squares, merge, stitch, stream
@@ -47,7 +47,7 @@ def test_every_tensor_comes_from_where_it_should(i, original_head):
     for name, tensor in weights.items():
         if name != HEAD:
             assert tensor is (A if name.startswith(tuple(below)) else B).weights[name], name
-    assert config == replace(CONFIG, tie_weights=original_head)
+    assert resolved(config) == replace(CONFIG, tie_weights=original_head)
     assert weights.keys() - A.weights.keys() == (set() if original_head else {HEAD})
     model = model_of(config, weights)
     assert (model.lm_head.weight is model.transformer.wte.weight) == original_head
@@ -77,7 +77,7 @@ def test_a_head_of_its_own_goes_where_its_model_goes():
         (untied, A, True, B), (untied, A, False, A), (A, untied, True, A), (A, untied, False, B),
     ):
         config, weights = merge(a, b, 2, original_head)
-        assert config.tie_weights == (a is A and original_head)
+        assert config.tied == (a is A and original_head)
         assert torch.equal(model_of(config, weights).lm_head.weight, wanted.weights[WTE])
 
 

@@ -3,11 +3,12 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from common import hardware
-from gpt.gpt2 import Block
+from gpt import GPT
 from kernels import Kernels
 from train.config import Config
 
@@ -69,17 +70,19 @@ def step_of_a_block(config: Config, kernels: Kernels,
 
     Its argument, such as torch.compile, is applied to the block's forward.
     """
-    c = config.model
-    block = Block(c, kernels)
-    x = torch.randn(config.data.batch_size, c.block_size, c.n_embd, requires_grad=True)
-    documents = (torch.zeros(x.shape[:2], dtype=torch.int32),) * config.data.document_mask
+    model = GPT(replace(config.model, n_layer=1, vocab_size=1), kernels)
+    (block,) = model.transformer.h
+    idx = torch.zeros(config.data.batch_size, config.model.block_size, dtype=torch.int64)
+    doc_start = torch.zeros_like(idx, dtype=torch.int32) if config.data.document_mask else None
+    _, context = model.embed(idx, doc_start)
+    x = torch.randn(*idx.shape, config.model.n_embd, requires_grad=True)
 
     def make(transform: Callable = lambda forward: forward) -> Callable[[], None]:
         forward = transform(block.forward)
 
         def step() -> None:
             with hardware.autocast(torch.device("cpu"), dtype):
-                branch, residual = forward(x, x, *documents)
+                branch, residual = forward(x, x, context)
             torch.autograd.backward([branch, residual], [branch.detach(), residual.detach()])
             block.zero_grad(set_to_none=True)
 

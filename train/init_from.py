@@ -15,7 +15,7 @@ from data.tokenizer import load_tokenizer
 from data.tokens import check_vocabulary, in_reading_order, open_split
 from gpt import SIZES, GPTConfig, nanogpt
 from gpt.checkpoint_files import DONE, read_config, read_state
-from gpt.config import ARCHITECTURE
+from gpt.config import FIXED_BY_WEIGHTS, resolved
 from gpt.pretrained import (
     Trained,
     cropped,
@@ -199,17 +199,17 @@ def complete(config: Config, init: InitFrom, meta: dict[str, Any] | None) -> Con
     if init.model is None:
         of_data = meta["vocab_size"] if meta and meta["kind"] != "gpt2" else GPT2_PADDED_VOCAB
         vocab = config.model.vocab_size or of_data
-        return replace(config, model=replace(config.model, vocab_size=vocab))
-    default, wrong = Config().model, []
-    for key in ARCHITECTURE:
-        there, here = getattr(init.model, key), getattr(config.model, key)
+        return replace(config, model=replace(resolved(config.model), vocab_size=vocab))
+    default, model, wrong = Config().model, resolved(init.model), []
+    for key in FIXED_BY_WEIGHTS:
+        there, here = getattr(model, key), getattr(config.model, key)
         if here not in (there, getattr(default, key)):
             wrong.append(f"{key} is {there} there and {here} here")
     if wrong:
         raise ValueError(f"{init.name} is a checkpoint of another architecture: {', '.join(wrong)}")
     if init.trained:
         check_vocabulary_of_data(config, init.trained, meta)
-    return replace(config, model=replace(init.model, dropout=config.model.dropout))
+    return replace(config, model=replace(model, dropout=config.model.dropout))
 
 
 def check_vocabulary_of_data(config: Config, trained: Trained, meta: dict[str, Any] | None) -> None:

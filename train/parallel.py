@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gpt import GPT
+from gpt.layers import PLAIN
 from train.config import ParallelConfig
 
 T = TypeVar("T")
@@ -150,9 +151,11 @@ def shard(model: GPT, how: str, w: World, device: torch.device, dtype: torch.dty
                                 mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (w.size,))
-    policy = MixedPrecisionPolicy()
+    # Inputs are not cast: the stream has the dtype of the parameters, and rotations stay fp32.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if dtype == torch.bfloat16:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -166,10 +169,8 @@ def compiled_in_training(forward: Callable) -> Callable:
     compiled = torch.compile(forward)
 
     @functools.wraps(forward)
-    def either(x, residual=None, doc_start=None, cache=None):
-        if cache is None:
-            return compiled(x, residual, doc_start)
-        return forward(x, residual, doc_start, cache)
+    def either(x, residual=None, context=PLAIN):
+        return (compiled if context.cache is None else forward)(x, residual, context)
 
     return either
 
