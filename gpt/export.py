@@ -106,8 +106,8 @@ def to_nanogpt(checkpoint: Path, folder: Path) -> list[str]:
     optimizer = nanogpt.adamw_state(read_part(checkpoint, "optimizer"), weights, settings)
     nanogpt.write(folder / nanogpt.FILE, model.config, weights, optimizer,
                   state["step"], state["best_val_loss"], settings)
-    if settings.get("optimizer") == "sgd":
-        notes.append("without sgd's momentum: nanoGPT's AdamW starts from zero moments")
+    if (kind := settings.get("optimizer")) in ("sgd", "muon"):
+        notes.append(f"without {kind}'s momentum: nanoGPT's AdamW starts from zero moments there")
     if meta["kind"] != "gpt2":
         write_meta(folder, meta["kind"], meta["vocab_size"], meta.get("chars", ""))
     if meta["kind"] == "char":

@@ -226,6 +226,9 @@ def moments(optimizer: Any, shapes: Mapping[str, torch.Size], trained: Collectio
     adamw, adam or sgd. Raises ValueError for a state of another model or optimizer, or a damaged
     one.
     """
+    if kind not in MOMENTS:
+        raise ValueError(f"its optimizer's state is AdamW's, which --optimizer={kind} cannot take "
+                         "over")
     names = _numbered(_groups(optimizer), shapes, kind)
     state = {names[i] if type(i) is int and 0 <= i < len(names) else shown(i): found
              for i, found in optimizer["state"].items()}
