@@ -182,7 +182,8 @@ def main(options: Options) -> None:
     path = result_path(out, f"race-{options.case}")
     write_result(path, result)
     draw(path.with_suffix(".png"), result)
-    print(*[said(name, found) for name, found in result["verdicts"].items()], sep="\n")
+    print(*[said(name, found) for name, found in result["verdicts"].items()], *disturbed(result),
+          sep="\n")
     print(f"written to {path} and {path.with_suffix('.png').name}")
 
 
@@ -237,6 +238,22 @@ def said(rival: str, found: dict[str, Any]) -> str:
     return told + (f"{found['reached_by']} takes 1/{found['steps']:.2f} of its steps, "
                    f"1/{found['tokens']:.2f} of its tokens, 1/{found['training_s']:.2f} of its "
                    f"seconds of training and 1/{found['total_s']:.2f} of those in all")
+
+
+def disturbed(result: dict[str, Any]) -> list[str]:
+    """A warning for each contestant that took longer from one seed: something else was running.
+
+    The limit is 15 %: the quartiles of macbook steps in mfu-cpu*.json are within 10 %.
+    """
+    found = []
+    for name, contestant in result["contestants"].items():
+        seconds = {seed: run["training_s"] for seed, run in contestant["runs"].items()}
+        slow, least = max(seconds, key=lambda seed: seconds[seed]), min(seconds.values())
+        if seconds[slow] > 1.15 * least:
+            found.append(f"warning: {name} trained {seconds[slow]:.1f} s from seed {slow} and "
+                         f"{least:.1f} s from another one; remove that run from --work and give "
+                         "the command again with nothing else running")
+    return found
 
 
 if __name__ == "__main__":

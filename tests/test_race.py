@@ -1,6 +1,7 @@
 """Races to a validation loss (bench/race.py). On a CPU, one thread or more, in float32."""
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,8 +60,18 @@ OURS = ("configs/shakespeare_char.py --dtype=float32 --compile=False --block_siz
 
 
 @pytest.fixture
-def options(tmp_path, tiny_data, checkout):
-    return Options(nanogpt=str(checkout), ours=OURS, data_dir=str(tiny_data), smoke=True,
+def data(tiny_data):
+    """With the vocabulary for nanoGPT, too."""
+    chars = json.loads((tiny_data / "meta.json").read_text())["chars"]
+    ids = {char: i for i, char in enumerate(chars)}
+    (tiny_data / "meta.pkl").write_bytes(pickle.dumps(
+        {"vocab_size": len(chars), "stoi": ids, "itos": dict(enumerate(chars))}))
+    return tiny_data
+
+
+@pytest.fixture
+def options(tmp_path, data, checkout):
+    return Options(nanogpt=str(checkout), ours=OURS, data_dir=str(data), smoke=True,
                    work=str(tmp_path / "work"))
 
 
@@ -159,6 +170,13 @@ def test_the_shortest_of_ours_that_reaches_it_is_compared():
     assert found["total_s"] == pytest.approx(810 / 210)
 
 
+def test_a_run_that_was_disturbed_is_told():
+    runs = {"1": {"training_s": 10.0}, "2": {"training_s": 11.0}, "3": {"training_s": 12.0}}
+    both = {"a": {"runs": runs}, "b": {"runs": {seed: runs[seed] for seed in "12"}}}
+    (warning,) = race.disturbed({"contestants": both})
+    assert warning.startswith("warning: a trained 12.0 s from seed 3 and 10.0 s from another one")
+
+
 def test_rates_and_lengths_are_contestants_of_their_own(options):
     options = replace(options, rates="2e-3", smoke=False,
                       ours=f"{OURS} --max_iters=500; {OURS} --max_iters=130 --lr_decay_iters=130")
@@ -211,6 +229,13 @@ def test_what_is_wrong_is_one_line_and_code_2(flags, told, options, launched, ca
     assert error.count("\n") == 1 and told in error
 
 
+def test_nanogpt_is_not_left_with_a_vocabulary_that_is_not_the_datas(options, launched):
+    (Path(options.data_dir) / "meta.pkl").unlink()
+    with pytest.raises(ValueError, match="nanoGPT, seed 1337: .*: no meta.pkl, so"):
+        race.main(options)
+    assert not launched
+
+
 def test_a_run_that_fails_is_told_and_not_kept(options, checkout):
     (checkout / "train.py").write_text("print('out of luck'); raise SystemExit(3)")
     with pytest.raises(ValueError, match=r"nanoGPT, seed 1337: exit code 3: out of luck \(.*log"):
@@ -236,7 +261,7 @@ def test_the_picture_shows_the_ends_of_the_curves():
     assert low < 2.0 and 2.5 < high < 4.0
 
 
-def test_nanogpt_itself(tmp_path, tiny_data):
+def test_nanogpt_itself(tmp_path, data):
     """A checkout beside this one, if there is one: 20 steps of its trainer, and its checkpoint."""
     folder = ROOT.parent / "nanoGPT"
     if not (folder / "train.py").is_file():
@@ -244,6 +269,6 @@ def test_nanogpt_itself(tmp_path, tiny_data):
     case = race.CASES["macbook"]
     options = Options(nanogpt=str(folder), smoke=True)
     contestant = race.rivals_of(case, options)[0]
-    found = contestants.run(contestant, SEED + 1, tiny_data, tmp_path)
+    found = contestants.run(contestant, SEED + 1, data, tmp_path)
     assert 1 < found["final_loss"] < 3.5
     assert found["curve"]["val_loss"][-1] == pytest.approx(found["final_loss"], abs=0.2)

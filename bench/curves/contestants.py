@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -126,6 +126,9 @@ def run(contestant: Contestant, seed: int, data: Path, work: Path) -> dict[str, 
     The parts: final_loss (of the whole validation split, in fp32), training_s, total_s, step_ms
     and curve. Raises ValueError, with the log's last line, where the run fails.
     """
+    if contestant.nanogpt and (data / "meta.json").exists() and not (data / "meta.pkl").exists():
+        raise ValueError(f"{data}: no meta.pkl, so nanoGPT would take GPT-2's vocabulary; prepare "
+                         "the data again")
     device = contestant.config.run.device
     identity = contestant.identity(seed, data, environment(device))
     place = work / folder_name(contestant.name, seed, identity)
@@ -156,7 +159,8 @@ def launch(command: list[str], folder: Path, place: Path) -> float:
     Nothing compiled before is at hand: each run has a folder of its own for what it compiles.
     """
     log = place / "log.txt"
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": str(place / "compiled")}
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": str(place / "compiled"),
+                        "TRITON_CACHE_DIR": str(place / "compiled" / "triton")}
     with log.open("w") as file:
         began = time.perf_counter()
         code = subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=file,
@@ -171,14 +175,14 @@ def launch(command: list[str], folder: Path, place: Path) -> float:
 
 def final_loss(contestant: Contestant, data: Path, out: Path) -> float:
     """The loss of the last checkpoint on the whole validation split, in fp32 for all."""
-    source = {"out_dir": str(out / f"step-{contestant.steps:08d}")}
+    options = Evaluate(out_dir=str(out / f"step-{contestant.steps:08d}"), data_dir=str(data),
+                       batch_size=32, device=contestant.config.run.device, dtype="float32")
     if contestant.nanogpt:
-        source = {"init_from": str(out)}
+        options = replace(options, init_from=str(out))
         for meta in data.glob("meta.*"):  # the vocabulary, which evaluate looks for beside ckpt.pt
             shutil.copy(meta, out)
     with redirect_stdout(io.StringIO()):
-        found = evaluate(Evaluate(data_dir=str(data), batch_size=32, dtype="float32",
-                                  device=contestant.config.run.device, **source))
+        found = evaluate(options)
     return found["loss"]
 
 

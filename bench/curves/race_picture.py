@@ -34,12 +34,13 @@ def draw(path: Path, result: dict[str, Any]) -> None:
             axes.set(xlabel=label + unit, xlim=(0, None), ylim=limits(result))
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("validation loss (nats per token)")
-        looks = [({"marker": "o", "color": colors[name]}, label_of(name, found))
-                 for name, found in result["contestants"].items()]
-        looks += [({"linestyle": "--", "color": colors[name]}, aim_of(name, found))
-                  for name, found in result["verdicts"].items()]
-        handles = [panels[0].plot([], [], label=label, **look)[0] for look, label in looks]
-        figure.legend(handles=handles, loc="outside upper center", fontsize=9, ncols=2)
+        contestants = [({"marker": "o", "color": colors[name]}, label_of(name, found))
+                       for name, found in result["contestants"].items()]
+        aims = [({"linestyle": "--", "color": colors[name]}, aim_of(name, found))
+                for name, found in result["verdicts"].items()]
+        for looks, side in ((contestants, "left"), (aims, "right")):
+            handles = [panels[0].plot([], [], label=label, **look)[0] for look, label in looks]
+            figure.legend(handles=handles, loc=f"outside upper {side}", fontsize=9, frameon=False)
         seeds = len(next(iter(result["contestants"].values()))["runs"])
         told = (f"{result['case']}: a thin line for each of {seeds} seeds, a dot at its loss on "
                 f"the whole split. {where(result['environment'])}").replace("`", "")
