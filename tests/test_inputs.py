@@ -98,6 +98,12 @@ def test_linear_cross_entropy_names_bad_input(weight, targets, reduction, messag
         ce.linear_cross_entropy(zeros(3, 5), weight, targets, reduction=reduction)
 
 
+@pytest.mark.parametrize("cap", [-1.0, float("inf"), float("nan")])
+def test_linear_cross_entropy_names_a_bad_cap(cap):
+    with pytest.raises(ValueError, match=f"cap={cap}; give a finite number"):
+        ce.linear_cross_entropy(zeros(3, 5), zeros(7, 5), TARGETS, cap=cap)
+
+
 def test_cross_entropy_names_targets_out_of_range_on_a_cpu():
     for wrong in (-2, 65, 2**33):
         targets = torch.tensor([3, -1, wrong])

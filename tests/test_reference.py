@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import FAMILIES, Kernels, load, reference, resolve, torch_ops
-from tests.numerics import DEVICE, assert_as_accurate
+from tests.numerics import DEVICE, assert_as_accurate, grads
 
 
 def randn(*shape, dtype=torch.float64, grad=True):
@@ -77,6 +77,13 @@ def test_cross_entropy_ignores_what_is_ignored(reduction):
                                theirs)
 
 
+def test_a_cap_is_cap_times_tanh():
+    x, w, targets = randn(7, 6), randn(11, 6), torch.arange(7, device=DEVICE)
+    capped = 2 * torch.tanh(x @ w.T / 2)
+    torch.testing.assert_close(reference.linear_cross_entropy(x, w, targets, cap=2.0),
+                               F.cross_entropy(capped, targets))
+
+
 def test_definitions_switch_autocast_off():
     """Under bf16 autocast an fp32 definition's error would grow from 4e-7 to 1e-2."""
     q, k, v = qkv(dtype=torch.float32)
@@ -98,8 +105,13 @@ def test_the_torch_backend_is_as_accurate_as_the_definitions():
         assert_as_accurate(ours, defined, qkv(dtype=torch.float32))
     x, head = randn(7, 16, dtype=torch.float32), randn(11, 16, dtype=torch.float32)
     targets = torch.tensor([3, -1, 0, 10, -1, 5, 2], device=DEVICE)
-    assert_as_accurate(torch_ops.linear_cross_entropy, reference.linear_cross_entropy,
-                       (x, head, targets))
+    for cap in (0.0, 2.0):
+        ours, defined = (partial(backend.linear_cross_entropy, cap=cap)
+                         for backend in (torch_ops, reference))
+        assert_as_accurate(ours, defined, (x, head, targets))
+        # in bf16 it rounds the logits and their gradient, which the definition does not
+        args = x.detach().bfloat16().requires_grad_(), head, targets
+        torch.testing.assert_close(grads(ours, args), grads(defined, args), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -17,7 +17,7 @@ GPT2 = dict(zip(("124M", "350M", "774M", "1558M"), SIZES.values(), strict=True))
 CONTEXT, VOCABULARY = 1024, 50304  # the vocabulary is padded
 ROWS = 16 * 1024  # the tokens of one micro-batch
 FAMILY = {operator: family for family, row in FAMILIES.items() for operator in row.operators}
-WINDOW, DROPOUT = 256, 0.1
+WINDOW, DROPOUT, CAP = 256, 0.1, 15.0  # the cap is nanochat's
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Case:
 
     `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy, (M, N, V)
     for linear_cross_entropy. `variant` is "window", "documents" or "dropout" for attention,
-    "nobias" for layer norm, "fp32 residual" for the norms with a residual. Parameters of the norms
-    and the head's weight are fp32, as under autocast.
+    "nobias" for layer norm, "fp32 residual" for the norms with a residual, "capped" for
+    linear_cross_entropy. Parameters of the norms and the head's weight are fp32, as under autocast.
     """
 
     operator: str
@@ -60,7 +60,11 @@ def gpt2(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
 def nanochat(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
     """The calls that nanochat's architecture adds, at the width of a size of GPT-2, bf16."""
     shape = (batch * CONTEXT, GPT2[size].n_embd)
-    return [Case("add_rmsnorm", shape), Case("rmsnorm", shape)]
+    return [
+        Case("add_rmsnorm", shape),
+        Case("rmsnorm", shape),
+        Case("linear_cross_entropy", (*shape, VOCABULARY), variant="capped"),
+    ]
 
 
 def models(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
@@ -98,7 +102,8 @@ def full() -> list[Case]:
         *(Case("rmsnorm", (ROWS, N), fp32) for N in (768, *widths)),
         *(Case("cross_entropy", (ROWS, V)) for V in (65, 50257, 131072)),
         *(Case("cross_entropy", (ROWS, VOCABULARY), dtype) for dtype in (fp16, fp32)),
-        Case("linear_cross_entropy", (ROWS, 768, 65)),
+        *(Case("linear_cross_entropy", (ROWS, 768, 65), bf16, variant)
+          for variant in ("", "capped")),
     ]
 
 
@@ -143,7 +148,7 @@ def options(case: Case, device: torch.device | str = "cpu") -> dict:
         return {"doc_start": starts.expand(case.shape[:2]).contiguous()}
     if case.variant == "dropout":
         return {"dropout": DROPOUT, "seed": torch.zeros((), dtype=torch.int64, device=device)}
-    return {}
+    return {"cap": CAP} if case.variant == "capped" else {}
 
 
 def operator(case: Case, backend: str) -> Callable:
