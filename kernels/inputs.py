@@ -1,7 +1,9 @@
-"""What the Triton operators accept: dtypes, memory layout, the arguments and masks of attention."""
+"""What the Triton operators accept: dtypes, memory layout, shapes, masks of attention, targets."""
 
 import torch
 from torch import Tensor
+
+from kernels.launch import LAYERNORM_WIDEST
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -9,6 +11,22 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def with_dense_rows(t: Tensor) -> Tensor:
     """t, copied unless the elements of a row are neighbours. Rows may be any distance apart."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def check_norm(name: str, x: Tensor, residual: Tensor | None = None) -> None:
+    """Raise ValueError for rows that kernels/layernorm.py and kernels/rmsnorm.py cannot take."""
+    if not 1 <= (x.shape[-1] if x.dim() else 0) <= LAYERNORM_WIDEST:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; the last axis may have 1 to "
+                         f"{LAYERNORM_WIDEST} elements (use --layernorm=torch for wider ones)")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: x is {x.dtype}; use fp16, bf16 or fp32, or "
+                         "--layernorm=reference")
+    if residual is None:
+        return
+    if residual.shape != x.shape or residual.dtype not in DTYPES or residual.device != x.device:
+        raise ValueError(f"{name}: x is {tuple(x.shape)} on {x.device}, residual is "
+                         f"{tuple(residual.shape)} {residual.dtype} on {residual.device}; they "
+                         "must agree in shape and device, in fp16, bf16 or fp32")
 
 
 def check_attention(q: Tensor, doc_start: Tensor | None, window: int | None, dropout: float,
@@ -51,3 +69,29 @@ def first_keys(q: Tensor, doc_start: Tensor | None, window: int | None) -> Tenso
         reach = (i - (window - 1)).clamp(min=0).repeat(B, 1)
         first = reach if first is None else torch.maximum(first, reach)
     return first
+
+
+def check_loss(name: str, label: str, t: Tensor, targets: Tensor, reduction: str) -> None:
+    """Raise ValueError for logits or features, targets or a reduction that no loss takes."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"{name}: reduction is {reduction!r}; choose 'mean' or 'sum'")
+    if t.dim() != 2 or t.shape[1] == 0 or t.dtype not in DTYPES:
+        raise ValueError(f"{name}: {label} is {tuple(t.shape)} {t.dtype}; it must have two axes "
+                         "and be fp16, bf16 or fp32")
+    if targets.shape != t.shape[:1] or targets.dtype != torch.int64 or targets.device != t.device:
+        raise ValueError(f"{name}: targets are {tuple(targets.shape)} {targets.dtype} on "
+                         f"{targets.device}; for {label} of {tuple(t.shape)} on {t.device} they "
+                         f"must be ({len(t)},) int64 there")
+
+
+def check_head(weight: Tensor, x: Tensor, cap: float) -> None:
+    """Raise ValueError for what `linear_cross_entropy` cannot take besides x and targets."""
+    if not 0 <= cap < float("inf"):
+        raise ValueError(f"linear_cross_entropy: cap={cap}; give a finite number above 0, or 0 for "
+                         "logits as they are")
+    N = x.shape[1]
+    fits = weight.dim() == 2 and weight.shape[1] == N and weight.device == x.device
+    if not fits or weight.dtype not in DTYPES:
+        raise ValueError(f"linear_cross_entropy: weight is {tuple(weight.shape)} {weight.dtype} on "
+                         f"{weight.device}, x is {tuple(x.shape)} on {x.device}; weight must be "
+                         f"(V, {N}) on the same device, in fp16, bf16 or fp32")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import FAMILIES, Kernels, load, reference, resolve, torch_ops
-from tests.numerics import DEVICE, assert_as_accurate
+from tests.numerics import DEVICE, assert_as_accurate, grads
 
 
 def randn(*shape, dtype=torch.float64, grad=True):
@@ -58,6 +58,14 @@ def test_norms_are_layer_norm():
     torch.testing.assert_close(y, F.layer_norm(x + r, (16,), w))
 
 
+def test_rms_norms_are_rms_norm():
+    x, r = randn(5, 16), randn(5, 16)
+    torch.testing.assert_close(reference.rmsnorm(x), F.rms_norm(x, (16,), eps=1e-6))
+    total, y = reference.add_rmsnorm(x, r, eps=0.1)
+    torch.testing.assert_close(total, x + r)
+    torch.testing.assert_close(y, F.rms_norm(x + r, (16,), eps=0.1))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_cross_entropy_ignores_what_is_ignored(reduction):
     x, w = randn(7, 6), randn(11, 6)
@@ -67,6 +75,13 @@ def test_cross_entropy_ignores_what_is_ignored(reduction):
                                theirs)
     torch.testing.assert_close(reference.linear_cross_entropy(x, w, targets, reduction=reduction),
                                theirs)
+
+
+def test_a_cap_is_cap_times_tanh():
+    x, w, targets = randn(7, 6), randn(11, 6), torch.arange(7, device=DEVICE)
+    capped = 2 * torch.tanh(x @ w.T / 2)
+    torch.testing.assert_close(reference.linear_cross_entropy(x, w, targets, cap=2.0),
+                               F.cross_entropy(capped, targets))
 
 
 def test_definitions_switch_autocast_off():
@@ -90,8 +105,13 @@ def test_the_torch_backend_is_as_accurate_as_the_definitions():
         assert_as_accurate(ours, defined, qkv(dtype=torch.float32))
     x, head = randn(7, 16, dtype=torch.float32), randn(11, 16, dtype=torch.float32)
     targets = torch.tensor([3, -1, 0, 10, -1, 5, 2], device=DEVICE)
-    assert_as_accurate(torch_ops.linear_cross_entropy, reference.linear_cross_entropy,
-                       (x, head, targets))
+    for cap in (0.0, 2.0):
+        ours, defined = (partial(backend.linear_cross_entropy, cap=cap)
+                         for backend in (torch_ops, reference))
+        assert_as_accurate(ours, defined, (x, head, targets))
+        # in bf16 it rounds the logits and their gradient, which the definition does not
+        args = x.detach().bfloat16().requires_grad_(), head, targets
+        torch.testing.assert_close(grads(ours, args), grads(defined, args), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -102,9 +122,12 @@ def test_torch_norms_are_as_accurate_as_the_definitions(dtype):
     assert_as_accurate(torch_ops.layernorm, reference.layernorm, (x, w, b))
     assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r, w, b))
     assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r.to(dtype), w))
+    assert_as_accurate(torch_ops.rmsnorm, reference.rmsnorm, (x,))
+    assert_as_accurate(torch_ops.add_rmsnorm, reference.add_rmsnorm, (x, r))
+    assert_as_accurate(torch_ops.add_rmsnorm, reference.add_rmsnorm, (x, r.to(dtype)))
 
 
-def test_every_backend_has_the_six_operators():
+def test_every_backend_has_all_operators():
     for backend in ("reference", "torch"):
         assert all(callable(f) for f in load(backend))
     mixed = load("torch", attention="reference")

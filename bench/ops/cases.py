@@ -17,7 +17,7 @@ GPT2 = dict(zip(("124M", "350M", "774M", "1558M"), SIZES.values(), strict=True))
 CONTEXT, VOCABULARY = 1024, 50304  # the vocabulary is padded
 ROWS = 16 * 1024  # the tokens of one micro-batch
 FAMILY = {operator: family for family, row in FAMILIES.items() for operator in row.operators}
-WINDOW, DROPOUT = 256, 0.1
+WINDOW, DROPOUT, CAP = 256, 0.1, 15.0  # the cap is nanochat's
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Case:
 
     `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy, (M, N, V)
     for linear_cross_entropy. `variant` is "window", "documents" or "dropout" for attention,
-    "nobias" for the norms, "fp32 residual" for add_layernorm. Parameters of the norms and the
-    head's weight are fp32, as under autocast.
+    "nobias" for layer norm, "fp32 residual" for the norms with a residual, "capped" for
+    linear_cross_entropy. Parameters of the norms and the head's weight are fp32, as under autocast.
     """
 
     operator: str
@@ -57,9 +57,24 @@ def gpt2(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
     ]
 
 
+def nanochat(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
+    """The calls that nanochat's architecture adds, at the width of a size of GPT-2, bf16."""
+    shape = (batch * CONTEXT, GPT2[size].n_embd)
+    return [
+        Case("add_rmsnorm", shape),
+        Case("rmsnorm", shape),
+        Case("linear_cross_entropy", (*shape, VOCABULARY), variant="capped"),
+    ]
+
+
+def models(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
+    """The calls of both architectures at a size of GPT-2."""
+    return gpt2(size, batch) + nanochat(size, batch)
+
+
 def quick() -> list[Case]:
-    """GPT-2's four sizes."""
-    return list(dict.fromkeys(case for size in GPT2 for case in gpt2(size)))
+    """Both architectures at GPT-2's four sizes."""
+    return list(dict.fromkeys(case for size in GPT2 for case in models(size)))
 
 
 def full() -> list[Case]:
@@ -81,10 +96,14 @@ def full() -> list[Case]:
         Case("layernorm", (ROWS, 768), fp16),
         *(Case(operator, (ROWS, 768), bf16, "nobias")
           for operator in ("add_layernorm", "layernorm")),
-        Case("add_layernorm", (ROWS, 768), bf16, "fp32 residual"),
+        *(Case(operator, (ROWS, 768), bf16, "fp32 residual")
+          for operator in ("add_layernorm", "add_rmsnorm")),
+        *(Case(operator, (ROWS, N)) for operator in ("add_rmsnorm", "rmsnorm") for N in widths),
+        *(Case("rmsnorm", (ROWS, N), fp32) for N in (768, *widths)),
         *(Case("cross_entropy", (ROWS, V)) for V in (65, 50257, 131072)),
         *(Case("cross_entropy", (ROWS, VOCABULARY), dtype) for dtype in (fp16, fp32)),
-        Case("linear_cross_entropy", (ROWS, 768, 65)),
+        *(Case("linear_cross_entropy", (ROWS, 768, 65), bf16, variant)
+          for variant in ("", "capped")),
     ]
 
 
@@ -104,12 +123,12 @@ def arguments(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
             return [normal(B, T, 3, H, D)]
         case "attention", (B, T, H, D):
             return [normal(B, T, H, D) for _ in range(3)]
-        case "layernorm" | "add_layernorm" as operator, (M, N):
+        case "layernorm" | "add_layernorm" | "rmsnorm" | "add_rmsnorm" as operator, (M, N):
             stream = torch.float32 if case.variant == "fp32 residual" else case.dtype
-            residual = [normal(M, N, dtype=stream)]
-            count = 1 if case.variant == "nobias" else 2
+            residual = [normal(M, N, dtype=stream)] if operator.startswith("add_") else []
+            count = 0 if operator.endswith("rmsnorm") else 1 if case.variant == "nobias" else 2
             parameters = [normal(N, dtype=torch.float32) for _ in range(count)]
-            return [normal(M, N), *(residual if operator == "add_layernorm" else []), *parameters]
+            return [normal(M, N), *residual, *parameters]
         case "cross_entropy", (M, V):
             return [normal(M, V), torch.randint(V, (M,), device=device)]
         case "linear_cross_entropy", (M, N, V):
@@ -129,7 +148,7 @@ def options(case: Case, device: torch.device | str = "cpu") -> dict:
         return {"doc_start": starts.expand(case.shape[:2]).contiguous()}
     if case.variant == "dropout":
         return {"dropout": DROPOUT, "seed": torch.zeros((), dtype=torch.int64, device=device)}
-    return {}
+    return {"cap": CAP} if case.variant == "capped" else {}
 
 
 def operator(case: Case, backend: str) -> Callable:
