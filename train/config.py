@@ -66,7 +66,7 @@ class OptimConfig:
     muon_lr: NonNegativeFloat = 0.02
     """muon's peak rate for the matrices; follows the schedule of learning_rate, scaled"""
     muon_momentum: BelowOne = 0.95
-    """reached from 0.1 below in the first 300 steps, or the first third of a shorter run"""
+    """reached from 0.1 below in 300 steps, or in a third of lr_decay_iters"""
     embedding_lr: NonNegativeFloat = 0.0
     """peak rate of embeddings that are not also the head, scaled likewise; 0: learning_rate"""
     max_iters: NonNegative = 600_000

@@ -87,11 +87,11 @@ def learning_rate(step: int, c: OptimConfig) -> float:
 
 
 def muon_momentum(step: int, c: OptimConfig) -> float:
-    """Muon's momentum: from 0.1 below muon_momentum up to it, over 300 steps or a third of the run.
+    """Muon's momentum: from 0.1 below muon_momentum up to it over 300 steps.
 
-    Source: modded-nanogpt's record of 2024-12-04 warms up over 300 steps.
+    In a third of lr_decay_iters where that is less. Source of the warm-up: modded-nanogpt.
     """
-    warmed_up = min(1.0, step / max(1.0, min(300, c.max_iters / 3)))
+    warmed_up = min(1.0, step / max(1.0, min(300, c.lr_decay_iters / 3)))
     return max(0.0, c.muon_momentum - 0.1 * (1 - warmed_up))
 
 
