@@ -123,6 +123,28 @@ def test_a_skipped_step_changes_nothing():
         assert torch.equal(a, b) and a.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_is_skipped_on_the_device_without_waiting(dtype):
+    """As on a GPU, where the flag is not read: with NaN gradients nothing changes, not one bit."""
+    params = matrices((6, 4))
+    optimizer = Muon([one_group(params)], dtype)
+    (group,) = optimizer.param_groups
+    with_gradients(params, 0)
+    optimizer._step_matrices(group, torch.tensor(False))
+    twins = matrices((6, 4))
+    twin = Muon([one_group(twins)], dtype)
+    with_gradients(twins, 0)
+    twin.step()
+    before = [p.detach().clone() for p in params]
+    momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in params]
+    assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+    for p in params:
+        p.grad.fill_(float("nan"))
+    optimizer._step_matrices(group, torch.tensor(True))
+    for p, was, momentum in zip(params, before, momenta, strict=True):
+        assert torch.equal(p, was) and torch.equal(optimizer.state[p]["momentum_buffer"], momentum)
+
+
 # -- groups and rates ----------------------------------------------------------
 
 

@@ -65,34 +65,42 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step, unless `found_inf` says not to. The host does not wait. Every rank must call it."""
+        skip = None if self.found_inf is None else self.found_inf > 0
+        if skip is not None and skip.device.type == "cpu":  # nothing to wait for
+            if skip:
+                return
+            skip = None
         for group in self.param_groups:
             if group["params"][0].grad is None:
                 continue
             if "packed" in group:
-                self._step_matrices(group)
+                self._step_matrices(group, skip)
             else:
                 self._step_adamw(group)
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
+    def _step_matrices(self, group: dict[str, Any], skip: Tensor | None) -> None:
+        """Step a group of matrices of one shape; with `skip`, true or false, as if by 0."""
         params = group["params"]
-        buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
-        grads, momenta = torch.stack([_local(p.grad) for p in params]), torch.stack(buffers)
-        keep: Tensor | float = 1.0
-        if self.found_inf is not None:
-            skip = self.found_inf.to(grads.device) > 0
-            grads, keep = torch.where(skip, momenta, grads), (~skip).to(grads.dtype)
-        momenta.lerp_(grads, 1 - group["momentum"])
-        torch._foreach_copy_(buffers, list(momenta.unbind()))
-        update = grads.lerp_(momenta, group["momentum"]).to(self.dtype)
+        local, grads = [_local(p) for p in params], [_local(p.grad) for p in params]
+        momenta = [_local(self.state[p]["momentum_buffer"]) for p in params]
+        if skip is not None:
+            grads = [torch.where(skip, m, g) for m, g in zip(momenta, grads, strict=True)]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        update = local[0].new_empty((len(params), *local[0].shape), dtype=self.dtype)
+        torch._foreach_copy_(list(update.unbind()),
+                             torch._foreach_lerp(grads, momenta, group["momentum"]))
 
         full_rows, columns = params[0].shape
         rows = full_rows // group["packed"]
-        update = by_shares(lambda x: orthogonal(x.reshape(-1, rows, columns)).view_as(x), update,
+        update = by_shares(lambda x: orthogonal(x.view(-1, rows, columns)).view_as(x), update,
                            full_rows, *process_groups(params[0]))
-        local = [_local(p) for p in params]
+        decay: Tensor | float = group["lr"] * group["weight_decay"]
+        if skip is not None:
+            update, decay = update * ~skip, decay * ~skip
+        if group["weight_decay"]:
+            torch._foreach_mul_(local, 1 - decay)
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-        torch._foreach_mul_(local, 1 - group["lr"] * group["weight_decay"] * keep)
-        torch._foreach_add_(local, list((update.to(grads.dtype) * keep).unbind()), alpha=-rate)
+        torch._foreach_add_(local, list(update.unbind()), alpha=-rate)
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params, (beta1, beta2) = group["params"], group["betas"]
@@ -124,6 +132,8 @@ def by_shares(fn: Callable[[Tensor], Tensor], x: Tensor, rows: int,
 
     `replicas` have the same x, `shards` the other rows, in FSDP's order. Every rank must call it.
     """
+    if replicas is None and shards is None:
+        return fn(x)
     n, here, columns = x.shape
     n_replicas, n_shards = (1 if g is None else g.size() for g in (replicas, shards))
     each = -(-n // (n_replicas * n_shards))
