@@ -124,6 +124,7 @@ def test_a_skipped_step_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
 def test_a_step_is_skipped_on_the_device_without_waiting(dtype):
     """As on a GPU, where the flag is not read: with NaN gradients nothing changes, not one bit."""
     params = matrices((6, 4))
