@@ -13,6 +13,11 @@ def with_dense_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def strided(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A tensor and its strides, which a kernel takes as one argument."""
+    return x, x.stride()
+
+
 def check_norm(name: str, x: Tensor, residual: Tensor | None = None) -> None:
     """Raise ValueError for rows that kernels/layernorm.py and kernels/rmsnorm.py cannot take."""
     if not 1 <= (x.shape[-1] if x.dim() else 0) <= LAYERNORM_WIDEST:
@@ -29,9 +34,30 @@ def check_norm(name: str, x: Tensor, residual: Tensor | None = None) -> None:
                          "must agree in shape and device, in fp16, bf16 or fp32")
 
 
-def check_attention(q: Tensor, doc_start: Tensor | None, window: int | None, dropout: float,
-                    seed: Tensor | None) -> None:
-    """Raise ValueError for what kernels/attention.py cannot take."""
+def check_packed(qkv: Tensor) -> None:
+    """Raise ValueError unless qkv is (B, T, 3, H, D)."""
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"attention_qkv: qkv has shape {tuple(qkv.shape)}; view the projection as "
+                         "(B, T, 3, H, D)")
+
+
+def check_rotation(qkv: Tensor, rotation: Tensor) -> None:
+    """Raise ValueError unless `rotation` fits a qkv (B, T, 3, H, D)."""
+    wanted = (qkv.shape[1::3], torch.float32, qkv.device)
+    if (rotation.shape, rotation.dtype, rotation.device) != wanted:
+        raise ValueError(f"attention_qkv: rotation is {tuple(rotation.shape)} {rotation.dtype} on "
+                         f"{rotation.device}; give {tuple(wanted[0])} torch.float32 on "
+                         f"{qkv.device}")
+
+
+def check_attention(qkv: list[Tensor], doc_start: Tensor | None, window: int | None,
+                    dropout: float, seed: Tensor | None) -> None:
+    """Raise ValueError for what kernels/attention.py cannot take; qkv is [q, k, v]."""
+    q, k, v = qkv
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"attention: {name} is {tuple(x.shape)} {x.dtype} on {x.device}, q is "
+                             f"{tuple(q.shape)} {q.dtype} on {q.device}; make them alike")
     if q.ndim != 4 or q.dtype not in DTYPES:
         raise ValueError(f"attention: q is {tuple(q.shape)} {q.dtype}; give (B, T, H, D) in "
                          "float32, bfloat16 or float16")
@@ -69,6 +95,16 @@ def first_keys(q: Tensor, doc_start: Tensor | None, window: int | None) -> Tenso
         reach = (i - (window - 1)).clamp(min=0).repeat(B, 1)
         first = reach if first is None else torch.maximum(first, reach)
     return first
+
+
+def last_queries(first: Tensor | None) -> Tensor | None:
+    """The end of the queries that see each key, (B, T), for the `first_keys` of each query."""
+    if first is None:
+        return None
+    B, T = first.shape
+    keys = torch.arange(T, dtype=torch.int32, device=first.device).repeat(B, 1)
+    # how many queries have their first key at or before this one
+    return torch.searchsorted(first, keys, right=True, out_int32=True)
 
 
 def check_loss(name: str, label: str, t: Tensor, targets: Tensor, reduction: str) -> None:

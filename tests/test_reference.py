@@ -41,6 +41,38 @@ def test_philox_is_the_published_one():
     assert keep.item() and not drop.item()
 
 
+def rotation(T, D):
+    angles = torch.randn(T, D // 2, device=DEVICE)
+    return torch.cat([angles.cos(), angles.sin()], 1), angles
+
+
+def test_rotated_pairs_are_complex_numbers_times_one():
+    """a + b i, of the root mean square 1, times exp(-i angle); v is left alone."""
+    x, (turn, angles) = torch.randn(2, 9, 3, 2, 8, device=DEVICE).double(), rotation(9, 8)
+    a, b = F.rms_norm(x[:, :, :2], (8,), eps=1e-6).chunk(2, -1)
+    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angles), -angles)[:, None, None]
+    found = reference.rotated_qkv(x, turn)
+    torch.testing.assert_close(found[:, :, :2], torch.cat([turned.real, turned.imag], -1),
+                               rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[:, :, 2], x[:, :, 2])
+    theirs = reference.attention(*found.unbind(2))
+    assert torch.equal(reference.attention_qkv(x, rotation=turn), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_rotates_as_the_definition_does(dtype):
+    torch.manual_seed(0)
+    x, (turn, _) = randn(2, 9, 3, 2, 16, dtype=dtype), rotation(9, 16)
+    for name in ("rotated_qkv", "attention_qkv"):
+        ours, defined = (partial(getattr(backend, name), rotation=turn)
+                         for backend in (torch_ops, reference))
+        if dtype == torch.float32 or name == "rotated_qkv":
+            assert_as_accurate(ours, defined, (x,))
+        else:  # products of rounded q, k and probabilities
+            torch.testing.assert_close(grads(ours, (x,)), grads(defined, (x,)), rtol=0.03,
+                                       atol=0.03)
+
+
 def test_dropout_keeps_the_mean_and_needs_a_seed():
     q, k, v = qkv(B=1, T=4, D=4)
     many = [reference.attention(q, k, v, dropout=0.3, seed=torch.tensor(s, device=DEVICE))

@@ -25,9 +25,9 @@ class Case:
     """One call of a public operator.
 
     `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy, (M, N, V)
-    for linear_cross_entropy. `variant` is "window", "documents" or "dropout" for attention,
-    "nobias" for layer norm, "fp32 residual" for the norms with a residual, "capped" for
-    linear_cross_entropy. Parameters of the norms and the head's weight are fp32, as under autocast.
+    for linear_cross_entropy. `variant` is "window", "documents", "dropout" or "rotary" for
+    attention, "nobias" for layer norm, "fp32 residual" for the norms with a residual, "capped" for
+    linear_cross_entropy. Parameters of norms and the head's weight are fp32, as under autocast.
     """
 
     operator: str
@@ -59,8 +59,10 @@ def gpt2(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
 
 def nanochat(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
     """The calls that nanochat's architecture adds, at the width of a size of GPT-2, bf16."""
-    shape = (batch * CONTEXT, GPT2[size].n_embd)
+    shape = (batch * CONTEXT, (width := GPT2[size].n_embd))
     return [
+        *(Case("attention_qkv", (batch, CONTEXT, width // D, D), variant="rotary")
+          for D in (64, 128) if width % D == 0),
         Case("add_rmsnorm", shape),
         Case("rmsnorm", shape),
         Case("linear_cross_entropy", (*shape, VOCABULARY), variant="capped"),
@@ -148,7 +150,15 @@ def options(case: Case, device: torch.device | str = "cpu") -> dict:
         return {"doc_start": starts.expand(case.shape[:2]).contiguous()}
     if case.variant == "dropout":
         return {"dropout": DROPOUT, "seed": torch.zeros((), dtype=torch.int64, device=device)}
+    if case.variant == "rotary":
+        return {"rotation": rotation(case.shape[1], case.shape[3], device)}
     return {"cap": CAP} if case.variant == "capped" else {}
+
+
+def rotation(T: int, D: int, device: torch.device | str = "cpu") -> Tensor:
+    """The cosines and sines of angles of T positions, (T, D); of any angles: none is faster."""
+    angles = torch.arange(T * (D // 2), dtype=torch.float32, device=device).view(T, D // 2)
+    return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 def operator(case: Case, backend: str) -> Callable:
