@@ -97,7 +97,7 @@ def chosen_cases(options: Options, device: torch.device) -> list[Case]:
     if device.type == "cpu":
         return small_cases(options.sweep)
     names = named("sizes", options.sizes, cases.GPT2)
-    first, *others = (cases.gpt2(name, options.batch_size) for name in names)
+    first, *others = (cases.models(name, options.batch_size) for name in names)
     swept = [Case("attention", (max(1, cases.ROWS // T), T, 768 // D, D))
              for D in (64, 128) for T in SWEEP] if options.sweep else []
     return list(dict.fromkeys([*first, *swept, *(case for size in others for case in size)]))
@@ -106,7 +106,8 @@ def chosen_cases(options: Options, device: torch.device) -> list[Case]:
 def small_cases(sweep: bool) -> list[Case]:
     """What a CPU measures, in fp32."""
     shapes = {"attention_qkv": (2, 128, 4, 64), "add_layernorm": (256, 256),
-              "layernorm": (256, 256), "cross_entropy": (128, 1000),
+              "layernorm": (256, 256), "add_rmsnorm": (256, 256), "rmsnorm": (256, 256),
+              "cross_entropy": (128, 1000),
               "linear_cross_entropy": (128, 64, 1000)}
     swept = [("attention", (1, T, 4, 64)) for T in SWEEP[:2]] if sweep else []
     return [Case(operator, shape, torch.float32) for operator, shape in [*shapes.items(), *swept]]

@@ -1,6 +1,6 @@
 """Find launch settings by measuring on this machine's GPU, and say which backend is fastest there.
 
-    python bench/tune.py                         # GPT-2's four sizes, all families of operators
+    python bench/tune.py                         # GPT-2's four sizes, all operators
     python bench/tune.py --sizes=124M --family=layernorm
 
 Each function of kernels/launch.py is tuned in turn; the others keep the settings they have or got.
@@ -79,8 +79,8 @@ def per_multiprocessor(*counts: int) -> Callable[[Call, int], Iterator[int]]:
     return lambda call, current: (n * call.arguments[-1] for n in counts)
 
 
-def rows_of_layernorm(call: Call, current: dict) -> Iterator[dict]:
-    """Tiles of the same row length, 8 to 64 elements per thread; forward, in 1 to 8 chunks."""
+def rows_of_norm(call: Call, current: dict) -> Iterator[dict]:
+    """Tiles of the same row length, 8 to 64 elements per thread; with chunks, in 1 to 8 of them."""
     chunked = "CHUNKS" in current
     block = current["CHUNKS"] * current["LANES"] if chunked else current["BLOCK_N"]
     for rows, warps, chunks in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16),
@@ -98,9 +98,11 @@ KNOBS: dict[str, tuple[str, Callable]] = {
     "attention_forward": ("forward", product(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), **_tiles)),
     "attention_backward_q": ("step", product(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), **_tiles)),
     "attention_backward_kv": ("step", product(BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128), **_tiles)),
-    "layernorm_forward": ("forward", rows_of_layernorm),
-    "layernorm_backward": ("step", rows_of_layernorm),
+    "layernorm_forward": ("forward", rows_of_norm),
+    "layernorm_backward": ("step", rows_of_norm),
     "layernorm_programs": ("step", per_multiprocessor(1, 2, 3, 4, 6, 8)),
+    "rmsnorm_forward": ("forward", rows_of_norm),
+    "rmsnorm_backward": ("step", rows_of_norm),
     "cross_entropy_forward": ("forward", _blocks),
     "cross_entropy_backward": ("step", _blocks),
     "cross_entropy_in_place": ("step", _blocks),
@@ -282,7 +284,7 @@ def chosen_cases(options: Options) -> list[tuple[str, Case, Case]]:
     sizes = named("sizes", options.sizes, cases.GPT2)
     families = named("family", options.family, FAMILIES) if options.family else list(FAMILIES)
     return [(size, case, small) for size in sizes
-            for case, small in zip(cases.gpt2(size, options.batch), cases.gpt2(size, 2),
+            for case, small in zip(cases.models(size, options.batch), cases.models(size, 2),
                                    strict=True)
             if case.family in families]
 

@@ -1,7 +1,9 @@
-"""What the Triton operators accept: dtypes, memory layout, the arguments and masks of attention."""
+"""What the Triton operators accept: dtypes, memory layout, shapes, the masks of attention."""
 
 import torch
 from torch import Tensor
+
+from kernels.launch import LAYERNORM_WIDEST
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -9,6 +11,22 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def with_dense_rows(t: Tensor) -> Tensor:
     """t, copied unless the elements of a row are neighbours. Rows may be any distance apart."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def check_norm(name: str, x: Tensor, residual: Tensor | None = None) -> None:
+    """Raise ValueError for rows that kernels/layernorm.py and kernels/rmsnorm.py cannot take."""
+    if not 1 <= (x.shape[-1] if x.dim() else 0) <= LAYERNORM_WIDEST:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; the last axis may have 1 to "
+                         f"{LAYERNORM_WIDEST} elements (use --layernorm=torch for wider ones)")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: x is {x.dtype}; use fp16, bf16 or fp32, or "
+                         "--layernorm=reference")
+    if residual is None:
+        return
+    if residual.shape != x.shape or residual.dtype not in DTYPES or residual.device != x.device:
+        raise ValueError(f"{name}: x is {tuple(x.shape)} on {x.device}, residual is "
+                         f"{tuple(residual.shape)} {residual.dtype} on {residual.device}; they "
+                         "must agree in shape and device, in fp16, bf16 or fp32")
 
 
 def check_attention(q: Tensor, doc_start: Tensor | None, window: int | None, dropout: float,

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-from kernels.inputs import DTYPES, with_dense_rows
+from kernels.inputs import DTYPES, check_norm, with_dense_rows
 
 # -- kernels -----------------------------------------------------------------
 
@@ -236,7 +236,8 @@ def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) 
     be any distance apart. Raises ValueError for other shapes, dtypes and devices. Has no second
     derivative.
     """
-    _check("layernorm", x, w, b)
+    check_norm("layernorm", x)
+    _check_parameters("layernorm", x, w, b)
     y, _, _ = _layernorm_op(x.reshape(-1, x.shape[-1]), w, b, eps)
     return y.view(x.shape)
 
@@ -248,24 +249,17 @@ def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = Non
     Agrees with `reference.add_layernorm`. The sum has the dtype of the residual, the norm that of
     x. Otherwise as `layernorm`.
     """
-    _check("add_layernorm", x, w, b)
-    if residual.shape != x.shape or residual.dtype not in DTYPES or residual.device != x.device:
-        raise ValueError(f"add_layernorm: x is {tuple(x.shape)} on {x.device}, residual is "
-                         f"{tuple(residual.shape)} {residual.dtype} on {residual.device}; they "
-                         "must agree in shape and device, in fp16, bf16 or fp32")
+    check_norm("add_layernorm", x, residual)
+    _check_parameters("add_layernorm", x, w, b)
     N = x.shape[-1]
     total, y, _, _ = _add_layernorm_op(x.reshape(-1, N), residual.reshape(-1, N), w, b, eps)
     return total.view(x.shape), y.view(x.shape)
 
 
-def _check(name: str, x: Tensor, w: Tensor, b: Tensor | None) -> None:
-    N = x.shape[-1] if x.dim() else 0
-    if not 1 <= N <= launch.LAYERNORM_WIDEST:
-        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; the last axis may have 1 to "
-                         f"{launch.LAYERNORM_WIDEST} elements (use --layernorm=torch for wider "
-                         "ones)")
-    for label, t in (("x", x), ("w", w), ("b", w if b is None else b)):
-        if label != "x" and t.shape != (N,):
+def _check_parameters(name: str, x: Tensor, w: Tensor, b: Tensor | None) -> None:
+    N = x.shape[-1]
+    for label, t in (("w", w), ("b", w if b is None else b)):
+        if t.shape != (N,):
             raise ValueError(f"{name}: {label} has shape {tuple(t.shape)}, but x ends in {N}, so "
                              f"it must be ({N},)")
         if t.dtype not in DTYPES:

@@ -103,7 +103,7 @@ import os, sys
 before = dict(os.environ)
 import kernels
 assert "triton" not in sys.modules, "kernels alone needs no triton"
-import kernels.attention, kernels.cross_entropy, kernels.layernorm, torch, triton
+import kernels.attention, kernels.cross_entropy, kernels.layernorm, kernels.rmsnorm, torch, triton
 assert not torch.cuda.is_initialized(), "a device was asked for"
 assert triton.runtime.driver._active is None, "a device was asked for"
 assert dict(os.environ) == before, "the environment was written to"
@@ -190,6 +190,8 @@ def test_some_case_is_given_each_setting_that_launch_has():
     norms = [c for c in cases.full() if c.operator == "layernorm" and not c.variant]
     forward = [launch.layernorm_forward(c.shape[1], c.dtype.itemsize) for c in norms]
     backward = [launch.layernorm_backward(c.shape[1]) for c in norms]
+    assert {c.shape[1] for c in norms} == {
+        c.shape[1] for c in cases.full() if c.operator == "rmsnorm"}, "it has the same settings"
     for N in range(64, launch.LAYERNORM_WIDEST + 1):
         assert launch.layernorm_backward(N) in backward, N
         assert all(launch.layernorm_forward(N, itemsize) in forward for itemsize in (2, 4)), N
@@ -322,6 +324,8 @@ def test_floors():
     assert added["backward"] == 4 * 100 * 10 * 2 + 3 * 10 * 4
     wide = floor_bytes(Case("add_layernorm", (100, 10), torch.bfloat16, "fp32 residual"))
     assert wide["forward"] == 100 * 10 * (2 + 4 + 4 + 2) + 80
+    assert floor_bytes(Case("rmsnorm", (100, 10))) == {"forward": 4000, "backward": 6000}
+    assert floor_bytes(Case("add_rmsnorm", (100, 10))) == {"forward": 8000, "backward": 8000}
     assert floor_bytes(Case("cross_entropy", (100, 50))) == {"forward": 10_800, "backward": 20_800}
     assert floor_bytes(Case("linear_cross_entropy", (100, 10, 50))) == {"forward": 20_800}
 

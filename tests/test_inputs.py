@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from kernels import attention as attn
 from kernels import cross_entropy as ce
 from kernels import layernorm as ln
+from kernels import rmsnorm as rms
 from tests.numerics import BF16, DEVICE
 
 SEED = torch.tensor(7, device=DEVICE)
@@ -59,8 +60,14 @@ def test_attention_names_a_wrong_packed_shape():
     (lambda: ln.add_layernorm(zeros(2, 8), zeros(3, 8), zeros(8)), r"residual is \(3, 8\)"),
     (lambda: ln.add_layernorm(zeros(2, 8), zeros(2, 8).double(), zeros(8)), "float64"),
     (lambda: ln.add_layernorm(zeros(2, 8), zeros(2, 8).to("meta"), zeros(8)), "on meta"),
+    (lambda: rms.rmsnorm(zeros(2, 8).double()), "rmsnorm: x is torch.float64; use fp16"),
+    (lambda: rms.rmsnorm(zeros(2, 16385)), "1 to 16384"),
+    (lambda: rms.rmsnorm(zeros()), "1 to 16384"),
+    (lambda: rms.add_rmsnorm(zeros(2, 8), zeros(3, 8)), r"add_rmsnorm: .*residual is \(3, 8\)"),
+    (lambda: rms.add_rmsnorm(zeros(2, 8), zeros(2, 8).double()), "float64"),
+    (lambda: rms.add_rmsnorm(zeros(2, 8), zeros(2, 8).to("meta")), "on meta"),
 ])
-def test_layernorm_names_bad_input(call, message):
+def test_norms_name_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

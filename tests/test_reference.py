@@ -58,6 +58,14 @@ def test_norms_are_layer_norm():
     torch.testing.assert_close(y, F.layer_norm(x + r, (16,), w))
 
 
+def test_rms_norms_are_rms_norm():
+    x, r = randn(5, 16), randn(5, 16)
+    torch.testing.assert_close(reference.rmsnorm(x), F.rms_norm(x, (16,), eps=1e-6))
+    total, y = reference.add_rmsnorm(x, r, eps=0.1)
+    torch.testing.assert_close(total, x + r)
+    torch.testing.assert_close(y, F.rms_norm(x + r, (16,), eps=0.1))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_cross_entropy_ignores_what_is_ignored(reduction):
     x, w = randn(7, 6), randn(11, 6)
@@ -102,9 +110,12 @@ def test_torch_norms_are_as_accurate_as_the_definitions(dtype):
     assert_as_accurate(torch_ops.layernorm, reference.layernorm, (x, w, b))
     assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r, w, b))
     assert_as_accurate(torch_ops.add_layernorm, reference.add_layernorm, (x, r.to(dtype), w))
+    assert_as_accurate(torch_ops.rmsnorm, reference.rmsnorm, (x,))
+    assert_as_accurate(torch_ops.add_rmsnorm, reference.add_rmsnorm, (x, r))
+    assert_as_accurate(torch_ops.add_rmsnorm, reference.add_rmsnorm, (x, r.to(dtype)))
 
 
-def test_every_backend_has_the_six_operators():
+def test_every_backend_has_all_operators():
     for backend in ("reference", "torch"):
         assert all(callable(f) for f in load(backend))
     mixed = load("torch", attention="reference")

@@ -37,7 +37,8 @@ from common.bounds import NotEmpty, Processes
 from common.processes import end_with_parent
 from kernels import FAMILIES
 
-MEMORY_BOUND = ("layernorm", "add_layernorm", "cross_entropy", "linear_cross_entropy")
+MEMORY_BOUND = ("layernorm", "add_layernorm", "rmsnorm", "add_rmsnorm", "cross_entropy",
+                "linear_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Options:
     arch: str = "80,86,90,100"
     """compute capabilities without the dot, with commas"""
     quick: bool = False
-    """only GPT-2's four sizes, in bf16"""
+    """only GPT-2's four sizes, both architectures, in bf16"""
     family: str = ""
     """only these families of operators, with commas: attention, layernorm, cross_entropy"""
     out: NotEmpty = str(RESULTS / "ahead.json")

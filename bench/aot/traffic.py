@@ -50,15 +50,18 @@ def floor_bytes(case: Case) -> dict[str, int]:
         return {"forward": M * V * s + 8 * M, "backward": 2 * M * V * s + 8 * M}
     M, N = case.shape
     r = 4 if case.variant == "fp32 residual" else s
-    parameters = 4 * N * (1 if case.variant == "nobias" else 2)
-    if case.operator == "layernorm":  # x, y; dy, x, dx, the weight and its gradient
+    assert case.family == "layernorm", f"{case} is not memory-bound"
+    if case.operator.endswith("rmsnorm"):
+        weight = parameters = 0
+    else:
+        weight, parameters = 4 * N, 4 * N * (1 if case.variant == "nobias" else 2)
+    if not case.operator.startswith("add_"):  # x, y; dy, x, dx, the weight and its gradient
         return {"forward": 2 * M * N * s + parameters,
-                "backward": 3 * M * N * s + 4 * N + parameters}
-    assert case.operator == "add_layernorm", f"{case} is not memory-bound"
+                "backward": 3 * M * N * s + weight + parameters}
     # x, residual, total, y; dy, dtotal, total, and one gradient for x and residual, or two where
     # their dtypes differ
     backward = M * N * (s + 3 * r + (s if s != r else 0))
-    return {"forward": 2 * M * N * (s + r) + parameters, "backward": backward + 4 * N + parameters}
+    return {"forward": 2 * M * N * (s + r) + parameters, "backward": backward + weight + parameters}
 
 
 def cache_share(capability: tuple[int, int], programs: int, num_warps: int) -> int:

@@ -26,8 +26,8 @@ class Case:
 
     `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy, (M, N, V)
     for linear_cross_entropy. `variant` is "window", "documents" or "dropout" for attention,
-    "nobias" for the norms, "fp32 residual" for add_layernorm. Parameters of the norms and the
-    head's weight are fp32, as under autocast.
+    "nobias" for layer norm, "fp32 residual" for the norms with a residual. Parameters of the norms
+    and the head's weight are fp32, as under autocast.
     """
 
     operator: str
@@ -57,9 +57,20 @@ def gpt2(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
     ]
 
 
+def nanochat(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
+    """The calls that nanochat's architecture adds, at the width of a size of GPT-2, bf16."""
+    shape = (batch * CONTEXT, GPT2[size].n_embd)
+    return [Case("add_rmsnorm", shape), Case("rmsnorm", shape)]
+
+
+def models(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
+    """The calls of both architectures at a size of GPT-2."""
+    return gpt2(size, batch) + nanochat(size, batch)
+
+
 def quick() -> list[Case]:
-    """GPT-2's four sizes."""
-    return list(dict.fromkeys(case for size in GPT2 for case in gpt2(size)))
+    """Both architectures at GPT-2's four sizes."""
+    return list(dict.fromkeys(case for size in GPT2 for case in models(size)))
 
 
 def full() -> list[Case]:
@@ -81,7 +92,10 @@ def full() -> list[Case]:
         Case("layernorm", (ROWS, 768), fp16),
         *(Case(operator, (ROWS, 768), bf16, "nobias")
           for operator in ("add_layernorm", "layernorm")),
-        Case("add_layernorm", (ROWS, 768), bf16, "fp32 residual"),
+        *(Case(operator, (ROWS, 768), bf16, "fp32 residual")
+          for operator in ("add_layernorm", "add_rmsnorm")),
+        *(Case(operator, (ROWS, N)) for operator in ("add_rmsnorm", "rmsnorm") for N in widths),
+        *(Case("rmsnorm", (ROWS, N), fp32) for N in (768, *widths)),
         *(Case("cross_entropy", (ROWS, V)) for V in (65, 50257, 131072)),
         *(Case("cross_entropy", (ROWS, VOCABULARY), dtype) for dtype in (fp16, fp32)),
         Case("linear_cross_entropy", (ROWS, 768, 65)),
@@ -104,12 +118,12 @@ def arguments(case: Case, device: torch.device | str = "cpu") -> list[Tensor]:
             return [normal(B, T, 3, H, D)]
         case "attention", (B, T, H, D):
             return [normal(B, T, H, D) for _ in range(3)]
-        case "layernorm" | "add_layernorm" as operator, (M, N):
+        case "layernorm" | "add_layernorm" | "rmsnorm" | "add_rmsnorm" as operator, (M, N):
             stream = torch.float32 if case.variant == "fp32 residual" else case.dtype
-            residual = [normal(M, N, dtype=stream)]
-            count = 1 if case.variant == "nobias" else 2
+            residual = [normal(M, N, dtype=stream)] if operator.startswith("add_") else []
+            count = 0 if operator.endswith("rmsnorm") else 1 if case.variant == "nobias" else 2
             parameters = [normal(N, dtype=torch.float32) for _ in range(count)]
-            return [normal(M, N), *(residual if operator == "add_layernorm" else []), *parameters]
+            return [normal(M, N), *residual, *parameters]
         case "cross_entropy", (M, V):
             return [normal(M, V), torch.randint(V, (M,), device=device)]
         case "linear_cross_entropy", (M, N, V):

@@ -72,6 +72,8 @@ def _liger(case: Case, cuda: bool) -> Callable | str:
         return "liger-kernel needs a CUDA device"
     if case.operator == "add_layernorm" or case.variant:
         return f"liger-kernel has no {f'{case.operator} {case.variant}'.rstrip()}"
+    if case.operator.endswith("rmsnorm"):
+        return "liger-kernel's RMS norm takes a weight"
     from liger_kernel.transformers import functional as liger
 
     if case.operator == "layernorm":
