@@ -23,6 +23,7 @@ from common.bounds import NonNegative, Positive
 from common.files import read_json, regular_file, sha256_of
 from data.tokenizer import check_meta
 from gpt.config import GPTConfig, StitchedConfig, make_config, resolved
+from gpt.tensors import about
 
 DONE = "DONE"
 _REMEDY = "take another checkpoint, or an undamaged copy of this one"
@@ -106,8 +107,10 @@ def read_state(folder: Path) -> State:
 
 def read_config(folder: Path) -> GPTConfig:
     """The config in model.json. Raises ValueError if it is not one, or of a newer version."""
-    remedy = "it must have the fields of gpt/config.py"
-    return resolved(make_config(**read_json(folder / "model.json", _Fields, remedy)))
+    file, remedy = folder / "model.json", "it must have the fields of gpt/config.py"
+    fields = read_json(file, _Fields, remedy)
+    with about(file, remedy):
+        return resolved(make_config(**fields))
 
 
 def config_json(config: GPTConfig) -> str:

@@ -3,14 +3,15 @@
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from common.bounds import BelowOne, Must, NonNegative, NonNegativeFloat, PositiveFloat, check
+from common.bounds import BelowOne, Must, NonNegative, check
 
 # Limits far beyond any model: --n_embd=1000000000000 must fail at once, not loop without end.
 Width = Annotated[int, Must("be from 1 to 1048576", lambda n: 1 <= n <= 1 << 20)]
 Depth = Annotated[int, Must("be from 1 to 10000", lambda n: 1 <= n <= 10_000)]
 BlockNumber = Annotated[int, Must("be the number of a block, or -1 for none", lambda n: n >= -1)]
-
-
+# Beyond these the angles, or cap * tanh(logits / cap), are NaN in fp32.
+Theta = Annotated[float, Must("be from 1 to 1e12", lambda x: 1 <= x <= 1e12)]
+Cap = Annotated[float, Must("be from 0 to 1e6", lambda x: 0 <= x <= 1e6)]
 
 
 class Architecture(NamedTuple):
@@ -19,7 +20,7 @@ class Architecture(NamedTuple):
     module: str
     """the file with its Transformer"""
     own: tuple[str, ...]
-    """the fields of GPTConfig that only it has"""
+    """the fields of GPTConfig that not every architecture has"""
     ties: bool
     """whether its head is the token embedding, unless --tie_weights says otherwise"""
 
@@ -59,9 +60,9 @@ class GPTConfig:
     """of gpt2: bias in linear layers and norms; False is a little better and faster"""
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     """of gpt2: gelu (erf) as in nanoGPT; gelu_tanh for GPT-2's published weights"""
-    rope_theta: PositiveFloat = 10_000.0
+    rope_theta: Theta = 10_000.0
     """of nanochat: base of the rotary angles; at position t they are t * rope_theta^(-2i / D)"""
-    logit_cap: NonNegativeFloat = 15.0
+    logit_cap: Cap = 15.0
     """of nanochat: logits are c * tanh(logits / c) with this c; 0: as they are"""
     tie_weights: bool | Literal["auto"] = "auto"
     """the head is the token embedding; False: it has weights of its own; auto: as the architecture
@@ -78,12 +79,19 @@ class GPTConfig:
             near = sorted(sorted(fits, key=lambda h: abs(h - self.n_head))[:3])
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; "
                              f"nearest that do: {near}")
+        self._check_architecture()
+
+    def _check_architecture(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture={self.architecture!r}: choose "
+                             f"{' or '.join(ARCHITECTURES)}")
+        own = ARCHITECTURES[self.architecture].own
         for other, row in ARCHITECTURES.items():
-            for name in row.own if other != self.architecture else ():
+            for name in (name for name in row.own if name not in own):
                 value = getattr(self, name)
                 if value != GPTConfig.__dataclass_fields__[name].default:
-                    raise ValueError(f"{name}={value}: only --architecture={other} has that, and "
-                                     f"this is {self.architecture}; leave it out")
+                    raise ValueError(f"{name}={value}: {self.architecture} has no such thing; "
+                                     f"leave it out, or give --architecture={other}, too")
 
     @property
     def head_dim(self) -> int:

@@ -36,8 +36,9 @@ def count_params(c: GPTConfig) -> tuple[int, int]:
     """
     with torch.device("meta"):
         model = Decoder(c)
+    roles = model.roles()
     positions = sum(p.numel() for name, p in model.named_parameters()
-                    if model.roles()[name].kind == "embedding" and name != EMBEDDING)
+                    if roles[name].kind == "embedding" and name != EMBEDDING)
     without = model.num_params(non_embedding=True)
     return without, without + positions
 

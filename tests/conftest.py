@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from common import hardware
+from gpt.config import ARCHITECTURES
 from tests.units import sitecustomize as units
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,17 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+# Repeats a test, or a fixture's tests, for each architecture. They learn its name from the fixture
+# `architecture`, and `tiny_flags` does.
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+@pytest.fixture
+def architecture():
+    """The architecture of a test without `every_architecture`."""
+    return "gpt2"
+
+
 @pytest.fixture
 def tiny_data(tmp_path):
     return write_tiny_data(tmp_path / "tiny")
@@ -96,9 +108,10 @@ def write_tiny_data(folder):
 
 
 @pytest.fixture
-def tiny_flags(tiny_data, tmp_path):
+def tiny_flags(tiny_data, tmp_path, architecture):
     """The command line of a run that takes a second: 2 layers, dropout and accumulation on."""
-    return [f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'out'}", *TINY]
+    return [f"--data_dir={tiny_data}", f"--out_dir={tmp_path / 'out'}", *TINY,
+            f"--architecture={architecture}"]
 
 
 TINY = [

@@ -28,6 +28,17 @@ def tensor(*shape: int, dtype: torch.dtype = FP32, scale: float = 1.0, seed: int
     return (scale * torch.randn(shape, generator=generator)).to(DEVICE, dtype).requires_grad_(grad)
 
 
+@torch.no_grad()
+def stirred(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with 0.1 times normal noise added to its weights: each then has its say.
+
+    As they are drawn, some are 0, and attention may have next to none.
+    """
+    for p in model.parameters():
+        p += 0.1 * torch.randn_like(p)
+    return model
+
+
 def grads(fn: Callable, args: tuple) -> list[Tensor]:
     """The outputs of `fn(*args)` and the gradient of each floating argument that wants one.
 

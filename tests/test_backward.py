@@ -12,6 +12,8 @@ from data.tokens import Reversed, check_vocabulary, header_of, open_split
 from gpt import GPT, GPTConfig, sample
 from gpt.generate import generate
 from gpt.run_folder import find_checkpoint
+from tests.conftest import every_architecture
+from tests.numerics import stirred
 from train import build, loop, run
 from train.command_line import parse
 
@@ -41,6 +43,7 @@ def losses(flags):
         return [(e["iter"], e.get("loss"), e.get("val/loss")) for e in map(json.loads, file)]
 
 
+@every_architecture
 def test_a_backward_run_is_a_forward_run_on_reversed_arrays(both):
     """Every loss, weight and moment, bit for bit; a forward run on the same arrays differs."""
     backward, forward = both
@@ -70,6 +73,7 @@ def test_resume_is_bit_equal_backward_and_keeps_its_direction(both, capsys):
     assert "direction is forward there and backward here" in capsys.readouterr().err
 
 
+@every_architecture
 def test_it_predicts_the_token_before_from_those_after(tiny_flags, tiny_data):
     """Targets stand one place to the left of their inputs in the file."""
     built = build.build(parse([*tiny_flags, "--direction=backward"]))
@@ -80,6 +84,7 @@ def test_it_predicts_the_token_before_from_those_after(tiny_flags, tiny_data):
         assert torch.equal(targets[:-1], inputs[1:])
 
 
+@every_architecture
 def test_both_ways_are_learnt_about_as_well(tiny_flags, tmp_path):
     """By the chain rule both directions have the same entropy: losses within 0.1 of each other."""
     final = []
@@ -93,13 +98,16 @@ def test_both_ways_are_learnt_about_as_well(tiny_flags, tmp_path):
     assert max(final) < 1.2 and abs(final[0] - final[1]) < 0.1
 
 
+@every_architecture
 @pytest.mark.parametrize("length", [3, 8, 20])
 @pytest.mark.parametrize("options", [
     {"top_k": 1}, {}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7},
 ])
-def test_samples_are_the_forward_models_reversed(length, options):
+def test_samples_are_the_forward_models_reversed(length, options, architecture):
     torch.manual_seed(0)
-    forward, backward = GPT(CONFIG), GPT(replace(CONFIG, direction="backward"))
+    forward, backward = (GPT(replace(CONFIG, direction=direction, architecture=architecture))
+                         for direction in ("forward", "backward"))
+    stirred(forward)
     backward.load_state_dict(forward.state_dict())
     idx = torch.randint(19, (2, length))
     texts = []
@@ -113,6 +121,7 @@ def test_samples_are_the_forward_models_reversed(length, options):
     assert torch.equal(cached, plain)
 
 
+@every_architecture
 def test_logits_are_the_forward_models_on_reversed_windows(both, tmp_path):
     """Two trained models, each reading its own file: the same logits, bit for bit."""
     logits = []
@@ -123,6 +132,7 @@ def test_logits_are_the_forward_models_on_reversed_windows(both, tmp_path):
     assert torch.equal(*logits)
 
 
+@every_architecture
 def test_sampled_text_grows_to_the_left(both, capsys):
     """The prompt is the ending; sample.py learns it from the checkpoint."""
     texts = []

@@ -10,6 +10,7 @@ from gpt import GPT, export, predict
 from gpt.config import StitchedConfig
 from gpt.flops import flops_per_token
 from gpt.run_folder import find_checkpoint
+from tests.conftest import every_architecture
 from train import evaluate, run
 
 
@@ -24,6 +25,7 @@ def test_export_refuses_what_gpt2_elsewhere_cannot_express(flag, to, tiny_flags,
     assert not (tmp_path / "out" / to).exists()
 
 
+@every_architecture
 def test_a_backward_model_is_scored_from_the_end(tiny_flags, tiny_data, tmp_path, capsys):
     assert run.main([*tiny_flags, "--direction=backward", "--max_iters=8"]) == 0
     model = GPT.from_checkpoint(find_checkpoint(tmp_path / "out"))

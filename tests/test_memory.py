@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from common import hardware
+from tests.conftest import every_architecture
 from train import build, compiling, loop, memory, run
 from train.command_line import parse
 from train.parallel import World
 
 
+@every_architecture
 def test_batch_size_auto_keeps_the_tokens_of_a_step(monkeypatch, tiny_flags):
     """A simulated GPU of 1,000 bytes: 100 for the model, 60 a sequence, and AdamW's moments.
 

@@ -7,6 +7,7 @@ import torch
 
 from common import hardware
 from gpt import sample
+from tests.conftest import every_architecture
 from train import run
 
 
@@ -22,6 +23,7 @@ def text(capsys, *argv):
     return capsys.readouterr().out
 
 
+@every_architecture
 def test_same_seed_same_text(trained, capsys):
     flags = (trained, "--num_samples=2", "--max_new_tokens=30", "--start=abc")
     once = text(capsys, *flags)
@@ -31,6 +33,7 @@ def test_same_seed_same_text(trained, capsys):
     assert first != second and len(first) >= 30
 
 
+@every_architecture
 def test_greedy_needs_no_seed(trained, capsys):
     flags = (trained, "--num_samples=1", "--max_new_tokens=30", "--start=a")
     greedy = text(capsys, *flags, "--top_k=1")
@@ -67,6 +70,7 @@ def test_bad_input_is_one_line(flags, message, trained, capsys):
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
 
 
+@every_architecture
 def test_the_prompt_may_be_longer_than_the_window(trained, capsys):
     assert "b" * 40 in text(capsys, trained, f"--start={'b' * 40}", "--num_samples=1",
                             "--max_new_tokens=4")

@@ -10,6 +10,7 @@ from gpt import GPT, GPTConfig, sample
 from gpt.checkpoint_files import read_config
 from gpt.run_folder import complete_checkpoints, find_checkpoint
 from tests import ranks
+from tests.conftest import every_architecture
 from train import build, loop, run
 from train.command_line import parse
 
@@ -39,6 +40,7 @@ def tensors(folder, kind="model"):
     return load_file(find_checkpoint(folder) / f"{kind}.safetensors")
 
 
+@every_architecture
 def test_evaluating_a_merged_model_is_one_line_and_writes_nothing(pair, tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     cut = [evaluated(capsys, *pair, "--init_from=merge", f"--stitch_layer_index={i}")
@@ -63,6 +65,7 @@ def test_the_model_from_out_dir_is_the_lower_one_by_default(pair, tmp_path, caps
     assert "already holds a run" in capsys.readouterr().err
 
 
+@every_architecture
 def test_a_merged_model_trains_whole_from_step_0_and_resumes(pair, tmp_path, capsys):
     flags = [*pair, "--stitch_layer_index=1", "--use_original_head=False"]
     assert run.main([*flags, "--init_from=merge", "--max_iters=8"]) == 0
@@ -79,6 +82,7 @@ def test_a_merged_model_trains_whole_from_step_0_and_resumes(pair, tmp_path, cap
     assert model.lm_head.weight is not model.transformer.wte.weight
 
 
+@every_architecture
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_seam_alone_is_trained_and_resumes_bit_equal(optimizer, pair, tmp_path):
     """20 steps at once, and 8 + 12: all but n_embd^2 + n_embd parameters keep every bit."""
@@ -100,6 +104,7 @@ def test_the_seam_alone_is_trained_and_resumes_bit_equal(optimizer, pair, tmp_pa
     assert {name.partition(":")[0] for name in tensors(tmp_path / "joined", "optimizer")} == moved
 
 
+@every_architecture
 def test_training_the_seam_lowers_the_loss(pair):
     flags = [*pair, "--init_from=stitch", "--use_original_head=False", "--dropout=0",
              "--decay_lr=False"]
@@ -148,7 +153,7 @@ def test_a_checkpoint_tells_its_seam_and_older_ones_are_read(pair, tmp_path, cap
     assert capsys.readouterr().out.startswith("abc")
     file = find_checkpoint(tmp_path / "tiny-fw-adamw-1337") / "model.json"
     old = {k: v for k, v in json.loads(file.read_text()).items()
-           if k not in ("tie_weights", "direction")}
+           if k not in ("tie_weights", "direction", "architecture", "rope_theta", "logit_cap")}
     for of_its_time in (old, old | {"seam": -1}):  # every config had a seam once
         file.write_text(json.dumps(of_its_time))
         assert read_config(file.parent) == GPTConfig(**old, tie_weights=True, direction="forward")
@@ -162,6 +167,7 @@ def test_an_untied_model_trains_from_scratch(tiny_flags, tmp_path):
     assert torch.equal(built.model.lm_head.weight, weights["lm_head.weight"])
 
 
+@every_architecture
 def test_every_backend_evaluates_the_same_stitch(pair, capsys):
     flags = [*pair, *STITCH]
     fused, defined = (evaluated(capsys, *flags, f"--kernels={k}") for k in ("torch", "reference"))

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from data.loader import eval_batches, windows_per_epoch
 from data.manifest import shard_entry, write_manifest
+from gpt.config import ARCHITECTURES
 from gpt.run_folder import complete_checkpoints
 from tests import ranks
+from tests.conftest import every_architecture
 from train import build, loop, run
 from train.command_line import parse
 from train.parallel import World
@@ -48,6 +50,7 @@ def entries(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@every_architecture
 def test_a_run_leaves_what_scripts_rely_on(tiny_flags, capsys):
     assert run.main(tiny_flags) == 0
     lines, folder = capsys.readouterr().out.splitlines(), out(tiny_flags)
@@ -81,6 +84,7 @@ def test_a_steps_time_on_a_cpu_is_its_own(tiny_flags, monkeypatch):
     assert [e["time_ms"] for e in entries(out(tiny_flags))] == pytest.approx([10, 20, 30])
 
 
+@every_architecture
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_epoch(
         dtype, tiny_flags, tmp_path):
@@ -97,7 +101,8 @@ def test_resume_is_bit_equal_with_dropout_accumulation_and_in_the_middle_of_an_e
            [(e["iter"], e.get("loss"), e.get("val/loss")) for e in pieces]
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.15])
+@pytest.mark.parametrize(("delay", "architecture"),
+                         [(0.0, "gpt2"), *((0.15, name) for name in ARCHITECTURES)])
 def test_a_killed_run_resumes_bit_equal(delay, tiny_flags, tmp_path):
     """kill -9 after the first checkpoint, perhaps inside the next save; then the same command.
 
@@ -120,6 +125,7 @@ def test_a_killed_run_resumes_bit_equal(delay, tiny_flags, tmp_path):
     assert [e["iter"] for e in entries(tmp_path / "killed") if "loss" in e] == list(range(60))
 
 
+@every_architecture
 def test_accumulation_is_a_larger_batch(tiny_flags):
     """4 micro-batches of 2 give the gradient of 1 of 8: same windows, same weight of each token."""
     gradients = []
@@ -131,6 +137,7 @@ def test_accumulation_is_a_larger_batch(tiny_flags):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
 
 
+@every_architecture
 def test_the_gradient_is_clipped(tiny_flags):
     norms = []
     for limit in (0.0, 0.01):
@@ -144,6 +151,7 @@ def test_the_gradient_is_clipped(tiny_flags):
     assert norms[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
 
 
+@every_architecture
 def test_evaluation_is_repeatable_and_disturbs_nothing(tiny_flags):
     built = build.build(parse(tiny_flags))
     state, position = torch.get_rng_state(), built.batches.position
@@ -154,6 +162,7 @@ def test_evaluation_is_repeatable_and_disturbs_nothing(tiny_flags):
     assert abs(first["val"] - math.log(29)) < 0.2
 
 
+@every_architecture
 def test_evaluation_is_brute_force_over_all_windows(tiny_flags):
     """With enough batches every window counts once: sum of losses over sum of tokens."""
     config = parse([*tiny_flags, "--eval_iters=1000", "--batch_size=1"])
@@ -191,6 +200,7 @@ def test_eval_only_writes_nothing(tiny_flags, capsys):
     assert {p: p.stat().st_mtime_ns for p in out(tiny_flags).rglob("*")} == before
 
 
+@every_architecture
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_tracks_fp32(dtype, tiny_flags, tmp_path):
     """And resumes bit-equal, the loss scale of fp16 included."""
@@ -217,6 +227,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tiny_flags, tmp_p
         assert_same_run(tmp_path / "a", tmp_path / "c")
 
 
+@every_architecture
 def test_compiled_training_is_the_same_training(tiny_flags, tmp_path):
     flags = [f for f in tiny_flags if "out_dir" not in f
              and "--compile" not in f] + ["--dropout=0.0", "--max_iters=4", "--n_layer=1"]
@@ -228,6 +239,7 @@ def test_compiled_training_is_the_same_training(tiny_flags, tmp_path):
         torch.testing.assert_close(compiled[name], eager[name], rtol=1e-3, atol=1e-5)
 
 
+@every_architecture
 def test_every_optimizer_trains_and_resumes(tiny_flags, tmp_path):
     base = [f for f in tiny_flags if "out_dir" not in f]
     for name in ("adam", "sgd", "muon"):

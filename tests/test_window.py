@@ -11,7 +11,8 @@ from gpt.checkpoint_files import read_config
 from gpt.generate import generate
 from gpt.run_folder import find_checkpoint
 from kernels import Kernels, load
-from tests.numerics import DEVICE
+from tests.conftest import every_architecture
+from tests.numerics import DEVICE, stirred
 from train import build, run
 from train.command_line import parse
 
@@ -25,14 +26,16 @@ def made(kernels: Kernels | None = None, **changes) -> GPT:
     model = GPT(replace(TINY, **changes), kernels)
     for p in model.parameters():
         p.data *= 4
-    return model
+    return stirred(model)
 
 
+@every_architecture
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("window", [1, 3])
-def test_no_token_sees_beyond_the_window(layers, window):
+def test_no_token_sees_beyond_the_window(layers, window, architecture):
     """Each layer lets it look window - 1 tokens further back."""
-    model, x = made(window=window, n_layer=layers), torch.randn(1, 10, 32, requires_grad=True)
+    model = made(window=window, n_layer=layers, architecture=architecture)
+    x = torch.randn(1, 10, 32, requires_grad=True)
     model.transformer.wte.forward = lambda idx: x
     for t in range(10):
         out = model.features(torch.zeros(1, 10, dtype=torch.long))[0, t]
@@ -41,38 +44,42 @@ def test_no_token_sees_beyond_the_window(layers, window):
         assert seen == list(range(max(0, t - layers * (window - 1)), t + 1))
 
 
+@every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("window", "length"), [(16, 16), (2**62, 16), (9, 9), (20, 5)])
-def test_a_window_that_hides_nothing_is_none_bit_for_bit(window, length, dtype):
+def test_a_window_that_hides_nothing_is_none_bit_for_bit(window, length, dtype, architecture):
     """And costs nothing: no backend makes a mask for it."""
     idx, found, asked, torch_ops = torch.randint(65, (2, 2, length)), [], [], load("torch")
     spying = torch_ops._replace(attention_qkv=lambda qkv, **options: (
         asked.append(options), torch_ops.attention_qkv(qkv, **options))[1])
     for size in (0, window):
-        model = made(spying, window=size)
+        model = made(spying, window=size, architecture=architecture)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             loss = model(*idx)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert asked == [{"doc_start": None}] * 4
+    assert [options.keys() - {"rotation"} for options in asked] == [{"doc_start"}] * 4
+    assert all(options["doc_start"] is None for options in asked)
 
 
+@every_architecture
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("options", [{"window": 3}, {"documents": True},
                                      {"window": 3, "documents": True, "dropout": 0.2}], ids=str)
-def test_backends_agree_with_the_definition(kernels, options):
+def test_backends_agree_with_the_definition(kernels, options, architecture):
     """The loss and every gradient, through the model. With dropout PyTorch's masks are others."""
     if kernels == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
     documents = {"doc_start": STARTS.to(DEVICE)} if "documents" in options else {}
     changes = {k: v for k, v in options.items() if k != "documents"}
+    changes["architecture"] = architecture
     if kernels == "torch":
         changes["dropout"] = 0.0
     (idx, targets), found = torch.randint(65, (2, 2, 16)), {}
     for name in ("reference", kernels):
         model = GPT(replace(TINY, **changes), load(name))
-        model.load_state_dict(made().state_dict())
+        model.load_state_dict(made(architecture=architecture).state_dict())
         torch.manual_seed(1)
         loss = model.to(DEVICE)(idx.to(DEVICE), targets.to(DEVICE), **documents)
         loss.backward()
@@ -80,12 +87,12 @@ def test_backends_agree_with_the_definition(kernels, options):
     torch.testing.assert_close(found[kernels], found["reference"], rtol=1e-3, atol=1e-5)
 
 
+@every_architecture
 @pytest.mark.parametrize("kernels", ["torch", "reference"])
-def test_no_graph_break_and_no_recompile(kernels):
+def test_no_graph_break_and_no_recompile(kernels, architecture):
     """fullgraph=True raises at a break; other documents must find the graph compiled."""
     torch._dynamo.reset()
-    plain, model = (GPT(replace(TINY, window=3), load(kernels)) for _ in range(2))
-    model.load_state_dict(plain.state_dict())
+    plain, model = (made(load(kernels), window=3, architecture=architecture) for _ in range(2))
     model.compile(backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for starts in (STARTS, STARTS.flip(0), STARTS * 0):
@@ -96,11 +103,13 @@ def test_no_graph_break_and_no_recompile(kernels):
     torch._dynamo.reset()
 
 
+@every_architecture
 @pytest.mark.parametrize("window", [1, 4, 16])
 @pytest.mark.parametrize("prompt", [1, 4, 10, 20])
-def test_text_is_the_same_with_and_without_cache(window, prompt):
+def test_text_is_the_same_with_and_without_cache(window, prompt, architecture):
     """Also where the prompt is longer than the window, and past the end of the positions."""
-    model, idx = made(window=window).double(), torch.randint(65, (2, prompt))
+    model = made(window=window, architecture=architecture).double()
+    idx = torch.randint(65, (2, prompt))
     model.lm_head.weight = torch.nn.Parameter(torch.randn(65, 32, dtype=torch.double))
     cached, defined = (torch.cat([*generate(model, idx, 30, temperature=0, cached=c)], 1)
                        for c in (True, False))
@@ -119,6 +128,7 @@ def losses(folder):
     return [(e["iter"], e.get("loss"), e.get("val/loss")) for e in lines]
 
 
+@every_architecture
 def test_a_run_keeps_its_window_without_the_flag(tiny_flags, tmp_path, capsys):
     """Stopped and resumed it is bit-equal, with dropout and accumulation.
 

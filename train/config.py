@@ -21,7 +21,7 @@ from common.bounds import (
     Positive,
     check,
 )
-from gpt.config import BlockNumber, GPTConfig
+from gpt.config import ARCHITECTURES, BlockNumber, GPTConfig
 from kernels import BACKENDS, FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -272,4 +272,6 @@ def _as_type_of(hint: Any, value: Any, setting: str) -> Any:
 def changed(config: Config, base: Config | None = None) -> dict[str, tuple[Any, Any]]:
     """The leaves that differ from `base` (the defaults): name -> (value in base, in config)."""
     before = dict(flatten(base or Config()))
+    if base is None and config.model.tie_weights != "auto":  # as in a run, where it is resolved
+        before["tie_weights"] = ARCHITECTURES[config.model.architecture].ties
     return {k: (before.get(k), v) for k, v in flatten(config) if before.get(k) != v}
