@@ -2,7 +2,7 @@
 
     python bench/race.py --nanogpt=../nanoGPT                        # nanoGPT's macbook command
     python bench/race.py --nanogpt=../nanoGPT --rates=0.002,0.004    # and at further peak rates
-    python bench/race.py --case=quickstart --ours=configs/mine.py    # against configs/quickstart.py
+    python bench/race.py --case=quickstart       # configs/quickstart.py and the recipe of 2019
     python bench/race.py --nanogpt=../nanoGPT --smoke=True           # 20 steps, to try the command
 
 Contestants take turns on one machine, seed by seed (A B A B), never two at once. Give ours of
@@ -45,7 +45,8 @@ class Options:
     """Race our trainer against another one, or against itself."""
 
     case: str = "macbook"
-    """macbook: against nanoGPT's command of that name; quickstart: against configs/quickstart.py"""
+    """macbook: against nanoGPT's command of that name; quickstart: configs/quickstart.py against
+    configs/quickstart_gpt2.py"""
     nanogpt: str = ""
     """a checkout of nanoGPT"""
     rates: str = ""
@@ -85,7 +86,8 @@ CASES = {
         (CONFIG, "--compile=False", "--block_size=64", "--batch_size=12", "--n_layer=4",
          "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000",
          "--dropout=0.0"), 20 * 12 * 64),
-    "quickstart": Case("python_stdlib", "", ("configs/quickstart.py",), 20 * 16 * 64),
+    "quickstart": Case("python_stdlib", "configs/quickstart.py", ("configs/quickstart_gpt2.py",),
+                       20 * 16 * 64),
 }
 SMOKE = ("--max_iters=20", "--lr_decay_iters=20", "--warmup_iters=5")
 

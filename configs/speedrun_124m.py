@@ -1,7 +1,7 @@
 """The modern recipe at GPT-2's 124M size on FineWeb: to llm.c's validation loss, 3.28. Not run yet.
 
-64 sequences x 1024 tokens x 8 micro-batches (1 on each of 8 GPUs, or 8 on one) = 524,288 tokens a
-step; 4,578 steps = 2.4 billion tokens, for the 10 billion of configs/fineweb_gpt2_124m.py.
+64 sequences x 1024 tokens x 8 micro-batches (1 on each of 8 GPUs, or 8 on one):
+524,288 tokens a step; 4,578 steps read 2.4 billion, configs/fineweb_gpt2_124m.py 10 billion.
 162,201,600 parameters: 38,633,472 in the embedding, which is only looked up, and as many in the
 head.
 

@@ -218,7 +218,7 @@ def test_a_log_is_read_to_the_end(tmp_path):
     (["--case=quickstart"], "--case=quickstart has no nanoGPT in it"),
     (["--data_dir=nowhere"], "nowhere/val.bin: no such file"),
     (["--ours=configs/nothing.py"], "no config file 'configs/nothing.py'"),
-    (["--case=quickstart", "--nanogpt=", "--ours="], "--ours= is empty"),
+    (["--ours=;"], "--ours= is empty"),
     ([f"--ours={OURS};{OURS}"], "two of the same number of steps"),
 ])
 def test_what_is_wrong_is_one_line_and_code_2(flags, told, options, launched, capsys):
@@ -248,9 +248,9 @@ def test_our_trainer_against_itself(options, launched):
     """The case without nanoGPT has the same flags and evaluations for both."""
     race.main(replace(options, case="quickstart", nanogpt=""))
     found = result_of(replace(options, case="quickstart"))
-    assert found["rivals"] == ["configs/quickstart.py"]
+    assert found["rivals"] == ["configs/quickstart_gpt2.py"]
     rival, ours = (c["command"].split() for c in found["contestants"].values())
-    assert rival[:3] == ["python", "train/run.py", "configs/quickstart.py"]
+    assert rival[:3] == ["python", "train/run.py", "configs/quickstart_gpt2.py"]
     assert {"--eval_interval=10", "--log_interval=1", "--max_iters=20"} <= {*rival} & {*ours}
     assert "--eval_iters=20" in rival and "--eval_iters=320" in ours  # of 1,024 and of 64 tokens
 
