@@ -102,7 +102,8 @@ def test_exit_codes_and_plot(tmp_path, capsys):
 @pytest.mark.parametrize("bad, told", [
     (("nowhere", "nowhere"), "nowhere: no metrics.jsonl"),
     (("good",), "what to compare it with"),
-    (("good", "--reference=quikstart"), "--reference=quikstart: there are quickstart, quickstart_gpt2, shakespeare"),
+    (("good", "--reference=quikstart"),
+     "--reference=quikstart: there are quickstart, quickstart_gpt2, shakespeare"),
     (("torn", "good"), "torn/metrics.jsonl, line 2: no entry"),
     (("empty", "good"), "no losses in it yet"),
     (("good", "good/metrics.json"), "no reference of curves"),
