@@ -105,7 +105,10 @@ def ns_per_token(c: GPTConfig, rates: Rates, tokens_per_step: int = 2**19) -> fl
 
 
 def attention(B: int, T: int, H: int, D: int, itemsize: int = 2) -> dict[str, Work]:
-    """Causal attention: two products forward, five backward, over the scores that are used."""
+    """Causal attention: two products forward, five backward, over the scores that are used.
+
+    A rotation of q and k adds nothing: it could be done where they are read and written.
+    """
     scores, tensor = B * H * T * T / 2, B * T * H * D * itemsize
     return {"forward": Work(2 * 2 * scores * D, 4 * tensor),
             "backward": Work(5 * 2 * scores * D, 8 * tensor)}

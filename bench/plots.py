@@ -22,13 +22,14 @@ from bench.timing import RESULTS
 from common import cli
 from common.plot import picture
 
-# Forward operations per input element: of a norm two sums, centring, scaling, shifting; of a loss
-# an exponential, its sum, a maximum. They only place a point along the axis; its distance to the
-# roof is the measured one.
-NOMINAL_OPERATIONS = {"layernorm": 8, "add_layernorm": 9, "cross_entropy": 5}
+# Forward operations per input element: of a norm two sums, centring, scaling, shifting (of an RMS
+# norm a square, a sum, scaling); of a loss an exponential, its sum, a maximum. They only place a
+# point along the axis; its distance to the roof is the measured one.
+NOMINAL_OPERATIONS = {"layernorm": 8, "add_layernorm": 9, "rmsnorm": 3, "add_rmsnorm": 4,
+                      "cross_entropy": 5}
 NOMINAL_PASSES = {"forward": 1, "backward": 2, "both": 3}
 MARKERS = {"attention": "o", "attention_qkv": "s", "layernorm": "^", "add_layernorm": "v",
-           "cross_entropy": "D", "linear_cross_entropy": "P"}
+           "rmsnorm": "<", "add_rmsnorm": ">", "cross_entropy": "D", "linear_cross_entropy": "P"}
 COLORS = {"ours": "tab:red", "torch": "tab:blue", "torch, compiled": "tab:cyan",
           "reference": "tab:gray", "Liger": "tab:purple", "flash-attn": "tab:brown",
           "SDPA flash": "tab:olive", "SDPA cuDNN": "tab:green", "SDPA efficient": "tab:pink"}

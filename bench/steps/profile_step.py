@@ -29,7 +29,7 @@ from gpt.config import GPTConfig
 KINDS = {
     "attention": r"attention|flash|fmha|sdpa",
     "cross-entropy": r"cross_entropy|log_softmax|nll_loss|cross-entropy",
-    "norm": r"layer_?norm",
+    "norm": r"(layer|rms)_?norm",
     "optimizer": r"adam|optimizer|multi_tensor|foreach|vector_norm|clip_grad",
     "matmul": r"gemm|nvjet|cutlass|cublas|::(t?mm|addmm|bmm|matmul|linear)\b|mkldnn_linear",
     "embedding": r"embedding|index_select|indexing_backward",
