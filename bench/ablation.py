@@ -176,7 +176,9 @@ class Bench:
 
 def recipe_of(options: Options) -> Recipe:
     """The whole recipe. Raises ValueError for one that is not the modern one."""
-    words = tuple(shlex.split(options.config))
+    words = tuple(options.config.split())
+    if not words:
+        raise ValueError(f"--config={options.config}: name a config of ours")
     config = Recipe("", words).config
     for name, value, wanted in (("architecture", config.model.architecture, "nanochat"),
                                 ("optimizer", config.optim.optimizer, "muon")):
