@@ -33,7 +33,7 @@ from typing import Any
 
 from bench.curves.contestants import CONFIG, Contestant, run
 from bench.curves.race_picture import draw
-from bench.options import named
+from bench.options import named, numbers
 from bench.timing import ROOT, environment, result_path, write_result
 from common import cli, hardware
 from common.bounds import Positive
@@ -140,17 +140,6 @@ def entered(contestant: Contestant, case: Case, options: Options) -> Contestant:
     words += (f"--eval_interval={interval}", f"--eval_iters={max(1, batches)}", "--log_interval=1",
               "--always_save_checkpoint=True")
     return Contestant(contestant.name, words, contestant.nanogpt)
-
-
-def numbers(flag: str, given: str, kind: type) -> list[Any]:
-    """The numbers in `given`, split at commas, without repeats. Raises ValueError for others."""
-    try:
-        found = [kind(word) for word in given.split(",") if word.strip()]
-    except ValueError:
-        raise ValueError(f"--{flag}={given}: numbers with commas are needed") from None
-    if len(set(found)) < len(found) or any(not value >= 0 for value in found):
-        raise ValueError(f"--{flag}={given}: each must be at least 0, and given once")
-    return found
 
 
 def tokens_of(contestant: Contestant) -> int:

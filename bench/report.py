@@ -1,7 +1,7 @@
-"""Write README's tables from bench/results/*.json; `--check=True` only compares.
+"""Write the tables of README.md and docs/ from bench/results/*.json; `--check=True` only compares.
 
-A table stands in README.md between `<!-- bench:NAME -->` and `<!-- /bench -->`. A table without a
-result says that it is not measured; nothing here is typed by hand.
+A table stands there between `<!-- bench:NAME -->` and `<!-- /bench -->`. A table without a result
+says that it is not measured; nothing here is typed by hand.
 """
 
 import json
@@ -21,10 +21,10 @@ MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Options:
-    """Write README's tables from the results."""
+    """Write the tables of README.md and docs/ from the results."""
 
     check: bool = False
-    """write nothing; exit 1 where README.md is not what the results say"""
+    """write nothing; exit 1 where a page is not what the results say"""
 
 
 def where(environment: dict[str, Any]) -> str:
@@ -141,6 +141,40 @@ def _reached(result: dict[str, Any], name: str) -> str:
     return " | ".join([f"{steps:,} steps", *needs])
 
 
+def ablation(result: dict[str, Any]) -> str:
+    """What the recipe loses without each ingredient, and what each gives to GPT-2's recipe."""
+    config = result["config"]
+    tokens = (config["max_iters"] * config["gradient_accumulation_steps"] * config["batch_size"]
+              * config["block_size"])
+    told = (f"The loss is that of the whole validation split, after {config['max_iters']:,} steps "
+            f"and {tokens / 1e6:.3f} million tokens; differences are between runs of the same "
+            "seed. Within noise: at most twice the spread between seeds of the recipe without "
+            "changes. On ")
+    return "\n".join([*_beside(result["without"], "the whole recipe", "without"), "",
+                      *_beside(result["plain"], "GPT-2's recipe", "with"), "",
+                      told + where(result["environment"])])
+
+
+def _beside(part: dict[str, Any], base: str, how: str) -> list[str]:
+    """The lines of a table: the recipe, and what is `how` an ingredient."""
+    found = part["base"]
+    least, most = (pick(run["loss"] for run in found["runs"].values()) for pick in (min, max))
+    lines = ["| | validation loss | difference | s of training |", "|---|---|---|---|",
+             f"| {base}{_rate(found)} | {found['loss']:.3f} ({least:.3f} to {most:.3f}) | "
+             f"| {found['training_s']:.1f} |"]
+    for name, row in part["rows"].items():
+        noise = ", within noise" if row["within_noise"] else ""
+        lines.append(f"| {how} {name}: {row['then']}{_rate(row)} | {row['loss']:.3f} "
+                     f"| {row['minus_base']:+.3f}{noise} | {row['training_s']:.1f} |")
+    return lines
+
+
+def _rate(row: dict[str, Any]) -> str:
+    """At which of the rates tried, for what has some."""
+    rates = row.get("rates", {})
+    return f" at {min(rates, key=lambda rate: rates[rate])}" if rates else ""
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_bf16": ("mfu-cpu-bf16.json", training),
     "cpu": ("mfu-cpu.json", training),
@@ -152,34 +186,39 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "memory": ("memory-cuda.json", memory),
     "race": ("race-macbook.json", race),
     "race_quickstart": ("race-quickstart.json", race),
+    "ablation": ("ablation-macbook.json", ablation),
+    "ablation_quickstart": ("ablation-quickstart.json", ablation),
 }
 
 
 def table(name: str, results: Path = RESULTS) -> str:
     """The text between the markers of `name`. Raises ValueError for an unknown name."""
     if name not in TABLES:
-        raise ValueError(f"README.md has a table bench:{name}; there are {', '.join(TABLES)}")
+        raise ValueError(f"no table bench:{name}; there are {', '.join(TABLES)}")
     file, render = TABLES[name]
     if not (results / file).exists():
         return f"{name}: not measured.\n"
     return render(json.loads((results / file).read_text())) + "\n"
 
 
-def filled(readme: str, results: Path = RESULTS) -> str:
-    """README.md with every table made anew."""
-    return MARKED.sub(lambda m: m[1] + table(m[2], results) + m[3], readme)
+def filled(page: str, results: Path = RESULTS) -> str:
+    """The text of a page with every table made anew."""
+    return MARKED.sub(lambda m: m[1] + table(m[2], results) + m[3], page)
 
 
 def main(options: Options) -> int:
-    """Write README's tables, or with --check only compare. Returns 0, or 1 where they differ."""
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = filled(before)
-    if options.check:
-        return int(before != after)
-    path.write_text(after)
-    print(f"{path.name}: {'written' if before != after else 'up to date'}")
-    return 0
+    """Write the pages' tables, or with --check only compare. Returns 0, or 1 where they differ."""
+    differ = False
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = path.read_text()
+        after = filled(before)
+        differ |= before != after
+        if before != after and not options.check:
+            path.write_text(after)
+            print(f"{path.relative_to(ROOT)}: written")
+    if not options.check and not differ:
+        print("up to date")
+    return int(differ) if options.check else 0
 
 
 if __name__ == "__main__":
