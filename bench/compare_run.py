@@ -49,7 +49,7 @@ class Options:
     """folders of runs; the first is judged by the others and --reference; the others may also be
     JSON files of references"""
     reference: str = ""
-    """a reference in bench/results: quickstart or shakespeare"""
+    """a reference in bench/results: quickstart, quickstart_gpt2 or shakespeare"""
     plot: str = ""
     """PNG file to draw the curves and the band to"""
     write: str = ""

@@ -105,12 +105,16 @@ def chosen_cases(options: Options, device: torch.device) -> list[Case]:
 
 def small_cases(sweep: bool) -> list[Case]:
     """What a CPU measures, in fp32."""
+    variants = {"attention_qkv": "rotary", "linear_cross_entropy": "capped"}
     shapes = {"attention_qkv": (2, 128, 4, 64), "add_layernorm": (256, 256),
               "layernorm": (256, 256), "add_rmsnorm": (256, 256), "rmsnorm": (256, 256),
               "cross_entropy": (128, 1000),
               "linear_cross_entropy": (128, 64, 1000)}
     swept = [("attention", (1, T, 4, 64)) for T in SWEEP[:2]] if sweep else []
-    return [Case(operator, shape, torch.float32) for operator, shape in [*shapes.items(), *swept]]
+    return [*(Case(operator, shape, torch.float32) for operator, shape in shapes.items()),
+            *(Case(operator, shapes[operator], torch.float32, variant)
+              for operator, variant in variants.items()),
+            *(Case(operator, shape, torch.float32) for operator, shape in swept)]
 
 
 # -- the floor -------------------------------------------------------------------
@@ -191,16 +195,16 @@ def wrong(fn: Callable, case: Case, device: torch.device) -> str:
     loss is a single number, in which PyTorch's own error may be 0 by chance.
     """
     torch.manual_seed(0)
-    args = cases.arguments(case, device)
+    args, options = cases.arguments(case, device), cases.options(case, device)
     kept = torch.arange(case.shape[0], device=device) % max(1, case.shape[0] // CHECKED_ROWS) == 0
     if case.family == "cross_entropy":
         args[-1] = args[-1].where(kept, -1)
     yardstick = cases.operator(case, "torch")
-    gradients = dict(cases.run(yardstick, _again(args), {}))["gradients"]
-    got, theirs = (_results(f, _again(args), gradients) for f in (fn, yardstick))
+    gradients = dict(cases.run(yardstick, _again(args), options))["gradients"]
+    got, theirs = (_results(f, _again(args), options, gradients) for f in (fn, yardstick))
     here = _slice(case, kept)
     exact = _results(cases.operator(case, "reference"), [in_fp64(here(a)) for a in args],
-                     [here(g).double() for g in gradients])
+                     options, [here(g).double() for g in gradients])
     rounding = 4 * torch.finfo(case.dtype).eps
     return inaccuracy(map(here, got), map(here, theirs), exact, rounding=rounding, order=2)
 
@@ -210,8 +214,9 @@ def _again(args: list[Tensor]) -> list[Tensor]:
     return [a.detach().clone().requires_grad_(a.requires_grad) for a in args]
 
 
-def _results(fn: Callable, args: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    phases = dict(cases.run(fn, args, {}, gradients))
+def _results(fn: Callable, args: list[Tensor], options: dict,
+             gradients: list[Tensor]) -> list[Tensor]:
+    phases = dict(cases.run(fn, args, options, gradients))
     return [t.detach() for t in phases["forward"] + phases["backward"]]
 
 
@@ -236,16 +241,16 @@ def _slice(case: Case, kept: Tensor) -> Callable[[Tensor], Tensor]:
 # -- then time -------------------------------------------------------------------
 
 
-def phases(fn: Callable, args: list[Tensor]) -> dict[str, Callable[[], object]]:
+def phases(fn: Callable, args: list[Tensor], options: dict) -> dict[str, Callable[[], object]]:
     """What is timed: forward as in training, backward on a graph that is kept, and both."""
-    kept = dict(cases.run(fn, args, {}))  # also warms up what compiles
+    kept = dict(cases.run(fn, args, options))  # also warms up what compiles
     gradients = kept["gradients"]
-    outputs = fn(*args)
+    outputs = fn(*args, **options)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     leaves = cases.leaves(args)
-    return {"forward": lambda: fn(*args),
+    return {"forward": lambda: fn(*args, **options),
             "backward": lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True),
-            "both": lambda: dict(cases.run(fn, args, {}, gradients))}
+            "both": lambda: dict(cases.run(fn, args, options, gradients))}
 
 
 class Admitted(NamedTuple):
@@ -286,8 +291,8 @@ def measure_case(case: Case, rates: Rates, device: torch.device, repeats: int) -
     # A compiled backward otherwise reuses its saved tensors' memory, and then it runs only once.
     with functorch_config.patch(donated_buffer=False):
         right, skipped, refused = admit(case, device)
-        args = cases.arguments(case, device)
-        runs = {name: phases(fn, _again(args)) for name, fn in right.items()}
+        args, options = cases.arguments(case, device), cases.options(case, device)
+        runs = {name: phases(fn, _again(args), options) for name, fn in right.items()}
         times = {phase: measure({name: run[phase] for name, run in runs.items()}, device=device,
                                 repeats=repeats, min_time_ms=1.0) for phase in PHASES}
     least = work(case)

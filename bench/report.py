@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench.timing import RESULTS, ROOT
@@ -114,6 +115,32 @@ def memory(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", told + where(result["environment"])])
 
 
+def race(result: dict[str, Any]) -> str:
+    """Who needs how much for a validation loss; ours beside each rival whose loss it reaches."""
+    lines = ["| | steps | tokens, millions | s of training (in all) | validation loss, each seed "
+             "| ours to there | tokens | s of training | s in all |", "|---" * 9 + "|"]
+    for name, found in result["contestants"].items():
+        runs = found["runs"].values()
+        training, total = (fmean(run[key] for run in runs) for key in ("training_s", "total_s"))
+        losses = ", ".join(f"{run['final_loss']:.3f}" for run in runs)
+        tokens = found["steps"] * found["tokens_per_step"] / 1e6
+        lines.append(f"| {name} | {found['steps']:,} | {tokens:.3f} | {training:.1f} ({total:.1f}) "
+                     f"| {losses} | {_reached(result, name)} |")
+    told = ("The loss is that of the whole validation split, in fp32. Means of the seeds; in turns "
+            "on ")
+    return "\n".join([*lines, "", told + where(result["environment"])])
+
+
+def _reached(result: dict[str, Any], name: str) -> str:
+    """The last four cells of a contestant: what ours needs of a rival's, none for ours."""
+    won = result["verdicts"].get(name)
+    if won is None or not won["reached_by"]:
+        return " | ".join(["" if won is None else "not reached", "", "", ""])
+    needs = [f"1/{won[key]:.2f}" for key in ("tokens", "training_s", "total_s")]
+    steps = result["contestants"][won["reached_by"]]["steps"]
+    return " | ".join([f"{steps:,} steps", *needs])
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_bf16": ("mfu-cpu-bf16.json", training),
     "cpu": ("mfu-cpu.json", training),
@@ -123,6 +150,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "operators": ("operators-cuda.json", operators),
     "parity": ("parity-cuda.json", parity),
     "memory": ("memory-cuda.json", memory),
+    "race": ("race-macbook.json", race),
+    "race_quickstart": ("race-quickstart.json", race),
 }
 
 

@@ -39,7 +39,8 @@ def test_operator(benchmark, case, name, device, phase):
                 raise
             pytest.skip(str(error))
         assert not fault
-        run = operators.phases(fn, cases.arguments(case, device))[phase]
+        args, options = cases.arguments(case, device), cases.options(case, device)
+        run = operators.phases(fn, args, options)[phase]
         benchmark.group = f"{case}, {phase}"
 
         def call():

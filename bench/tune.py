@@ -98,6 +98,7 @@ KNOBS: dict[str, tuple[str, Callable]] = {
     "attention_forward": ("forward", product(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), **_tiles)),
     "attention_backward_q": ("step", product(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), **_tiles)),
     "attention_backward_kv": ("step", product(BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128), **_tiles)),
+    "rotary": ("step", product(ROWS=(4, 8, 16, 32, 64), num_warps=(2, 4, 8))),
     "layernorm_forward": ("forward", rows_of_norm),
     "layernorm_backward": ("step", rows_of_norm),
     "layernorm_programs": ("step", per_multiprocessor(1, 2, 3, 4, 6, 8)),

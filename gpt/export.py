@@ -1,9 +1,10 @@
 """Write a model in another format: `python gpt/export.py --out_dir=out --to=hf --folder=DIR`.
 
---to=hf: config, safetensors and tokenizer for transformers' AutoModelForCausalLM, without the
-padding rows of the vocabulary. The folder is loaded again and its logits are compared.
+--to=hf: config, safetensors and tokenizer for transformers' AutoModelForCausalLM, GPT-2 or nanochat
+there as here, without the padding rows of the vocabulary. The folder is loaded again and its logits
+are compared.
 --to=nanogpt: a ckpt.pt that nanoGPT's train.py resumes and its sample.py reads, and a meta.pkl
-unless the tokens are GPT-2's.
+unless the tokens are GPT-2's. Of GPT-2 alone.
 --to=safetensors: the model alone, in one file even if FSDP saved it in shards. Our commands read
 the folder with --init_from=FOLDER or --out_dir=FOLDER.
 """
@@ -16,8 +17,8 @@ from typing import Literal
 from common import cli
 from common.bounds import NotEmpty
 
-# What transformers' and nanoGPT's GPT-2 is; a config without the field has no such thing.
-PLAIN = {"tie_weights": True, "direction": "forward", "window": 0, "seam": -1}
+# What transformers' and nanoGPT's models are; a config without the field has no such thing.
+PLAIN = {"direction": "forward", "window": 0, "seam": -1}
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,16 @@ def export(c: Export) -> Path:
 
 def check_expressible(checkpoint: Path, to: str) -> None:
     """Raise ValueError if the format cannot express this model."""
+    from gpt import huggingface, nanogpt
     from gpt.checkpoint_files import read_config
 
+    if to == "safetensors":
+        return
     config = read_config(checkpoint)
-    for key, value in PLAIN.items():
+    needs = {"hf": huggingface.TRANSLATIONS[config.architecture].NEEDS, "nanogpt": nanogpt.NEEDS}
+    for key, value in (needs[to] | PLAIN).items():
         found = getattr(config, key, value)
-        if to != "safetensors" and found != value:
+        if found != value:
             raise ValueError(f"{checkpoint}: {key}={found}, which --to={to} cannot express; only "
                              f"a model with {key}={value} can be exported")
 
@@ -106,8 +111,8 @@ def to_nanogpt(checkpoint: Path, folder: Path) -> list[str]:
     optimizer = nanogpt.adamw_state(read_part(checkpoint, "optimizer"), weights, settings)
     nanogpt.write(folder / nanogpt.FILE, model.config, weights, optimizer,
                   state["step"], state["best_val_loss"], settings)
-    if settings.get("optimizer") == "sgd":
-        notes.append("without sgd's momentum: nanoGPT's AdamW starts from zero moments")
+    if (kind := settings.get("optimizer")) in ("sgd", "muon"):
+        notes.append(f"without {kind}'s momentum: nanoGPT's AdamW starts from zero moments there")
     if meta["kind"] != "gpt2":
         write_meta(folder, meta["kind"], meta["vocab_size"], meta.get("chars", ""))
     if meta["kind"] == "char":

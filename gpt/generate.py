@@ -1,6 +1,7 @@
 """Sampling text from a model, with a key-value cache."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def generate(model: Decoder, idx: Tensor, max_new_tokens: int, temperature: floa
     size, V = model.config.block_size, model.config.vocab_size
     n_tokens = n_tokens or (50257 if 50257 < V <= 50304 else V)
     window = (idx.flip(1) if model.config.direction == "backward" else idx)[:, -size:]
-    cache = KVCache(model.config, len(idx), _compute_dtype(model), idx.device) if cached else None
+    room = replace(model.config, block_size=min(size, window.shape[1] + max_new_tokens))
+    cache = KVCache(room, len(idx), _compute_dtype(model), idx.device) if cached else None
     was_training = model.training
     model.eval()
     try:

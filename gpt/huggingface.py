@@ -1,11 +1,12 @@
-"""Hugging Face's GPT-2: read published sizes and folders of GPT2LMHeadModel, and write folders.
+"""Hugging Face's folders, read and written, and its published sizes of GPT-2, read.
 
-Folders are read here as JSON and safetensors. transformers would import, download or unpickle what
-their config.json asks for (_attn_implementation, auto_map, quantization_config, ...).
+What all folders need is here; gpt/hf_gpt2.py and gpt/hf_nanochat.py say what each architecture is
+called there. Folders are read here as JSON and safetensors. transformers would import, download or
+unpickle what their config.json asks for (_attn_implementation, auto_map, quantization_config, ...).
 """
 
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Any, Protocol, Required, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -13,23 +14,48 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.files import read_json, regular_file
+from gpt import hf_gpt2, hf_nanochat
 from gpt.config import GPTConfig
 from gpt.decoder import Decoder
-from gpt.tensors import EMBEDDING, HEAD, about, checked_weights, config_fields, floats, shown
+from gpt.tensors import EMBEDDING, HEAD, about, checked, shapes_of, shown
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# transformers stores these as (in, out).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-BUFFERS = (".attn.bias", ".attn.masked_bias")
-SIZE_KEYS = {"n_layer": "n_layer", "n_embd": "n_embd", "n_positions": "block_size",
-             "vocab_size": "vocab_size"}
-EXPECTED = {
-    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "model_type": "gpt2",
-    "quantization_config": None,
-}
 REMEDY = "give a folder that `save_pretrained` wrote"
 META = "tokenizer_meta.json"  # written by our export if the tokenizer is not GPT-2's
+
+
+class Translation(Protocol):
+    """An architecture in transformers' terms: a module with these names."""
+
+    NAME: str
+    """what messages call it"""
+    PREFIX: str
+    """what all names begin with but the head's; the model without a head leaves it out"""
+    NEEDS: dict[str, Any]
+    """the fields of GPTConfig that must have these values, for theirs is no other"""
+    EXPECTED: dict[str, Any]
+    """the fields of their config that must have these values, for ours is no other"""
+    SIZES: dict[str, str]
+    """the fields of their config that the weights tell, with our names"""
+    TRANSPOSED: tuple[str, ...]
+    """the ends of the names of matrices that they store (in, out)"""
+    BUFFERS: tuple[str, ...]
+    """the ends of the names of tensors that are no weights"""
+
+    def check(self, theirs: dict[str, Any]) -> None:
+        """Raise ValueError if ours cannot express this config.json."""
+
+    def config(self, theirs: dict[str, Any], tensors: dict[str, Tensor]) -> GPTConfig:
+        """Our config of a checked config.json and the folder's tensors."""
+
+    def fields(self, c: GPTConfig) -> dict[str, Any]:
+        """Their config's arguments for our config, but for vocabulary and special tokens."""
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The tensors of theirs that are our parameter of this name, one below the other."""
+
+
+# By their model_type, which is our name of the architecture.
+TRANSLATIONS: dict[str, Translation] = {"gpt2": hf_gpt2, "nanochat": hf_nanochat}
 
 
 class Index(TypedDict, total=False):
@@ -48,10 +74,10 @@ def read(source: str) -> tuple[GPTConfig, dict[str, Tensor], dict[str, Any] | No
     folder = Path(source) if Path(source).is_dir() else downloaded(source)
     theirs = read_json(folder / "config.json", dict[str, Any], REMEDY)
     with about(source, REMEDY):
-        _check(theirs)
+        translation = _translation(theirs)
     tensors = _tensors(folder)
     with about(source, REMEDY):
-        config, weights = _parsed(theirs, tensors)
+        config, weights = _parsed(translation, theirs, tensors)
     meta = read_json(folder / META, dict[str, Any], REMEDY) if (folder / META).exists() else None
     return config, weights, meta
 
@@ -69,23 +95,18 @@ def downloaded(size: str) -> Path:
                          f"and no cached copy); {REMEDY}") from error
 
 
-def _check(theirs: dict[str, Any]) -> None:
-    """Raise ValueError if the config.json is not that of this trainer's GPT-2."""
-    for key, value in EXPECTED.items():
+def _translation(theirs: dict[str, Any]) -> Translation:
+    """That of the config.json's model. Raises ValueError if ours cannot express it."""
+    kind = theirs.get("model_type", "gpt2")
+    if not isinstance(kind, str) or kind not in TRANSLATIONS:
+        raise ValueError(f"model_type={shown(kind)}, this trainer has {', '.join(TRANSLATIONS)}")
+    translation = TRANSLATIONS[kind]
+    for key, value in {**translation.EXPECTED, "quantization_config": None}.items():
         if theirs.get(key, value) != value:
-            raise ValueError(f"{key}={shown(theirs[key])}, this trainer's GPT-2 has {value}")
-    if _activation(theirs) not in ACTIVATIONS:
-        raise ValueError(f"activation {shown(_activation(theirs))}, this trainer's GPT-2 has one "
-                         f"of {', '.join(ACTIVATIONS)}")
-    inner, width, heads = theirs.get("n_inner"), theirs.get("n_embd", 768), theirs.get("n_head", 12)
-    if inner is not None and not (type(width) is int and inner == 4 * width):
-        raise ValueError(f"inner width {shown(inner)}, this trainer's GPT-2 has 4 * n_embd")
-    if type(heads) is not int:
-        raise ValueError(f"n_head={shown(heads)}; an int is needed")
-
-
-def _activation(theirs: dict[str, Any]) -> str:
-    return str(theirs.get("activation_function", "gelu_new"))
+            raise ValueError(f"{key}={shown(theirs[key])}, this trainer's {translation.NAME} has "
+                             f"{value}")
+    translation.check(theirs)
+    return translation
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -104,26 +125,29 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _parsed(theirs: dict[str, Any],
+def _parsed(translation: Translation, theirs: dict[str, Any],
             tensors: dict[str, Tensor]) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Config and weights under our names. Raises ValueError if the two do not fit."""
-    prefixed = any(name.startswith("transformer.") for name in tensors)  # not in a GPT2Model
-    named = {name if prefixed or name == HEAD else f"transformer.{name}": tensor
-             for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
-    shape, head = config_fields(named), named.pop(HEAD, None)
-    if head is not None and not torch.equal(floats(head, HEAD).float(), named[EMBEDDING].float()):
-        raise ValueError(f"{HEAD} is not the embedding, which this trainer's GPT-2 has as its head")
-    weights = dict(named)
+    prefix = translation.PREFIX
+    prefixed = any(name.startswith(prefix) for name in tensors)
+    named = {name if prefixed or name == HEAD else prefix + name: tensor
+             for name, tensor in tensors.items() if not name.endswith(translation.BUFFERS)}
+    config = translation.config(theirs, named)
+    for key, name in translation.SIZES.items():
+        size = getattr(config, name)
+        if theirs.get(key, size) != size:
+            raise ValueError(f"config.json says {key}={shown(theirs[key])}, its weights {size}")
+    if config.tied:
+        named.pop(HEAD, None)
     for name, tensor in named.items():
-        if name.endswith(TRANSPOSED) and tensor.dim() == 2:
-            weights[name] = tensor.t().contiguous()
-    for key, name in SIZE_KEYS.items():
-        if theirs.get(key, shape[name]) != shape[name]:
-            raise ValueError(f"config.json says {key}={shown(theirs[key])}, its weights "
-                             f"{shape[name]}")
-    activation: Any = ACTIVATIONS[_activation(theirs)]
-    config = GPTConfig(**shape, n_head=theirs.get("n_head", 12), activation=activation)
-    return config, checked_weights(config, weights)
+        if name.endswith(translation.TRANSPOSED) and tensor.dim() == 2:
+            named[name] = tensor.t().contiguous()
+    shapes = shapes_of(config)
+    parts = {name: translation.parts(name) for name in shapes}
+    found = checked({part: torch.Size((shape[0] // len(parts[name]), *shape[1:]))
+                     for name, shape in shapes.items() for part in parts[name]}, named)
+    return config, {name: torch.cat([found[part] for part in of]) if len(of) > 1 else found[of[0]]
+                    for name, of in parts.items()}
 
 
 @torch.no_grad()
@@ -133,28 +157,36 @@ def write(model: Decoder, folder: Path, vocab_size: int) -> None:
     GPT-2 has biases; a model without them gets zeros, which is the same function. The folder is
     loaded again: raises ValueError if its logits differ from the model's by 1e-3.
     """
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    c = model.config
-    end = min(50256, vocab_size - 1)
-    theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, activation_function="gelu_new" if c.activation == "gelu_tanh" else "gelu",
-        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        bos_token_id=end, eos_token_id=end,
-    ))
-    ours = {k: v.T if k.endswith(TRANSPOSED) else v for k, v in model.state_dict().items()}
-    ours |= {k: ours[k][:vocab_size] for k in (EMBEDDING, HEAD)}
-    theirs.load_state_dict({k: ours.get(k, torch.zeros_like(v))
-                            for k, v in theirs.state_dict().items()})
+    kind = model.config.architecture
+    translation, end = TRANSLATIONS[kind], min(50256, vocab_size - 1)
+    # No padding: its row of the embedding would have no gradient there.
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, **translation.fields(model.config), vocab_size=vocab_size,
+        bos_token_id=end, eos_token_id=end, pad_token_id=None))
+    biases = {name: torch.zeros_like(tensor) for name, tensor in theirs.state_dict().items()
+              if name.endswith(".bias")}
+    theirs.load_state_dict(biases | _named(translation, model, vocab_size))
     theirs.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # safetensors makes its files 0600
         file.chmod((folder / "config.json").stat().st_mode)
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    idx = torch.randint(vocab_size, (1, min(c.block_size, 32)),
+    idx = torch.randint(vocab_size, (1, min(model.config.block_size, 32)),
                         generator=torch.Generator().manual_seed(0))
     logits = model.cpu().eval().logits(idx)[..., :vocab_size]
     difference = (again(idx).logits - logits).abs().max().item()
     if not difference < 1e-3:
         raise ValueError(f"{folder}: reloaded, its logits differ from the model's by "
                          f"{difference:.2g}; not a usable export")
+
+
+def _named(translation: Translation, model: Decoder, vocab_size: int) -> dict[str, Tensor]:
+    """The model's weights under their names, without the padding of the vocabulary."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        rows = tensor[:vocab_size] if name in (EMBEDDING, HEAD) else tensor
+        parts = translation.parts(name)
+        named |= zip(parts, rows.chunk(len(parts)), strict=True)
+    return {name: tensor.T if name.endswith(translation.TRANSPOSED) else tensor
+            for name, tensor in named.items()}

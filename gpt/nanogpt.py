@@ -28,11 +28,12 @@ from gpt.tensors import (
     config_fields,
     decay_groups,
     finite,
-    floats,
+    is_embedding,
     shown,
 )
 
 FILE = "ckpt.pt"
+NEEDS = {"architecture": "gpt2", "tie_weights": True}  # what its models are, in GPTConfig's fields
 REMEDY = "give the ckpt.pt of nanoGPT's train.py, or its folder"
 MODEL_ARGS: dict[str, type] = {
     "n_layer": int, "n_head": int, "n_embd": int, "block_size": int, "bias": bool,
@@ -96,7 +97,7 @@ def _parsed(content: dict[str, Any]) -> NanoGPT:
         if args.get(name, value) != value:
             raise ValueError(f"model_args says {name}={args[name]}, its weights {value}")
     head = weights.get(HEAD)
-    tied = head is None or torch.equal(floats(head, HEAD).float(), weights[EMBEDDING].float())
+    tied = head is None or is_embedding(head, weights[EMBEDDING])
     if tied:  # nanoGPT's own were not until 14 January 2023
         weights.pop(HEAD, None)
     seam = args.get("stitching_layer", 0) if args.get("stitching") else -1
@@ -226,6 +227,9 @@ def moments(optimizer: Any, shapes: Mapping[str, torch.Size], trained: Collectio
     adamw, adam or sgd. Raises ValueError for a state of another model or optimizer, or a damaged
     one.
     """
+    if kind not in MOMENTS:
+        raise ValueError(f"its optimizer's state is AdamW's, which --optimizer={kind} cannot take "
+                         "over")
     names = _numbered(_groups(optimizer), shapes, kind)
     state = {names[i] if type(i) is int and 0 <= i < len(names) else shown(i): found
              for i, found in optimizer["state"].items()}

@@ -1,7 +1,7 @@
 """The checks that tensors from others' files must pass before anything is computed with them."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,29 +75,46 @@ def finite(tensor: Any, shape: torch.Size, name: str) -> Tensor:
     return found
 
 
+def table_sizes(weights: Mapping[str, Any], name: str) -> tuple[int, int]:
+    """Rows and columns of a weight. Raises ValueError if it is no matrix of floats."""
+    table = floats(weights.get(name), name)
+    if table.dim() != 2:
+        raise ValueError(f"{name} has {table.dim()} dimensions; 2 are needed")
+    return table.shape[0], table.shape[1]
+
+
+def count_blocks(names: Iterable[str], prefix: str) -> int:
+    """How many numbers follow `prefix` in the names."""
+    return len({m[1] for m in map(re.compile(re.escape(prefix) + r"(\d+)\.").match, names) if m})
+
+
 def config_fields(weights: Mapping[str, Any]) -> dict[str, Any]:
     """The config fields that a GPT-2's weights tell. Raises ValueError for other weights.
 
     The sizes come from tensors in memory, so a model made of them is no larger than the file.
     """
-    sizes = []
-    for name in (EMBEDDING, POSITIONS):
-        table = floats(weights.get(name), name)
-        if table.dim() != 2:
-            raise ValueError(f"{name} has {table.dim()} dimensions; 2 are needed")
-        sizes.append(tuple(table.shape))
-    (vocab_size, n_embd), (block_size, _) = sizes
-    layers = {m[1] for m in map(re.compile(r"transformer\.h\.(\d+)\.").match, weights) if m}
+    vocab_size, n_embd = table_sizes(weights, EMBEDDING)
+    block_size, _ = table_sizes(weights, POSITIONS)
     return {"vocab_size": vocab_size, "block_size": block_size, "n_embd": n_embd,
-            "n_layer": len(layers), "bias": "transformer.ln_f.bias" in weights}
+            "n_layer": count_blocks(weights, "transformer.h."),
+            "bias": "transformer.ln_f.bias" in weights}
+
+
+def is_embedding(head: Any, embedding: Tensor) -> bool:
+    """Whether a head equals the token embedding. Raises ValueError if it is no tensor of floats."""
+    return torch.equal(floats(head, HEAD).float(), embedding.float())
 
 
 def checked_weights(config: GPTConfig, weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights in fp32, in the model's order.
+    """The weights in fp32, in the model's order; raises ValueError as `checked` does."""
+    return checked(shapes_of(config), weights)
+
+
+def checked(shapes: Mapping[str, torch.Size], weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights in fp32, in the order of `shapes`.
 
     Raises ValueError if one is missing, unknown, of another shape, or not finite.
     """
-    shapes = shapes_of(config)
     if odd := sorted(shapes.keys() ^ weights.keys()):
         what = "missing" if odd[0] in shapes else "no parameter of such a model"
         more = f" ({len(odd)} such names)" if len(odd) > 1 else ""

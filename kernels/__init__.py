@@ -21,7 +21,7 @@ class Family(NamedTuple):
 
     operators: tuple[str, ...]
     modules: dict[str, tuple[str, ...]]
-    """backend -> the modules with its functions of those names"""
+    """backend -> the modules with its functions of those names; the first that has one counts"""
 
 
 # The registry. A new backend is one row; --help, `resolve`, `load` and bench/operators.py read it.
@@ -29,7 +29,7 @@ FAMILIES = {
     "attention": Family(("attention", "attention_qkv"), {
         "reference": ("kernels.reference",),
         "torch": ("kernels.torch_ops",),
-        "triton": ("kernels.attention",),
+        "triton": ("kernels.rotary", "kernels.attention"),
         "flash_attn": ("kernels.flash_attn",),
     }),
     "layernorm": Family(("layernorm", "add_layernorm", "rmsnorm", "add_rmsnorm"), {

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import launch
-from kernels.inputs import check_attention, first_keys, with_dense_rows
+from kernels import inputs, launch
+from kernels.inputs import strided, with_dense_rows
 from kernels.primitives import LOG2E, dot, inside, load_tile, store_tile, tile, tile_step
 
 # -- kernels ------------------------------------------------------------------
@@ -227,56 +227,65 @@ def _views(packed: list[Tensor]) -> list[Tensor]:
     return packed if len(packed) == 3 else list(packed[0].unbind(2))
 
 
-def _strided(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """A tensor and its strides, which a kernel takes as one argument."""
-    return x, x.stride()
-
-
 @torch.library.custom_op("ridge::attention_forward", mutates_args=())
 def _forward_op(qkv: list[Tensor], first: Tensor | None, seed: Tensor | None,
                 dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     y, y_low, lse = _forward_outputs(qkv, first, seed, dropout)
-    B, T, H, D = y.shape
-    settings = launch.attention_forward(D, y.dtype, launch.capability(y.device))
-    with torch.cuda.device_of(y):
-        _forward[(triton.cdiv(T, settings["BLOCK_M"]) * B * H,)](
-            tuple(map(_strided, _views(qkv))), first, seed, _strided(y),
-            y_low if y_low.numel() else None, lse, T, H, int(dropout * 2**32), D, **settings)
+    launch_forward(_views(qkv), first, seed, y, y_low, lse, dropout)
     return y, y_low, lse
 
 
 @_forward_op.register_fake
 def _forward_outputs(qkv, first, seed, dropout):
-    q = _views(qkv)[0]
+    return forward_outputs(_views(qkv)[0])
+
+
+def forward_outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, y_low and lse, not filled."""
     B, T, H, D = q.shape
     y_low = q.new_empty((B, T, H, D) if q.dtype != torch.float32 else 0)  # fp32 loses nothing
     return q.new_empty(B, T, H, D), y_low, q.new_empty(B, H, T, dtype=torch.float32)
+
+
+def launch_forward(qkv, first, seed, y, y_low, lse, dropout) -> None:
+    """Fill y, y_low and lse of [q, k, v]."""
+    B, T, H, D = y.shape
+    settings = launch.attention_forward(D, y.dtype, launch.capability(y.device))
+    with torch.cuda.device_of(y):
+        _forward[(triton.cdiv(T, settings["BLOCK_M"]) * B * H,)](
+            tuple(map(strided, qkv)), first, seed, strided(y), y_low if y_low.numel() else None,
+            lse, T, H, int(dropout * 2**32), D, **settings)
 
 
 @torch.library.custom_op("ridge::attention_backward", mutates_args=())
 def _backward_op(dy: Tensor, qkv: list[Tensor], y: Tensor, y_low: Tensor, lse: Tensor,
                  first: Tensor | None, end: Tensor | None, seed: Tensor | None,
                  dropout: float) -> list[Tensor]:
-    B, T, H, D = y.shape
     grads = _backward_outputs(dy, qkv, y, y_low, lse, first, end, seed, dropout)
-    dq, dk, dv = map(_strided, _views(grads))
-    inputs, delta = tuple(map(_strided, _views(qkv))), torch.empty_like(lse)
-    strided_dy = _strided(with_dense_rows(dy))  # the dy of y.sum() has strides of 0
-    sizes, capability = (T, H, int(dropout * 2**32), D), launch.capability(y.device)
-    for_q = launch.attention_backward_q(D, y.dtype, capability)
-    for_kv = launch.attention_backward_kv(D, y.dtype, capability)
-    with torch.cuda.device_of(y):  # autograd's thread may have another current device
-        _backward_q[(triton.cdiv(T, for_q["BLOCK_M"]) * B * H,)](
-            inputs, first, seed, _strided(y), y_low if y_low.numel() else None, lse, strided_dy,
-            dq, delta, *sizes, **for_q)
-        _backward_kv[(triton.cdiv(T, for_kv["BLOCK_N"]) * B * H,)](
-            inputs, end, seed, lse, delta, strided_dy, dk, dv, *sizes, **for_kv)
+    launch_backward(dy, _views(qkv), _views(grads), y, y_low, lse, first, end, seed, dropout)
     return grads
 
 
 @_backward_op.register_fake
 def _backward_outputs(dy, qkv, y, y_low, lse, first, end, seed, dropout):
     return [x.new_empty(x.shape) for x in qkv]
+
+
+def launch_backward(dy, qkv, grads, y, y_low, lse, first, end, seed, dropout) -> None:
+    """Fill the gradients of [q, k, v]."""
+    B, T, H, D = y.shape
+    dq, dk, dv = map(strided, grads)
+    inputs, delta = tuple(map(strided, qkv)), torch.empty_like(lse)
+    strided_dy = strided(with_dense_rows(dy))  # the dy of y.sum() has strides of 0
+    sizes, capability = (T, H, int(dropout * 2**32), D), launch.capability(y.device)
+    for_q = launch.attention_backward_q(D, y.dtype, capability)
+    for_kv = launch.attention_backward_kv(D, y.dtype, capability)
+    with torch.cuda.device_of(y):  # autograd's thread may have another current device
+        _backward_q[(triton.cdiv(T, for_q["BLOCK_M"]) * B * H,)](
+            inputs, first, seed, strided(y), y_low if y_low.numel() else None, lse, strided_dy,
+            dq, delta, *sizes, **for_q)
+        _backward_kv[(triton.cdiv(T, for_kv["BLOCK_N"]) * B * H,)](
+            inputs, end, seed, lse, delta, strided_dy, dk, dv, *sizes, **for_kv)
 
 
 @register_flop_formula(torch.ops.ridge.attention_forward)
@@ -303,13 +312,8 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy, *_):
     *qkv, y, y_low, lse, first, seed = ctx.saved_tensors
-    end = None
-    if first is not None:
-        B, T = first.shape
-        keys = torch.arange(T, dtype=torch.int32, device=first.device).repeat(B, 1)
-        # how many queries have their first key at or before this one
-        end = torch.searchsorted(first, keys, right=True, out_int32=True)
-    return _backward_op(dy, qkv, y, y_low, lse, first, end, seed, ctx.dropout), None, None, None
+    return _backward_op(dy, qkv, y, y_low, lse, first, inputs.last_queries(first), seed,
+                        ctx.dropout), None, None, None
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -327,24 +331,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
     `doc_start` must not decrease along T, nor exceed its position; else keys are missed or y is
     nan. This is not checked, because the host would have to wait.
     """
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"attention: {name} is {tuple(x.shape)} {x.dtype} on {x.device}, q is "
-                             f"{tuple(q.shape)} {q.dtype} on {q.device}; make them alike")
     return _attention([q, k, v], doc_start, window, dropout, seed)
 
 
 def attention_qkv(qkv: Tensor, **options) -> Tensor:
     """`attention` of the packed projection qkv (B, T, 3, H, D), read in place: (B, T, H, D)."""
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"attention_qkv: qkv has shape {tuple(qkv.shape)}; view the projection as "
-                         "(B, T, 3, H, D)")
+    inputs.check_packed(qkv)
     return _attention([qkv], **options)
 
 
 def _attention(packed: list[Tensor], doc_start: Tensor | None = None, window: int | None = None,
                dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    q = packed[0] if len(packed) == 3 else packed[0][:, :, 0]
-    check_attention(q, doc_start, window, dropout, seed)
-    packed, first = [with_dense_rows(x) for x in packed], first_keys(q, doc_start, window)
+    inputs.check_attention(_views(packed), doc_start, window, dropout, seed)
+    first = inputs.first_keys(packed[0], doc_start, window)
+    packed = [with_dense_rows(x) for x in packed]
     return _forward_op(packed, first, seed, dropout)[0]

@@ -4,6 +4,9 @@
     loss = row_max - logit_target + log(sum_exp)
     dlogit_v = exp(logit_v - row_max) / sum_exp - [v = target]
 
+With a cap, of linear_cross_entropy alone, these logits are cap * tanh(product / cap), where product
+is that of the linear layer, and dproduct_v = dlogit_v * (1 - (logit_v / cap)^2).
+
 Letters: M rows (tokens), N features, V vocabulary. Logits (M, V); targets (M,) int64; x (M, N);
 weight (V, N). Losses, row_max and sum_exp (M,) are fp32, as is all arithmetic on logits. A row
 whose target is `ignore_index` has loss and gradient 0.
@@ -32,14 +35,22 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import launch
-from kernels.inputs import DTYPES, with_dense_rows
-from kernels.primitives import LOG2E
+from kernels.inputs import check_head, check_loss, with_dense_rows
+from kernels.primitives import LOG2E, tanh
 
 # -- kernels -----------------------------------------------------------------
 
 
 @triton.jit
-def _max_and_sum_exp(row, width, BLOCK_V: tl.constexpr):
+def _logits(products, CAP: tl.constexpr):
+    """The logits of what was loaded: with a CAP above 0, capped. The -inf of padding becomes -CAP.
+    """
+    xs = products.to(tl.float32)
+    return CAP * tanh(xs * (1.0 / CAP)) if CAP > 0 else xs
+
+
+@triton.jit
+def _max_and_sum_exp(row, V, width, CAP: tl.constexpr, BLOCK_V: tl.constexpr):
     """row_max and sum_exp of the `width` logits at `row`, which are read once.
 
     Each group of 8 neighbours, which one thread loads at once, has a maximum and a sum of its own.
@@ -50,7 +61,9 @@ def _max_and_sum_exp(row, width, BLOCK_V: tl.constexpr):
     sums = tl.zeros((BLOCK_V // 8,), tl.float32)
     for start in range(0, width, BLOCK_V):
         mask = start + cols < width
-        xs = tl.load(row + start + cols, mask=mask, other=float("-inf")).to(tl.float32)
+        xs = _logits(tl.load(row + start + cols, mask=mask, other=float("-inf")), CAP)
+        if CAP > 0:
+            xs = tl.where(start + cols < V, xs, float("-inf"))
         m_new = tl.maximum(maxima, tl.max(xs, 1))
         # where all is -inf so far, this adds exp(-inf) = 0, and not exp(inf - inf) = nan
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -63,25 +76,25 @@ def _max_and_sum_exp(row, width, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _loss(row, target, V, width, BLOCK_V: tl.constexpr):
+def _loss(row, target, V, width, CAP: tl.constexpr, BLOCK_V: tl.constexpr):
     """Loss, row_max and sum_exp of the logits at `row`; NaN where there is no such target."""
     inside = (target >= 0) & (target < V)
     tl.device_assert(inside, "cross_entropy: a target is outside of the vocabulary")
-    logit = tl.load(row + target, mask=inside, other=0.0).to(tl.float32)
-    row_max, sum_exp = _max_and_sum_exp(row, width, BLOCK_V)
+    logit = _logits(tl.load(row + target, mask=inside, other=0.0), CAP)
+    row_max, sum_exp = _max_and_sum_exp(row, V, width, CAP, BLOCK_V)
     sum_exp = tl.where(inside, sum_exp, float("nan"))
     return row_max - logit + tl.log(sum_exp), row_max, sum_exp
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
-def _losses(logits, targets, losses, stats, M, stride, V, width, ignore_index,
+def _losses(logits, targets, losses, stats, M, stride, V, width, ignore_index, CAP: tl.constexpr,
             BLOCK_V: tl.constexpr):
     """The loss and the stats, row_max and sum_exp, of one row. Columns V to width hold -inf."""
     i = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + i)
     loss, row_max, sum_exp = 0.0, 0.0, 1.0
     if target != ignore_index:
-        loss, row_max, sum_exp = _loss(logits + i * stride, target, V, width, BLOCK_V)
+        loss, row_max, sum_exp = _loss(logits + i * stride, target, V, width, CAP, BLOCK_V)
     tl.store(losses + i, loss)
     tl.store(stats + i, row_max)
     tl.store(stats + M + i, sum_exp)
@@ -104,7 +117,8 @@ def _gradient(logits, targets, stats, dlosses, dlogits, M, stride, dlosses_strid
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
-def _losses_and_gradient(logits, targets, losses, M, V, width, ignore_index, BLOCK_V: tl.constexpr):
+def _losses_and_gradient(logits, targets, losses, M, V, width, ignore_index, CAP: tl.constexpr,
+                         BLOCK_V: tl.constexpr):
     """Losses (M,), and the gradient of logits (M, width) over them. Columns V to width hold -inf.
 
     Program p takes the rows p, p + programs, ...: as many rows are in work as there are programs.
@@ -120,16 +134,18 @@ def _losses_and_gradient(logits, targets, losses, M, V, width, ignore_index, BLO
                 tl.store(row + k * BLOCK_V + cols, tl.zeros((BLOCK_V,), tl.float32), mask=mask)
             tl.store(losses + i, 0.0)
         else:
-            loss, row_max, sum_exp = _loss(row, target, V, width, BLOCK_V)
+            loss, row_max, sum_exp = _loss(row, target, V, width, CAP, BLOCK_V)
             tl.store(losses + i, loss)
             for k in range(blocks):
                 # from the end: what was read last is the most likely to be in L1 or L2
                 start = (blocks - 1 - k) * BLOCK_V
                 mask = start + cols < width
-                xs = tl.load(row + start + cols, mask=mask, other=0.0).to(tl.float32)
+                xs = _logits(tl.load(row + start + cols, mask=mask, other=0.0), CAP)
                 ds = tl.exp2((xs - row_max) * LOG2E) * (1.0 / sum_exp)
                 if start // BLOCK_V == target // BLOCK_V:  # only this block has the target
                     ds -= tl.where(start + cols == target, 1.0, 0.0)
+                if CAP > 0:  # in the padding, where the logit is -CAP, this is 0
+                    ds *= 1.0 - (xs * (1.0 / CAP)) * (xs * (1.0 / CAP))
                 tl.store(row + start + cols, ds, mask=mask)
 
 
@@ -146,7 +162,7 @@ def _cross_entropy_op(logits: Tensor, targets: Tensor, ignore_index: int) -> tup
     # autograd's thread may have another current device; does nothing on a CPU
     with torch.cuda.device_of(logits):
         _losses[(M,)](logits, targets.contiguous(), losses, stats, M, logits.stride(0), V, V,
-                      ignore_index, **launch.cross_entropy_forward(V))
+                      ignore_index, CAP=0.0, **launch.cross_entropy_forward(V))
     return losses, stats
 
 
@@ -177,7 +193,8 @@ def _cross_entropy_backward_outputs(logits, targets, stats, dlosses, ignore_inde
 
 @torch.library.custom_op("ridge::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
-                             need_dx: bool, need_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
+                             need_dx: bool, need_dweight: bool,
+                             cap: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss and its gradients, without elements where they are not needed.
 
     The products are in the dtype of x, and so is dx; dweight is fp32.
@@ -195,7 +212,7 @@ def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor, ignore_
         padded = buffer[: len(x[chunk])]
         dlogits = torch.mm(x[chunk], w.T, out=padded[:, :V])  # the logits, until they are replaced
         padded[:, V:] = float("-inf")
-        _replace_logits(padded, targets[chunk], losses[chunk], V, ignore_index,
+        _replace_logits(padded, targets[chunk], losses[chunk], V, ignore_index, cap,
                         need_dx or need_dweight)
         if need_dx:
             torch.mm(dlogits, w, out=dx[chunk])
@@ -205,23 +222,23 @@ def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor, ignore_
 
 
 @_linear_cross_entropy_op.register_fake
-def _linear_cross_entropy_outputs(x, weight, targets, ignore_index, need_dx, need_dweight):
+def _linear_cross_entropy_outputs(x, weight, targets, ignore_index, need_dx, need_dweight, cap=0.0):
     dweight = weight.new_empty(weight.shape if need_dweight else (0,), dtype=torch.float32)
     return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape if need_dx else (0,)), dweight
 
 
 def _replace_logits(padded: Tensor, targets: Tensor, losses: Tensor, V: int, ignore_index: int,
-                    by_gradient: bool) -> None:
+                    cap: float, by_gradient: bool) -> None:
     """Write the losses of `padded` logits and, `by_gradient`, the gradient over the logits."""
     M, width = padded.shape
     with torch.cuda.device_of(padded):
         if by_gradient:
             programs = min(M, launch.cross_entropy_programs(launch.multiprocessors(padded.device)))
             _losses_and_gradient[(programs,)](padded, targets, losses, M, V, width, ignore_index,
-                                              **launch.cross_entropy_in_place(V))
+                                              CAP=cap, **launch.cross_entropy_in_place(V))
         else:
             _losses[(M,)](padded, targets, losses, losses.new_empty(2, M), M, width, V, width,
-                          ignore_index, **launch.cross_entropy_forward(V))
+                          ignore_index, CAP=cap, **launch.cross_entropy_forward(V))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -241,7 +258,7 @@ def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
 
 
 @register_flop_formula(torch.ops.ridge.linear_cross_entropy)
-def _flops(x_shape, weight_shape, targets_shape, ignore_index, need_dx, need_dweight, *,
+def _flops(x_shape, weight_shape, targets_shape, ignore_index, need_dx, need_dweight, cap=0.0, *,
            out_shape=None, **_) -> int:
     return 2 * x_shape[0] * weight_shape[0] * weight_shape[1] * (1 + need_dx + need_dweight)
 
@@ -262,7 +279,7 @@ def _differentiate_cross_entropy(ctx, dlosses, _dstats):
 
 
 def _save_linear_cross_entropy(ctx, inputs, output):
-    _, weight, _, _, ctx.need_dx, ctx.need_dweight = inputs
+    _, weight, _, _, ctx.need_dx, ctx.need_dweight, _ = inputs
     ctx.weight_dtype = weight.dtype
     ctx.save_for_backward(*output[1:])
     ctx.set_materialize_grads(False)
@@ -272,7 +289,7 @@ def _differentiate_linear_cross_entropy(ctx, dloss, _ddx, _ddweight):
     dx, dweight = ctx.saved_tensors
     dx = _scaled(dx, dloss, dx.dtype) if ctx.need_dx else None
     dweight = _scaled(dweight, dloss, ctx.weight_dtype) if ctx.need_dweight else None
-    return dx, dweight, None, None, None, None
+    return dx, dweight, None, None, None, None, None
 
 
 def _scaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -296,21 +313,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean",
     other shapes, dtypes, devices and reductions; for targets out of range see the top of this file.
     Has no second derivative.
     """
-    _check("cross_entropy", "logits", logits, targets, reduction)
+    check_loss("cross_entropy", "logits", logits, targets, reduction)
     losses, _ = _cross_entropy_op(logits, targets, ignore_index)
     return _reduced(losses.sum(), targets, reduction, ignore_index)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
-                         ignore_index: int = -1) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, cap: float = 0.0,
+                         reduction: str = "mean", ignore_index: int = -1) -> Tensor:
     """cross_entropy(x @ weight^T, targets) for x (M, N) and weight (V, N).
 
     Agrees with `reference.linear_cross_entropy`. The products are in the dtype of x or, under
-    autocast, in autocast's; the gradient of a wider weight is not rounded to it. Otherwise as
-    `cross_entropy`.
+    autocast, in autocast's; the gradient of a wider weight is not rounded to it. A kernel is
+    compiled for each `cap`. Otherwise as `cross_entropy`.
     """
-    _check("linear_cross_entropy", "x", x, targets, reduction)
-    _check_weight(weight, x)
+    check_loss("linear_cross_entropy", "x", x, targets, reduction)
+    check_head(weight, x, cap)
     device = x.device.type
     # torch 2.11 cannot trace is_autocast_available
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -318,30 +335,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reductio
     training = torch.is_grad_enabled()
     loss, _, _ = _linear_cross_entropy_op(x, weight, targets, ignore_index,
                                           training and x.requires_grad,
-                                          training and weight.requires_grad)
+                                          training and weight.requires_grad, float(cap))
     return _reduced(loss, targets, reduction, ignore_index)
 
 
 def _reduced(total: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
     return total / (targets != ignore_index).sum() if reduction == "mean" else total
-
-
-def _check(name: str, label: str, t: Tensor, targets: Tensor, reduction: str) -> None:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"{name}: reduction is {reduction!r}; choose 'mean' or 'sum'")
-    if t.dim() != 2 or t.shape[1] == 0 or t.dtype not in DTYPES:
-        raise ValueError(f"{name}: {label} is {tuple(t.shape)} {t.dtype}; it must have two axes "
-                         "and be fp16, bf16 or fp32")
-    if targets.shape != t.shape[:1] or targets.dtype != torch.int64 or targets.device != t.device:
-        raise ValueError(f"{name}: targets are {tuple(targets.shape)} {targets.dtype} on "
-                         f"{targets.device}; for {label} of {tuple(t.shape)} on {t.device} they "
-                         f"must be ({len(t)},) int64 there")
-
-
-def _check_weight(weight: Tensor, x: Tensor) -> None:
-    N = x.shape[1]
-    fits = weight.dim() == 2 and weight.shape[1] == N and weight.device == x.device
-    if not fits or weight.dtype not in DTYPES:
-        raise ValueError(f"linear_cross_entropy: weight is {tuple(weight.shape)} {weight.dtype} on "
-                         f"{weight.device}, x is {tuple(x.shape)} on {x.device}; weight must be "
-                         f"(V, {N}) on the same device, in fp16, bf16 or fp32")

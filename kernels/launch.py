@@ -97,6 +97,15 @@ def _with_stages_that_fit(row: dict, kept: int, streamed: int, D: int, dtype: to
     return row | {"num_stages": max(1, min(row["num_stages"], room // (2 * streamed)))}
 
 
+def rotary(D: int) -> dict[str, int]:
+    """The rows of a program of kernels/rotary.py, forward and backward: 8 pairs per thread.
+
+    Those are two 16-byte loads forward and four backward. On sm_90 that takes 32 and 48 registers,
+    so 64 and 40 warps per multiprocessor have 64 and 80 kB in flight. No GPU has timed it.
+    """
+    return {"ROWS": 1024 >> (D // 2 - 1).bit_length(), "num_warps": 4}
+
+
 # -- norms --------------------------------------------------------------------
 # From the code compiled for sm_80, sm_90 and sm_100, which is alike in what matters here: no spill
 # up to N = 8192, 16-byte loads and stores where N is a multiple of 16, and few enough registers for

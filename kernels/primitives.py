@@ -1,4 +1,4 @@
-"""Building blocks of Triton kernels: a product, tiles of (B, T, H, D) tensors, log2(e).
+"""Building blocks of Triton kernels: a product, tanh, tiles of (B, T, H, D) tensors, log2(e).
 
 Letters: B batch, T sequence, H heads, D head dimension; a tile is ROWS rows of one head, with D
 padded to a power of two. A tensor x is one argument: its pointer and its strides, the last one 1.
@@ -16,6 +16,18 @@ def dot(a, b, acc=None):
     if triton.knobs.runtime.interpret:  # it would multiply the bits of bf16; widening is exact
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) to about 3e-7 of itself: for |x| < 0.5 from x + x^3 P(x^2), else from exp(2x).
+
+    P is fitted to 2e-8. An exp(2x) that overflows gives 1, as it should.
+    """
+    z = x * x
+    series = (0.01725204 * z - 0.05305093) * z + 0.13325966
+    small = x + x * z * (series * z - 0.33333148)
+    return tl.where(z < 0.25, small, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
 
 
 @triton.jit

@@ -2,14 +2,15 @@
 
 The signatures are those of kernels/reference.py. Dropout masks differ from its masks: on a GPU
 they are drawn by PyTorch's generator, so `seed` is not used; on a CPU by `cpu_dropout.keep_mask`.
-On a CPU, attention is kernels/cpu_attention.py where that is faster than PyTorch's fused operator.
+On a CPU, attention is kernels/cpu_attention.py where that is faster than PyTorch's fused operator,
+and RMS norm and rotary positions are kernels/cpu_norms.py unless they are compiled.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu_attention
+from kernels import cpu_attention, cpu_norms
 from kernels.reference import visible
 
 
@@ -50,6 +51,8 @@ def attention_qkv(qkv: Tensor, *, rotation: Tensor | None = None, dropout: float
 
 def rotated_qkv(qkv: Tensor, rotation: Tensor, eps: float = 1e-6) -> Tensor:
     """qkv (B, T, 3, H, D) with q and k normalised and rotated by `rotation` (T, D), in fp32."""
+    if _in_few_passes(qkv):
+        return cpu_norms.rotated_qkv(qkv, rotation, eps)
     with torch.autocast(qkv.device.type, enabled=False):
         cos, sin = rotation[:, None, None].chunk(2, -1)
         qk = qkv[:, :, :2].to(torch.promote_types(qkv.dtype, torch.float32))
@@ -61,6 +64,11 @@ def rotated_qkv(qkv: Tensor, rotation: Tensor, eps: float = 1e-6) -> Tensor:
 def _in_blocks(x: Tensor, dropout: float) -> bool:
     """Whether kernels/cpu_attention.py is faster than the fused operator."""
     return x.device.type == "cpu" and (dropout > 0 or x.dtype == torch.bfloat16)
+
+
+def _in_few_passes(x: Tensor) -> bool:
+    """Whether kernels/cpu_norms.py is faster than PyTorch's parts, which a compiler fuses."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def layernorm(x: Tensor, w: Tensor, b: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -79,12 +87,16 @@ def add_layernorm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None = Non
 
 def rmsnorm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """F.rms_norm of x (..., N), without weights."""
+    if _in_few_passes(x):
+        return cpu_norms.rmsnorm(x, eps)
     with torch.autocast(x.device.type, enabled=False):
         return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 def add_rmsnorm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(residual + x, RMS norm of it) for x and residual (..., N)."""
+    if _in_few_passes(x):
+        return cpu_norms.add_rmsnorm(x, residual, eps)
     total = (residual + x).to(residual.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return total, F.rms_norm(total, total.shape[-1:], eps=eps).to(x.dtype)

@@ -65,14 +65,14 @@ def test_attention_uses_the_matrix_units(report):
     # on sm_100 the tcgen05 instructions or, where blocks are small, HMMA
     names = {80: {"HMMA"}, 90: {"HGMMA"}}
     for row in report["kernels"]:
-        if row["family"] == "attention":
+        if row["kernel"].startswith("attention."):
             found = set(row["matrix_instructions"])
             assert found == names[row["arch"]] if row["arch"] in names else found, row
 
 
 def test_memory_bound_kernels_move_at_most_a_tenth_more_than_the_floor(report):
     assert {(row["operator"], row["arch"]) for row in report["traffic"]} == {
-        (operator, arch) for operator in ahead.MEMORY_BOUND for arch in ARCHS}
+        (operator, arch) for operator in (*ahead.MEMORY_BOUND, "attention_qkv") for arch in ARCHS}
     over = [row for row in report["traffic"] if not 0.99 < row["moved_over_floor"] <= 1.1]
     assert not over, over
 
@@ -84,7 +84,7 @@ def test_memory_bound_kernels_load_and_store_16_bytes_at_a_time(report):
     """
     wide = {"LDG.128", "LDG.256", "LDGSTS.128", "UTMALDG"}, {"STG.128", "STG.256", "UTMASTG"}
     for row in report["kernels"]:
-        if row["family"] in ("layernorm", "cross_entropy"):
+        if not row["kernel"].startswith("attention."):
             accesses = row["global_accesses"]
             assert wide[0] & set(accesses), row
             assert wide[1] & set(accesses) or row["kernel"] == "cross_entropy._losses", row
@@ -103,7 +103,7 @@ import os, sys
 before = dict(os.environ)
 import kernels
 assert "triton" not in sys.modules, "kernels alone needs no triton"
-import kernels.attention, kernels.cross_entropy, kernels.layernorm, kernels.rmsnorm, torch, triton
+import kernels.cross_entropy, kernels.layernorm, kernels.rmsnorm, kernels.rotary, torch, triton
 assert not torch.cuda.is_initialized(), "a device was asked for"
 assert triton.runtime.driver._active is None, "a device was asked for"
 assert dict(os.environ) == before, "the environment was written to"
@@ -326,6 +326,9 @@ def test_floors():
     assert wide["forward"] == 100 * 10 * (2 + 4 + 4 + 2) + 80
     assert floor_bytes(Case("rmsnorm", (100, 10))) == {"forward": 4000, "backward": 6000}
     assert floor_bytes(Case("add_rmsnorm", (100, 10))) == {"forward": 8000, "backward": 8000}
+    turned = floor_bytes(Case("attention_qkv", (2, 8, 3, 16), variant="rotary"))
+    qk, rest = 2 * 8 * 2 * 3 * 16 * 2, 4 * (2 * 8 * 2 * 3 + 8 * 16)
+    assert turned == {"forward": 2 * qk + rest, "backward": 3 * qk + rest}
     assert floor_bytes(Case("cross_entropy", (100, 50))) == {"forward": 10_800, "backward": 20_800}
     assert floor_bytes(Case("linear_cross_entropy", (100, 10, 50))) == {"forward": 20_800}
 

@@ -102,7 +102,8 @@ def test_exit_codes_and_plot(tmp_path, capsys):
 @pytest.mark.parametrize("bad, told", [
     (("nowhere", "nowhere"), "nowhere: no metrics.jsonl"),
     (("good",), "what to compare it with"),
-    (("good", "--reference=quikstart"), "--reference=quikstart: there are quickstart, shakespeare"),
+    (("good", "--reference=quikstart"),
+     "--reference=quikstart: there are quickstart, quickstart_gpt2, shakespeare"),
     (("torn", "good"), "torn/metrics.jsonl, line 2: no entry"),
     (("empty", "good"), "no losses in it yet"),
     (("good", "good/metrics.json"), "no reference of curves"),
@@ -132,7 +133,7 @@ def test_bad_input_exits_with_2(tmp_path):
     assert done.stderr.count("\n") == 1 and "no metrics.jsonl" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["quickstart", "shakespeare"])
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_gpt2", "shakespeare"])
 def test_committed_references_are_three_seeds_with_the_band_of_the_rule(name):
     path = RESULTS / f"reference-{name}.json"
     told, runs = json.loads(path.read_text()), read_reference(path)
@@ -166,7 +167,7 @@ def stdlib_data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("flags, code", [([], 0), (["--learning_rate=4e-4"], 1)],
+@pytest.mark.parametrize("flags, code", [([], 0), (["--muon_lr=2e-3"], 1)],
                          ids=["as it should be", "wrong learning rate"])
 def test_the_first_steps_of_the_quickstart_tell_a_good_run_from_a_bad_one(
         flags, code, stdlib_data, tmp_path, capsys):
@@ -178,4 +179,4 @@ def test_the_first_steps_of_the_quickstart_tell_a_good_run_from_a_bad_one(
                   f"--out_dir={out}", "--seed=5", "--device=cpu", "--dtype=float32",
                   "--max_iters=25", "--log_interval=1", "--eval_iters=2", *flags]) == 0
     assert main(Options((str(out),), reference="quickstart")) == code
-    assert ("learning_rate=0.0004 (not 0.004)" in capsys.readouterr().out) == bool(code)
+    assert ("muon_lr=0.002 (not 0.02)" in capsys.readouterr().out) == bool(code)

@@ -119,7 +119,8 @@ IMPORTED = b"from train.config import *\nconfig = "
     (b"raise SystemExit(3)\nconfig = 1", "line 1: SystemExit: 3"),
     (IMPORTED + b"Config(\n    data=DataConfig(batch_size=0))", "line 2: batch_size=0: must be at"),
     (IMPORTED + b"Config(data=DataConfig(batch_size='x'))", "line 2: TypeError: '>='"),
-    (b"optimizer = 'sdg'", "optimizer='sdg' is a str; Literal['adamw', 'adam', 'sgd'] is needed"),
+    (b"optimizer = 'sdg'",
+     "optimizer='sdg' is a str; Literal['adamw', 'adam', 'sgd', 'muon'] is needed"),
     (b"learning_rate = 1" + b"0" * 400, " is no number"), (b"compile = 3", "compile=3 is a int; "),
 ])
 def test_a_broken_config_file_is_one_line(content, says, capsys, tmp_path):

@@ -18,7 +18,8 @@ from data.sources import Files
 from data.text import prepare as text
 from data.tokenizer import Bytes, load_tokenizer, read_meta
 from data.tokens import check_vocabulary, check_window, open_split
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, huggingface
+from gpt.generate import generate
 from tests.conftest import TINY
 from tests.drills import assert_ends_well, contents, mutated_bytes, mutated_json, replaced
 from tests.test_encode import documents, go, write_lines
@@ -208,6 +209,18 @@ def config_of_ours(ground):
     return ["mine.py"], lambda out: parse([str(out / "mine.py")])
 
 
+def hugging_face(ground, **sizes):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = dict(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=8) | sizes
+    huggingface.write(GPT(GPTConfig(**sizes)), ground / "whole", 29)
+
+    def use(out):
+        model = GPT.from_pretrained(str(out))
+        list(generate(model, torch.zeros(1, 2, dtype=torch.long), 3, temperature=0))
+
+    return ["config.json", "config.json", "model.safetensors"], use
+
+
 SUBJECTS = {
     "data": prepared,
     "run": trained_on,
@@ -225,6 +238,8 @@ SUBJECTS = {
         questions, task=evaluate.lambada, form=evaluate.Lambada, line={"text": "one two three"}
     ),
     "config": config_of_ours,
+    "hf gpt2": hugging_face,
+    "hf nanochat": partial(hugging_face, architecture="nanochat"),
 }
 
 

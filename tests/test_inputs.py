@@ -8,6 +8,7 @@ from kernels import attention as attn
 from kernels import cross_entropy as ce
 from kernels import layernorm as ln
 from kernels import rmsnorm as rms
+from kernels import rotary
 from tests.numerics import BF16, DEVICE
 
 SEED = torch.tensor(7, device=DEVICE)
@@ -47,6 +48,23 @@ def test_attention_names_a_wrong_packed_shape():
     for shape in ((2, 8, 96), (2, 8, 2, 3, 16)):
         with pytest.raises(ValueError, match=r"view the projection as \(B, T, 3, H, D\)"):
             attn.attention_qkv(zeros(*shape))
+        with pytest.raises(ValueError, match=r"view the projection as \(B, T, 3, H, D\)"):
+            rotary.attention_qkv(zeros(*shape), rotation=zeros(8, 16))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"rotation": zeros(8, 8)}, r"rotation is \(8, 8\) .*give \(8, 16\) torch.float32"),
+    ({"rotation": zeros(1, 8, 16)}, r"rotation is \(1, 8, 16\)"),
+    ({"rotation": zeros(8, 16, dtype=BF16)}, r"rotation is .*bfloat16"),
+    ({"rotation": zeros(8, 16).to("meta")}, "on meta"),
+    ({"qkv": zeros(2, 8, 3, 2, 12)}, "head dimension 12"),
+    ({"qkv": zeros(2, 8, 3, 2, 16, dtype=torch.float64)}, "float64"),
+    ({"window": 0}, "window=0"), ({"dropout": 0.1}, "needs seed="),
+    ({"doc_start": zeros(2, 7, dtype=torch.int32)}, r"doc_start is \(2, 7\)"),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_rotary_attention_names_a_wrong_argument(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rotary.attention_qkv(**{"qkv": zeros(2, 8, 3, 2, 16), "rotation": zeros(8, 16)} | changes)
 
 
 @pytest.mark.parametrize("call, message", [
@@ -96,6 +114,12 @@ def test_cross_entropy_names_bad_input(logits, targets, reduction, message):
 def test_linear_cross_entropy_names_bad_input(weight, targets, reduction, message):
     with pytest.raises(ValueError, match=message):
         ce.linear_cross_entropy(zeros(3, 5), weight, targets, reduction=reduction)
+
+
+@pytest.mark.parametrize("cap", [-1.0, float("inf"), float("nan")])
+def test_linear_cross_entropy_names_a_bad_cap(cap):
+    with pytest.raises(ValueError, match=f"cap={cap}; give a finite number"):
+        ce.linear_cross_entropy(zeros(3, 5), zeros(7, 5), TARGETS, cap=cap)
 
 
 def test_cross_entropy_names_targets_out_of_range_on_a_cpu():

@@ -14,6 +14,7 @@ from data import small
 from data.encode import validation_documents
 from data.gpt2 import END_OF_TEXT, gpt2_encoding
 from data.python_stdlib import prepare as python_stdlib
+from data.python_stdlib_bpe import prepare as python_stdlib_bpe
 from data.shakespeare import prepare as shakespeare
 from data.shakespeare_char import prepare as shakespeare_char
 from data.tokenizer import load_tokenizer, read_meta
@@ -214,6 +215,18 @@ def test_every_file_is_in_one_split(little_library, tmp_path):
         assert names
         expected = b"".join(f"# {name} \xff\n".encode("latin-1") for name in names)
         assert bytes(tokens_of(tmp_path / "out", split)) == expected
+
+
+def test_the_standard_library_in_gpt2s_tokens(little_library, tmp_path):
+    python_stdlib_bpe.main(tmp_path / "out")
+    for split in ("train", "val"):
+        wanted = []
+        for name in sorted(TAKEN):
+            if python_stdlib.is_validation(name) == (split == "val"):
+                text = f"# {name} \N{REPLACEMENT CHARACTER}\n"
+                wanted += [*gpt2_encoding().encode_ordinary(text), END_OF_TEXT]
+        assert list(tokens_of(tmp_path / "out", split)) == wanted
+    assert load_tokenizer(read_meta(tmp_path / "out")).vocab_size == 50_257
 
 
 def test_a_changed_source_or_output_is_made_again(little_library, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import FAMILIES, Kernels, load, reference, resolve, torch_ops
-from tests.numerics import DEVICE, assert_as_accurate
+from tests.numerics import DEVICE, assert_as_accurate, grads
 
 
 def randn(*shape, dtype=torch.float64, grad=True):
@@ -39,6 +39,38 @@ def test_philox_is_the_published_one():
     keep = reference.philox_keep(seed, (1, 1, 1, 1), 0x6627E8D5 / 2**32)
     drop = reference.philox_keep(seed, (1, 1, 1, 1), 0x6627E8D6 / 2**32)
     assert keep.item() and not drop.item()
+
+
+def rotation(T, D):
+    angles = torch.randn(T, D // 2, device=DEVICE)
+    return torch.cat([angles.cos(), angles.sin()], 1), angles
+
+
+def test_rotated_pairs_are_complex_numbers_times_one():
+    """a + b i, of the root mean square 1, times exp(-i angle); v is left alone."""
+    x, (turn, angles) = torch.randn(2, 9, 3, 2, 8, device=DEVICE).double(), rotation(9, 8)
+    a, b = F.rms_norm(x[:, :, :2], (8,), eps=1e-6).chunk(2, -1)
+    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angles), -angles)[:, None, None]
+    found = reference.rotated_qkv(x, turn)
+    torch.testing.assert_close(found[:, :, :2], torch.cat([turned.real, turned.imag], -1),
+                               rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[:, :, 2], x[:, :, 2])
+    theirs = reference.attention(*found.unbind(2))
+    assert torch.equal(reference.attention_qkv(x, rotation=turn), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_rotates_as_the_definition_does(dtype):
+    torch.manual_seed(0)
+    x, (turn, _) = randn(2, 9, 3, 2, 16, dtype=dtype), rotation(9, 16)
+    for name in ("rotated_qkv", "attention_qkv"):
+        ours, defined = (partial(getattr(backend, name), rotation=turn)
+                         for backend in (torch_ops, reference))
+        if dtype == torch.float32 or name == "rotated_qkv":
+            assert_as_accurate(ours, defined, (x,))
+        else:  # products of rounded q, k and probabilities
+            torch.testing.assert_close(grads(ours, (x,)), grads(defined, (x,)), rtol=0.03,
+                                       atol=0.03)
 
 
 def test_dropout_keeps_the_mean_and_needs_a_seed():
@@ -77,6 +109,13 @@ def test_cross_entropy_ignores_what_is_ignored(reduction):
                                theirs)
 
 
+def test_a_cap_is_cap_times_tanh():
+    x, w, targets = randn(7, 6), randn(11, 6), torch.arange(7, device=DEVICE)
+    capped = 2 * torch.tanh(x @ w.T / 2)
+    torch.testing.assert_close(reference.linear_cross_entropy(x, w, targets, cap=2.0),
+                               F.cross_entropy(capped, targets))
+
+
 def test_definitions_switch_autocast_off():
     """Under bf16 autocast an fp32 definition's error would grow from 4e-7 to 1e-2."""
     q, k, v = qkv(dtype=torch.float32)
@@ -98,8 +137,13 @@ def test_the_torch_backend_is_as_accurate_as_the_definitions():
         assert_as_accurate(ours, defined, qkv(dtype=torch.float32))
     x, head = randn(7, 16, dtype=torch.float32), randn(11, 16, dtype=torch.float32)
     targets = torch.tensor([3, -1, 0, 10, -1, 5, 2], device=DEVICE)
-    assert_as_accurate(torch_ops.linear_cross_entropy, reference.linear_cross_entropy,
-                       (x, head, targets))
+    for cap in (0.0, 2.0):
+        ours, defined = (partial(backend.linear_cross_entropy, cap=cap)
+                         for backend in (torch_ops, reference))
+        assert_as_accurate(ours, defined, (x, head, targets))
+        # in bf16 it rounds the logits and their gradient, which the definition does not
+        args = x.detach().bfloat16().requires_grad_(), head, targets
+        torch.testing.assert_close(grads(ours, args), grads(defined, args), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -242,8 +242,8 @@ def test_compiled_training_is_the_same_training(tiny_flags, tmp_path):
 @every_architecture
 def test_every_optimizer_trains_and_resumes(tiny_flags, tmp_path):
     base = [f for f in tiny_flags if "out_dir" not in f]
-    for name in ("adam", "sgd"):
-        flags = [*base, f"--optimizer={name}", "--learning_rate=0.02"]
+    for name in ("adam", "sgd", "muon"):
+        flags = [*base, f"--optimizer={name}", "--learning_rate=0.02", "--schedule=trapezoid"]
         assert run.main([*flags, f"--out_dir={tmp_path / name}"]) == 0
         for limit in (4, 12):
             assert run.main([*flags, f"--out_dir={tmp_path / name}-parts", f"--max_iters={limit}",

@@ -75,7 +75,7 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
     run = Run(
         config=config, world=world, device=device, dtype=dtype,
         autocast=hardware.autocast(device, dtype), choice=choice, model=model, wrapped=wrapped,
-        optimizer=optim.build(model, config.optim),
+        optimizer=optim.build(model, config.optim, dtype),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), tokens=tokens,
         batches=loader(tokens["train"], config, world, device), documents=documents,
         tokenizer=tokenizer, compiled=compiled, why_compiled=why_compiled, store=store,

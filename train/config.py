@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from common import cli
-from common.bounds import BelowOne, Must, NonNegative, NonNegativeFloat, NotEmpty, Positive, check
+from common.bounds import (
+    AboveZeroToOne,
+    BelowOne,
+    Must,
+    NonNegative,
+    NonNegativeFloat,
+    NotEmpty,
+    Positive,
+    check,
+)
 from gpt.config import ARCHITECTURES, BlockNumber, GPTConfig
 from kernels import BACKENDS, FAMILIES
 
@@ -49,10 +58,17 @@ class DataConfig:
 class OptimConfig:
     """How it is trained."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """adam: without weight decay; sgd: with momentum"""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """adam: without weight decay; sgd: with momentum; muon: Muon for the matrices of the blocks,
+    adamw for the rest"""
     learning_rate: NonNegativeFloat = 6e-4
     """its peak, after warm-up"""
+    muon_lr: NonNegativeFloat = 0.02
+    """muon's peak rate for the matrices; follows the schedule of learning_rate, scaled"""
+    muon_momentum: BelowOne = 0.95
+    """reached from 0.1 below in 300 steps, or in a third of lr_decay_iters"""
+    embedding_lr: NonNegativeFloat = 0.0
+    """peak rate of embeddings that are not also the head, scaled likewise; 0: learning_rate"""
     max_iters: NonNegative = 600_000
     """optimizer steps of the whole run"""
     gradient_accumulation_steps: Positive = 40
@@ -66,11 +82,15 @@ class OptimConfig:
     grad_clip: NonNegativeFloat = 1.0
     """largest norm of the gradient; 0 for none"""
     decay_lr: bool = True
-    """cosine from learning_rate to min_lr; else constant"""
+    """by `schedule` from learning_rate to min_lr; else constant"""
+    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    """after warm-up; trapezoid: constant, then a straight line down to min_lr"""
+    decay_fraction: AboveZeroToOne = 0.6
+    """of trapezoid: the last part of lr_decay_iters, in which the rate goes down"""
     warmup_iters: NonNegative = 2000
     """steps of linear warm-up"""
     lr_decay_iters: NonNegative = 600_000
-    """step at which the cosine ends; about max_iters"""
+    """step at which the schedule ends; about max_iters"""
     min_lr: NonNegativeFloat = 6e-5
     """about learning_rate / 10"""
 
@@ -186,6 +206,10 @@ class Config:
         if self.optim.decay_lr and self.optim.lr_decay_iters <= self.optim.warmup_iters:
             raise ValueError(f"lr_decay_iters={self.optim.lr_decay_iters} must be more than "
                              f"warmup_iters={self.optim.warmup_iters}")
+        if not self.optim.learning_rate and (self.optim.optimizer == "muon"
+                                             or self.optim.embedding_lr):
+            raise ValueError("learning_rate=0.0: muon_lr and embedding_lr follow its schedule; "
+                             "give it a rate above 0")
 
     @property
     def data_dir(self) -> Path:

@@ -111,14 +111,14 @@ def step_until_done(run: Run, report: Report, checkpoints: checkpoint.Writer) ->
 def train_step(run: Run, lr: float) -> Tensor:
     """One optimizer step. Return its numbers for Report, (4,) fp32, equal on all ranks.
 
-    Every rank must call it. The numbers, still on the device, are the mean loss over all ranks'
-    tokens, the gradient's norm, 1 if either is not finite (weights and moments are then unchanged),
-    and the number of ranks that request a stop.
+    `lr`: the schedule's rate, which every group scales. The numbers, still on the device, are the
+    mean loss over all ranks' tokens, the gradient's norm, 1 if either is not finite (weights and
+    moments are then unchanged), and the number of ranks that request a stop. Every rank must call
+    it.
     """
     run.progress.begins(f"step {run.step}")
     run.progress.steps += 1
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    optim.set_rates(run.optimizer, run.step, lr, run.config.optim)
     loss = accumulate(run)
     run.scaler.unscale_(run.optimizer)
     grad_norm = parallel.clip(run.model, run.config.optim.grad_clip)

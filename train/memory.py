@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from common import hardware
-from train import parallel
+from train import optim, parallel
 from train.config import Config
 from train.documents import Documents, one_document
 from train.parallel import World
@@ -70,12 +70,13 @@ def fit(config: Config, wrapped: nn.Module, w: World, device: torch.device,
         return max(parallel.gather_or_raise(lambda: hardware.peak_memory_bytes(device) or 0, w))
 
     peak_bytes(1)  # allocates the gradients, so that they are in every later measurement
-    weight_bytes = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes
-                       for p in wrapped.parameters() if p.requires_grad)
-    moments = 1 if config.optim.optimizer == "sgd" else 2
+    moments_bytes = sum(
+        optim.moments_per_element(config.optim, group)
+        * sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in group["params"])
+        for group in optim.groups_of(getattr(wrapped, "module", wrapped), config.optim))
     free_bytes = min(parallel.gather_or_raise(lambda: hardware.free_memory_bytes(device), w))
     sizes = micro_batches(config, w)
-    chosen = largest(sizes, peak_bytes, moments * weight_bytes, free_bytes)
+    chosen = largest(sizes, peak_bytes, moments_bytes, free_bytes)
     wrapped.zero_grad(set_to_none=True)
     return with_micro_batch(config, chosen)
 

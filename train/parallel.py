@@ -188,9 +188,9 @@ def kept_operators(dropout: float) -> list:
     With dropout, PyTorch's attention must run again: it draws its mask from the generator, and
     without that draw the masks after it would differ. Ours gets its seed as an argument.
     """
-    ours = []
-    if hasattr(torch.ops.ridge, "attention_forward"):
-        ours = [torch.ops.ridge.attention_forward.default]
+    ours = [getattr(torch.ops.ridge, name).default
+            for name in ("attention_forward", "rotary_attention_forward")
+            if hasattr(torch.ops.ridge, name)]
     if dropout > 0:
         return ours
     names = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",

@@ -178,13 +178,13 @@ def report(chosen: Iterable[Case], archs: list[int], processes: int) -> dict:
 
 
 def memory_bound(chosen: Iterable[Case]) -> list[Case]:
-    """The cases whose bytes are counted; one of those that move the same.
+    """The cases whose bytes are counted, of attention those with a rotation; one of equal ones.
 
     The kernels of linear_cross_entropy see (M, V) alone: its cases that differ in N are the same.
     """
     found: dict[tuple, Case] = {}
     for c in chosen:
-        if c.operator in MEMORY_BOUND:
+        if c.operator in MEMORY_BOUND or c.variant == "rotary":
             shape = c.shape[::2] if c.operator == "linear_cross_entropy" else c.shape
             found[c.operator, shape, c.dtype, c.variant] = c
     return list(found.values())

@@ -39,9 +39,13 @@ def floor_bytes(case: Case) -> dict[str, int]:
 
     linear_cross_entropy runs matrix products between its kernels; these are not memory-bound, so
     only its kernels count. Their floor is one read of the logits and one write of their gradient,
-    both in the forward.
+    both in the forward. For the same reason only the rotation counts of attention with one.
     """
     s = case.dtype.itemsize
+    if case.variant == "rotary":
+        B, T, H, D = case.shape
+        qk, rest = 2 * B * T * H * D * s, 4 * (2 * B * T * H + T * D)  # statistics, the rotation
+        return {"forward": 2 * qk + rest, "backward": 3 * qk + rest}
     if case.operator == "linear_cross_entropy":
         M, _, V = case.shape
         return {"forward": 2 * M * V * s + 8 * M}
@@ -243,7 +247,8 @@ def _phases(case: Case, capability: tuple[int, int], fn: Callable,
     def launched(kernel, grid, args, kwargs):
         if callable(grid):
             grid = grid(dict(zip(kernel.arg_names, args)) | kwargs)
-        if programs := math.prod(grid):
+        counted = case.variant != "rotary" or name_of(kernel).startswith("rotary.")
+        if counted and (programs := math.prod(grid)):
             share = cache_share(capability, programs, kwargs.get("num_warps", 4))
             key = _key(kernel, grid, args, kwargs, storages.nbytes, share)
             if key not in known:
@@ -252,7 +257,7 @@ def _phases(case: Case, capability: tuple[int, int], fn: Callable,
             add(name_of(kernel), *known[key])
 
     def by_torch(name, nbytes):
-        if case.operator != "linear_cross_entropy":
+        if case.operator != "linear_cross_entropy":  # whose products are no part of the floor
             add(name, nbytes, nbytes)
 
     phases = {}

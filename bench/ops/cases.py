@@ -17,7 +17,7 @@ GPT2 = dict(zip(("124M", "350M", "774M", "1558M"), SIZES.values(), strict=True))
 CONTEXT, VOCABULARY = 1024, 50304  # the vocabulary is padded
 ROWS = 16 * 1024  # the tokens of one micro-batch
 FAMILY = {operator: family for family, row in FAMILIES.items() for operator in row.operators}
-WINDOW, DROPOUT = 256, 0.1
+WINDOW, DROPOUT, CAP = 256, 0.1, 15.0  # the cap is nanochat's
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Case:
     """One call of a public operator.
 
     `shape` is (B, T, H, D) for attention, (M, N) for the norms, (M, V) for cross_entropy, (M, N, V)
-    for linear_cross_entropy. `variant` is "window", "documents" or "dropout" for attention,
-    "nobias" for layer norm, "fp32 residual" for the norms with a residual. Parameters of the norms
-    and the head's weight are fp32, as under autocast.
+    for linear_cross_entropy. `variant` is "window", "documents", "dropout" or "rotary" for
+    attention, "nobias" for layer norm, "fp32 residual" for the norms with a residual, "capped" for
+    linear_cross_entropy. Parameters of norms and the head's weight are fp32, as under autocast.
     """
 
     operator: str
@@ -59,8 +59,14 @@ def gpt2(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
 
 def nanochat(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
     """The calls that nanochat's architecture adds, at the width of a size of GPT-2, bf16."""
-    shape = (batch * CONTEXT, GPT2[size].n_embd)
-    return [Case("add_rmsnorm", shape), Case("rmsnorm", shape)]
+    shape = (batch * CONTEXT, (width := GPT2[size].n_embd))
+    return [
+        *(Case("attention_qkv", (batch, CONTEXT, width // D, D), variant="rotary")
+          for D in (64, 128) if width % D == 0),
+        Case("add_rmsnorm", shape),
+        Case("rmsnorm", shape),
+        Case("linear_cross_entropy", (*shape, VOCABULARY), variant="capped"),
+    ]
 
 
 def models(size: str, batch: int = ROWS // CONTEXT) -> list[Case]:
@@ -98,7 +104,8 @@ def full() -> list[Case]:
         *(Case("rmsnorm", (ROWS, N), fp32) for N in (768, *widths)),
         *(Case("cross_entropy", (ROWS, V)) for V in (65, 50257, 131072)),
         *(Case("cross_entropy", (ROWS, VOCABULARY), dtype) for dtype in (fp16, fp32)),
-        Case("linear_cross_entropy", (ROWS, 768, 65)),
+        *(Case("linear_cross_entropy", (ROWS, 768, 65), bf16, variant)
+          for variant in ("", "capped")),
     ]
 
 
@@ -143,7 +150,15 @@ def options(case: Case, device: torch.device | str = "cpu") -> dict:
         return {"doc_start": starts.expand(case.shape[:2]).contiguous()}
     if case.variant == "dropout":
         return {"dropout": DROPOUT, "seed": torch.zeros((), dtype=torch.int64, device=device)}
-    return {}
+    if case.variant == "rotary":
+        return {"rotation": rotation(case.shape[1], case.shape[3], device)}
+    return {"cap": CAP} if case.variant == "capped" else {}
+
+
+def rotation(T: int, D: int, device: torch.device | str = "cpu") -> Tensor:
+    """The cosines and sines of angles of T positions, (T, D); of any angles: none is faster."""
+    angles = torch.arange(T * (D // 2), dtype=torch.float32, device=device).view(T, D // 2)
+    return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 def operator(case: Case, backend: str) -> Callable:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.ops.cases import Case, operator
+from bench.ops.cases import CAP, Case, operator
 from kernels import FAMILIES
 
 SDPA = {
@@ -70,7 +70,8 @@ def _liger(case: Case, cuda: bool) -> Callable | str:
         return "liger-kernel is not installed"
     if not cuda:
         return "liger-kernel needs a CUDA device"
-    if case.operator == "add_layernorm" or case.variant:
+    capped = {"softcap": CAP} if case.variant == "capped" else {}
+    if case.operator == "add_layernorm" or (case.variant and not capped):
         return f"liger-kernel has no {f'{case.operator} {case.variant}'.rstrip()}"
     if case.operator.endswith("rmsnorm"):
         return "liger-kernel's RMS norm takes a weight"
@@ -80,5 +81,5 @@ def _liger(case: Case, cuda: bool) -> Callable | str:
         return lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5)
     if case.operator == "cross_entropy":
         return lambda logits, targets: liger.liger_cross_entropy(logits, targets, ignore_index=-1)
-    return lambda x, w, targets: liger.liger_fused_linear_cross_entropy(x, w.to(x.dtype), targets,
-                                                                        ignore_index=-1)
+    return lambda x, w, targets, cap=0: liger.liger_fused_linear_cross_entropy(
+        x, w.to(x.dtype), targets, ignore_index=-1, **capped)

@@ -6,6 +6,7 @@ import platform
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,11 +37,10 @@ def is_validation(path: str) -> bool:
     return hashlib.sha256(path.encode()).digest()[0] % 20 == 0
 
 
-def main(out: Path = Path(__file__).parent) -> None:
-    """Write train.bin, val.bin, meta.json and manifest.json.
+def read_library() -> tuple[dict[str, list[bytes]], dict[str, Any]]:
+    """The contents of the files by split, "train" and "val", and where they are from.
 
-    Args:
-        out: the folder to write to
+    Raises ValueError where this Python comes without its library's source.
     """
     root = Path(sysconfig.get_path("stdlib"))
     parts: dict[str, list[bytes]] = {"train": [], "val": []}
@@ -53,11 +53,21 @@ def main(out: Path = Path(__file__).parent) -> None:
     if not all(parts.values()):
         raise ValueError(f"{root}: only {len(files)} .py files; this Python comes without its "
                          "library's source, take one that has it, or another data set")
-    recipe = {"name": "python_stdlib", "python": platform.python_version(), "files": len(files),
-              "sha256": digest.hexdigest()}
+    return parts, {"python": platform.python_version(), "files": len(files),
+                   "sha256": digest.hexdigest()}
+
+
+def main(out: Path = Path(__file__).parent) -> None:
+    """Write train.bin, val.bin, meta.json and manifest.json.
+
+    Args:
+        out: the folder to write to
+    """
+    parts, source = read_library()
+    recipe = {"name": "python_stdlib"} | source
     if already_made(out, recipe):
         return
-    print(f"{len(files)} files of Python {recipe['python']}, {len(parts['val'])} of them for "
+    print(f"{source['files']} files of Python {source['python']}, {len(parts['val'])} of them for "
           "validation")
     splits = {split: np.frombuffer(b"".join(contents), np.uint8)
               for split, contents in parts.items()}
