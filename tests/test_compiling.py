@@ -10,15 +10,17 @@ import torch
 
 from gpt import GPTConfig
 from kernels import load
+from tests.conftest import every_architecture
 from train import compiling, run
 from train.config import Config, DataConfig, OptimConfig, RunConfig
 
 CPU = torch.device("cpu")
 
 
-def config(max_iters):
-    return Config(model=GPTConfig(block_size=16, vocab_size=29, n_layer=10, n_head=2, n_embd=16,
-                                  dropout=0.1), data=DataConfig(batch_size=2),
+def config(max_iters, architecture="gpt2"):
+    model = GPTConfig(block_size=16, vocab_size=29, n_layer=10, n_head=2, n_embd=16, dropout=0.1,
+                      architecture=architecture)
+    return Config(model=model, data=DataConfig(batch_size=2),
                   optim=OptimConfig(max_iters=max_iters, lr_decay_iters=10**6,
                                     gradient_accumulation_steps=1), run=RunConfig())
 
@@ -50,8 +52,9 @@ def test_a_short_run_is_not_kept_waiting(monkeypatch):
     assert not yes and why == "no (auto: a block takes 20 ms, so the run is too short to try)"
 
 
+@every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_timed_is_a_block_forward_and_backward(dtype, monkeypatch):
+def test_what_is_timed_is_a_block_forward_and_backward(dtype, architecture, monkeypatch):
     """In the dtype of the run, and compiled by what torch.compile is."""
     seen = []
 
@@ -62,7 +65,7 @@ def test_what_is_timed_is_a_block_forward_and_backward(dtype, monkeypatch):
         return counted
 
     monkeypatch.setattr(torch, "compile", compile_)
-    step = compiling.step_of_a_block(config(1), load("torch"), dtype)
+    step = compiling.step_of_a_block(config(1, architecture), load("torch"), dtype)
     seconds, first = compiling.timed(step(torch.compile))
     assert seen == [((2, 16, 16), dtype == torch.bfloat16)] * 6
     assert seconds > 0 and first > 0

@@ -18,9 +18,11 @@ from data.loader import eval_batches
 from data.shakespeare import prepare as shakespeare
 from data.text import prepare as text
 from gpt import GPT
+from gpt.config import ARCHITECTURES
 from kernels import FAMILIES, Choice
 from tests import ranks
-from tests.conftest import TINY
+from tests.conftest import TINY, every_architecture
+from tests.numerics import stirred
 from train import build, compiling, documents, evaluate, loop, memory, run
 from train.command_line import parse
 from train.parallel import World
@@ -77,8 +79,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def flags(data, tmp_path):
-    return flags_of(data, tmp_path / "out")
+def flags(data, tmp_path, architecture):
+    return flags_of(data, tmp_path / "out", f"--architecture={architecture}")
 
 
 def flags_of(data: Path, out_dir: Path, *more: str) -> list[str]:
@@ -93,16 +95,20 @@ def metrics(out_dir: Path) -> list[dict]:
 
 
 def separate(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the losses with each document given to the model by itself, at its positions."""
-    total = torch.zeros(())
+    """The sum of the losses with each document given to the model by itself, at its positions.
+
+    Learned ones are moved there. Rotations tell only how far two positions are apart.
+    """
+    total, learned = torch.zeros(()), dict(model.named_parameters()).get(POSITIONS)
     for ids, wanted in zip(idx, targets, strict=True):
         for a, b in pieces(ids.tolist(), END_OF_TEXT, model.config.direction == "backward"):
-            moved = {POSITIONS: dict(model.named_parameters())[POSITIONS].roll(-a, 0)}
+            moved = {} if learned is None else {POSITIONS: learned.roll(-a, 0)}
             total = total + functional_call(model, moved, (ids[None, a:b], wanted[None, a:b]),
                                             {"reduction": "sum"})
     return total
 
 
+@every_architecture
 def test_a_runs_losses_are_those_of_separate_documents(flags, tmp_path):
     """A finished run's printed losses, against its checkpoint and each document by itself.
 
@@ -122,7 +128,7 @@ def test_a_runs_losses_are_those_of_separate_documents(flags, tmp_path):
                                    torch.tensor(idx.numel())])
     apart, together = (losses[:2] / losses[2]).tolist()
     said = [e["val/loss"] for e in metrics(tmp_path / "out") if "val/loss" in e][-1]
-    assert said == pytest.approx(apart, rel=1e-5) and abs(said - together) > 1e-3
+    assert said == pytest.approx(apart, rel=1e-5) and abs(said - together) > 2e-4
     off = [*flags, f"--out_dir={tmp_path / 'off'}", "--document_mask=False"]
     assert run.main(off) == 0
     assert metrics(tmp_path / "off")[-1]["val/loss"] != said
@@ -135,13 +141,13 @@ def gradients_of(model: GPT) -> Tensor:
     return row
 
 
+@every_architecture
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("more", [(), ("--kernels=reference", "--activation_checkpointing=True"),
                                   ("--dtype=bfloat16",)], ids=["torch", "reference", "bf16"])
 def test_gradients_are_those_of_separate_documents(direction, more, flags):
     built = build.build(parse([*flags, f"--direction={direction}", *more]))
-    for p in built.model.parameters():
-        p.data *= 4  # else attention has little say
+    stirred(built.model)
     batches = [next(built.batches) for _ in range(2)]
 
     def of_losses(loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,32 +166,34 @@ def test_gradients_are_those_of_separate_documents(direction, more, flags):
     assert (packed - wanted).norm() > 3 * rounding * wanted.norm()
 
 
+@every_architecture
 @pytest.mark.parametrize("kernels", ["torch", "reference", "triton"])
 def test_another_document_changes_no_logit(kernels, flags):
     """By value, bit for bit, and by gradient; without the mask both see it."""
     if kernels == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
     built = build.build(parse([*flags, f"--kernels={kernels}", "--n_embd=32"]))
-    for p in built.model.parameters():
-        p.data *= 4
+    stirred(built.model)
     idx = next(built.batches)[0][:1]
     (_, end), (a, b), *_ = pieces(idx[0].tolist(), END_OF_TEXT, False)
     other = idx.clone()
     other[0, : end - 1] = (other[0, : end - 1] + 1) % 50000
+    streams: list[Tensor] = []  # that the first block reads
+    built.model.transformer.h[0].register_forward_pre_hook(
+        lambda _, args: (streams.append(args[0]), args[0].retain_grad())[1])
     seen = {}
     for name, starts in (("masked", built.documents(idx)), ("not", None)):
         x, y = (built.model.features(i, starts)[0, a:b] for i in (idx, other))
-        built.model.zero_grad()
-        x.sum().backward()
-        moved = built.model.transformer.wpe.weight.grad[:a]
-        seen[name] = (torch.equal(x, y), bool((moved == 0).all()))
+        (x @ torch.arange(x.shape[1], dtype=x.dtype)).sum().backward()
+        seen[name] = (torch.equal(x, y), bool((streams[-2].grad[0, :a] == 0).all()))
     assert seen == {"masked": (True, True), "not": (False, False)}
 
 
-@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
-def test_two_ranks_are_one_process(spread, data, tmp_path):
+@pytest.mark.parametrize(("spread", "architecture"),
+                         [("ddp", "gpt2"), *(("fsdp", name) for name in ARCHITECTURES)])
+def test_two_ranks_are_one_process(spread, architecture, data, tmp_path):
     """Compiled block by block, recomputed in backward, and with a window as well."""
-    short = ["--max_iters=3", "--lr_decay_iters=3", "--window=7"]
+    short = ["--max_iters=3", "--lr_decay_iters=3", "--window=7", f"--architecture={architecture}"]
     assert run.main(flags_of(data, tmp_path / "one", *short)) == 0
     both = flags_of(data, tmp_path / "two", *short, f"--parallel={spread}", "--compile=True",
                     "--activation_checkpointing=True")
@@ -213,13 +221,14 @@ def test_resume_is_bit_equal_and_says_what_changed(flags, tmp_path, capsys):
 # -- what else must know of it -------------------------------------------------------
 
 
+@every_architecture
 def test_a_whole_split_is_evaluated_as_the_run_was_trained(flags, data, tmp_path, capsys):
     assert run.main(flags) == 0
     asked = {"out_dir": str(tmp_path / "out"), "data_dir": str(data), "device": "cpu",
              "dtype": "float32"}
     said = {mask: evaluate.evaluate(evaluate.Evaluate(**asked, document_mask=mask))["loss"]
             for mask in ("auto", True, False)}
-    assert said["auto"] == said[True] and abs(said[True] - said[False]) > 1e-3
+    assert said["auto"] == said[True] and abs(said[True] - said[False]) > 2e-4
     assert capsys.readouterr().out.count("document_mask: True\n") == 2
     model, total = GPT.from_checkpoint(str(tmp_path / "out")), 0.0
     tokens = build.open_split(data, "val")
@@ -230,6 +239,7 @@ def test_a_whole_split_is_evaluated_as_the_run_was_trained(flags, data, tmp_path
     assert said["auto"] == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
+@every_architecture
 def test_what_is_measured_is_what_runs(flags, monkeypatch):
     """The memory of --batch_size=auto, and the block that --compile=auto times."""
     seen: list = []
@@ -248,7 +258,8 @@ def test_what_is_measured_is_what_runs(flags, monkeypatch):
     given = []
     step = compiling.step_of_a_block(built.config, built.model.kernels, torch.float32)
     step(lambda forward: lambda *args: (given.append(args), forward(*args))[1])()
-    assert (given[0][2].shape, given[0][2].dtype) == ((4, 32), torch.int32)
+    doc_start = given[0][2].doc_start
+    assert (doc_start.shape, doc_start.dtype) == ((4, 32), torch.int32)
 
 
 def test_without_boundaries_it_is_refused_in_one_line(flags, tiny_flags, tmp_path, capsys):

@@ -14,6 +14,7 @@ from data.tokenizer import GPT2Tokenizer as GPT2
 from data.tokens import write_tokens
 from gpt import GPT, GPTConfig
 from gpt.scoring import perplexity
+from tests.conftest import every_architecture
 from train import evaluate
 from train.parallel import World, world
 
@@ -21,11 +22,13 @@ END = 50256
 
 
 @pytest.fixture
-def model():
+def model(architecture):
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=16)).eval()
+    return GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=16,
+                         architecture=architecture)).eval()
 
 
+@every_architecture
 def test_the_end_of_text_has_a_loss_and_no_bytes(model, tmp_path):
     """It counted as the 13 bytes of "<|endoftext|>", which flattered bits per byte."""
     ids = GPT2().encode("One text.<|endoftext|>Another one.<|endoftext|>")
@@ -45,6 +48,7 @@ def answers(task, form, lines, model, tokenizer, folder):
     return task(evaluate.read_lines(str(folder / "lines.jsonl"), form), model, tokenizer, world())
 
 
+@every_architecture
 def test_an_empty_context_is_the_end_of_text(model, tmp_path):
     """A LAMBADA text of one word, or an empty ctx of HellaSwag, ended the evaluation."""
     log_p = model.logits(torch.tensor([[END]]))[0, -1].log_softmax(-1)

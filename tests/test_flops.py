@@ -8,9 +8,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt import GPT, SIZES
-from gpt.flops import PEAK_TFLOPS, flops_per_token, mfu
+from gpt.config import ARCHITECTURES
+from gpt.flops import PEAK_TFLOPS, count_params, flops_per_token, mfu
+from gpt.tensors import POSITIONS, shapes_of
 from kernels import load
 from kernels.reference import visible
+from tests.conftest import every_architecture
 
 T = 1024
 
@@ -24,27 +27,40 @@ def counted_per_token(config, backend):
     return counter.get_total_flops() / T
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_both_formulas_are_within_half_a_percent_of_what_torch_counts(size):
+OTHERS = [name for name in ARCHITECTURES if name != "gpt2"]
+
+
+def sized(size, architecture):
+    """A published size in this architecture, without biases."""
+    return replace(SIZES[size], vocab_size=50304, bias=False, activation="gelu",
+                   architecture=architecture)
+
+
+@pytest.mark.parametrize(("size", "architecture"), [*((size, "gpt2") for size in SIZES),
+                                                    *(("gpt2", name) for name in OTHERS)])
+def test_both_formulas_are_within_half_a_percent_of_what_torch_counts(size, architecture):
     """The reference multiplies full attention matrices. palm counts them; causal counts half.
 
-    llm.c's causal formula also counts 6 operations for each of the T d position embeddings, though
-    nothing is multiplied with them (0.6 % at 124M): they are subtracted here.
+    llm.c's causal formula also counts 6 operations for each of the T d learned position embeddings,
+    though nothing is multiplied with them (0.6 % at 124M): they are subtracted here.
     """
-    config = replace(SIZES[size], vocab_size=50304, bias=False)
+    config = sized(size, architecture)
     counted, formula = counted_per_token(config, "reference"), flops_per_token(config)
     L, d = config.n_layer, config.n_embd
     assert abs(formula["palm"] / counted - 1) < 0.005
-    masked_half, positions = 6 * L * d * T, 6 * T * d
+    without, with_positions = count_params(config)
+    assert with_positions - without == (T * d if POSITIONS in shapes_of(config) else 0)
+    masked_half, positions = 6 * L * d * T, 6 * (with_positions - without)
     assert abs((formula["causal"] - positions) / (counted - masked_half) - 1) < 0.005
 
 
-def test_the_kernels_tell_torch_what_they_multiply():
+@every_architecture
+def test_the_kernels_tell_torch_what_they_multiply(architecture):
     """6 FLOPs for each matrix element; for attention 2 units of L d T forward and 5 backward.
 
     The fifth recomputes the scores.
     """
-    config = replace(SIZES["gpt2"], vocab_size=50304, bias=False, n_layer=2)
+    config = replace(sized("gpt2", architecture), n_layer=2)
     d = config.n_embd
     assert counted_per_token(config, "triton") == 6 * (12 * 2 * d**2 + 50304 * d) + 7 * 2 * d * T
 

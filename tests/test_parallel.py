@@ -4,15 +4,17 @@ import json
 import os
 import shutil
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
 from gpt import GPT, export
 from gpt.checkpoint_files import read_part, saved_shapes, verify
+from gpt.config import ARCHITECTURES
 from gpt.run_folder import complete_checkpoints
 from tests import ranks
-from tests.conftest import TINY, write_tiny_data
+from tests.conftest import TINY, every_architecture, write_tiny_data
 from train import build, loop, parallel, run
 from train.command_line import parse
 
@@ -32,6 +34,7 @@ CURVE = [*without(TINY, "dropout", "gradient_accumulation_steps", "max_iters", "
          "--grad_clip=0.5", "--learning_rate=3e-3", "--init_from=auto"]
 SHORT = [*without(CURVE, "max_iters", "eval_interval"), "--max_iters=3", "--eval_interval=3"]
 SPREADS = ("ddp", "fsdp")
+OTHERS = [name for name in ARCHITECTURES if name != "gpt2"]
 KINDS = {  # what else is trained, compared with one process after three steps
     "triton": ["--kernels=triton", "--n_embd=32", "--n_layer=1", "--gradient_accumulation_steps=2",
                "--max_iters=1", "--eval_interval=9", "--eval_iters=1"],
@@ -40,11 +43,12 @@ KINDS = {  # what else is trained, compared with one process after three steps
     # stitched with the upper model's head, so untied, and frozen but for the seam
     "stitch": ["--init_from=stitch", "--stitch_layer_index=1", "--use_original_head=False",
                "--batch_size_alignment=8"],
-}
-KEYS = {  # what else may change a parameter's name
-    "compiledddp": ["--parallel=ddp", "--compile=True"],
-    "bothfsdp": ["--parallel=fsdp", "--compile=True", "--activation_checkpointing=True"],
-}
+} | {name: [f"--architecture={name}"] for name in OTHERS}
+DROPPING = [("ddp", "gpt2"), *(("fsdp", name) for name in ARCHITECTURES)]
+BOTH = ["--parallel=fsdp", "--compile=True", "--activation_checkpointing=True"]
+KEYS = {  # what else may change a parameter's name, and the run that it is compared with
+    "compiledddp": (["--parallel=ddp", "--compile=True"], "eager1"), "bothfsdp": (BOTH, "eager1"),
+} | {f"{name}both": ([*KINDS[name], *BOTH], f"{name}1") for name in OTHERS}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,7 @@ def done(tmp_path_factory):
              command(SHORT, "a", "--seed=5"), command(SHORT, "b", "--seed=6")]
     alone += [command(SHORT, f"{kind}1", *joined(folder, flags)) for kind, flags in KINDS.items()]
     alone += [command(CURVE, "evaluated1", *EVALUATION), command(SHORT, "eager1")]
+    alone += [command(SHORT, f"{name}mixed", *KINDS[name], "--max_iters=1") for name in OTHERS]
     for flags in alone:
         assert run.main(flags) == 0
     start(folder, 2, two_ranks(folder, command))
@@ -66,6 +71,7 @@ def done(tmp_path_factory):
           [command(CURVE, f"evaluated{how}4", f"--parallel={how}", *EVALUATION) for how in SPREADS])
     longer = ["--init_from=resume", "--max_iters=22"]
     for flags in (command(CURVE, "mixed"),
+                  *(command(SHORT, f"{name}mixed", *KINDS[name]) for name in OTHERS),
                   *(command(CURVE, f"{name}longer", *longer, f"--resume_dir={folder / name}")
                     for name in ("one", "fsdp2"))):
         assert run.main(flags) == 0
@@ -94,14 +100,18 @@ def two_ranks(folder, command):
     runs += [command(CURVE, "mixed", "--max_iters=13"),
              (command(CURVE, "hsdp2", "--parallel=hsdp"), {"LOCAL_WORLD_SIZE": 1})]
     for how in SPREADS:
-        runs.append(command(SHORT, f"{how}bf16", f"--parallel={how}", "--dtype=bfloat16"))
-        dropping = ["--dropout=0.1", f"--parallel={how}", "--max_iters=6"]
-        runs += [command(SHORT, f"{how}whole", *dropping),
-                 command(SHORT, f"{how}parts", *dropping[:-1]),
-                 command(SHORT, f"{how}parts", *dropping)]
+        for name in ARCHITECTURES:
+            each = [f"--parallel={how}", f"--architecture={name}"]
+            runs.append(command(SHORT, f"{name}{how}bf16", *each, "--dtype=bfloat16"))
+            dropping = ["--dropout=0.1", *each, "--max_iters=6"]
+            if (how, name) in DROPPING:
+                runs += [command(SHORT, f"{name}{how}whole", *dropping),
+                         command(SHORT, f"{name}{how}parts", *dropping[:-1]),
+                         command(SHORT, f"{name}{how}parts", *dropping)]
         runs += [command(SHORT, f"{kind}{how}", *joined(folder, flags), f"--parallel={how}")
                  for kind, flags in KINDS.items()]
-    return runs + [command(SHORT, name, *flags) for name, flags in KEYS.items()]
+    runs += [command(SHORT, f"{name}mixed", *KINDS[name], "--max_iters=2") for name in OTHERS]
+    return runs + [command(SHORT, name, *flags) for name, (flags, _) in KEYS.items()]
 
 
 def start(folder, size, runs):
@@ -114,34 +124,47 @@ def start(folder, size, runs):
 
 
 def leave_first_step(runs, folder):
-    """A rank that writes NAME.pt for each run: first loss, whole gradients, an evaluation."""
+    """A rank that writes NAME.pt for each run: first loss, whole gradients, an evaluation.
+
+    Also the dtypes of the rotations that attention was called with. What starts at 0, or nearly,
+    starts at 0.02: behind it there would be no gradient.
+    """
     for name, flags, port in runs:
         os.environ["MASTER_PORT"] = str(port)
-        built = build.build(parse(flags))
+        config, dtypes = parse(flags), set()
+        kind = import_module(ARCHITECTURES[config.model.architecture].module).Transformer
+        drawn = kind.initial_std
+        kind.initial_std = lambda self, name, drawn=drawn: max(drawn(self, name), 0.02)
+        built = build.build(config)
+        for block in built.model.transformer.h:
+            block.attn.register_forward_pre_hook(
+                lambda _, args, seen=dtypes: seen.add(getattr(args[1].rotation, "dtype", None)))
         loss = parallel.sum_over_ranks(loop.accumulate(built))
         gradients = {name: parallel.full_tensor(p.grad)
                      for name, p in built.model.named_parameters()}
         evaluation = loop.evaluate(built)["val"]
         if built.world.rank == 0:
-            torch.save((loss.item(), evaluation, gradients), folder / f"{name}.pt")
+            torch.save((loss.item(), evaluation, gradients, dtypes), folder / f"{name}.pt")
+        kind.initial_std = drawn
         parallel.stop()
 
 
 @pytest.fixture(scope="module")
 def first_step(tmp_path_factory):
-    """Reads, by dtype, what `leave_first_step` wrote: of one process, and of DDP and FSDP2.
+    """Reads what `leave_first_step` wrote: of one process (auto), and of DDP and FSDP2.
 
-    Both of these have two ranks.
+    By architecture and dtype. DDP and FSDP2 have two ranks.
     """
     folder = tmp_path_factory.mktemp("first")
     data = write_tiny_data(folder / "tiny")
     for size, hows in ((1, ["auto"]), (2, SPREADS)):
-        runs = [(f"{how} {dtype}", [*flags_of(folder, data, CURVE, "none"), f"--parallel={how}",
-                                    f"--dtype={dtype}"], ranks.free_port())
-                for how in hows for dtype in ("float32", "bfloat16")]
+        runs = [(f"{how} {dtype} {name}",
+                 [*flags_of(folder, data, CURVE, "none"), f"--parallel={how}", f"--dtype={dtype}",
+                  f"--architecture={name}"], ranks.free_port())
+                for how in hows for dtype in ("float32", "bfloat16") for name in ARCHITECTURES]
         assert ranks.run(leave_first_step, (runs, folder), size,
                          folder / f"logs{size}") == [0] * size
-    return lambda how, dtype: torch.load(folder / f"{how} {dtype}.pt")
+    return lambda how, dtype, name: torch.load(folder / f"{how} {dtype} {name}.pt")
 
 
 def outcome(folder):
@@ -179,21 +202,26 @@ def assert_equal(a, b):
     assert all(torch.equal(a[2][name], b[2][name]) for name in a[2])
 
 
+@every_architecture
 @pytest.mark.parametrize(("how", "dtype"),
                          [("ddp", "float32"), ("fsdp", "float32"), ("ddp", "bfloat16")])
-def test_the_gradients_of_shards_and_of_copies_are_those_of_one_process(first_step, how, dtype):
+def test_the_gradients_of_shards_and_of_copies_are_those_of_one_process(
+        first_step, how, dtype, architecture):
     """Under DDP, in bf16 as near as in fp32.
 
     Whoever computes a micro-batch rounds it in the same way (all have one thread here), and the six
     are added in fp32. Only the order differs, which is a few times 2**-24 of the sum of their
     sizes.
     """
-    one, ours = first_step("auto", dtype), first_step(how, dtype)
+    one, ours = (first_step(name, dtype, architecture) for name in ("auto", how))
     assert ours[:2] == pytest.approx(one[:2], rel=1e-6)
+    assert all(gradient.any() for gradient in one[2].values())
     torch.testing.assert_close(ours[2], one[2], rtol=1e-5, atol=1e-7)
 
 
-def test_the_gradients_of_bf16_shards_are_those_of_one_process_but_for_rounding(first_step):
+@every_architecture
+def test_the_gradients_of_bf16_shards_are_those_of_one_process_but_for_rounding(
+        first_step, architecture):
     """FSDP2 also rounds the embeddings, norms and residual stream, which autocast leaves in fp32.
 
     So each rank rounds them for itself.
@@ -204,13 +232,15 @@ def test_the_gradients_of_bf16_shards_are_those_of_one_process_but_for_rounding(
     the embedding to the logits 36 numbers are rounded: two tables and their sum; in each of two
     blocks four weights, four outputs of linear layers, two norms, two sums, gelu, the probabilities
     and attention's output (15); the last norm, the head, the logits. The way back rounds the
-    gradient of each once. So the logits, and the loss, whose gradient by them has a norm below
+    gradient of each once. nanochat's are 37: the table, its norm, and queries and keys once more.
+    So the logits, and the loss, whose gradient by them has a norm below
     sqrt(2), differ from the exact ones by at most u * sqrt(36 / 3) times the size of the logits,
     and the gradients by u * sqrt(72 / 3) of theirs. Two roundings of one truth differ by sqrt(2) of
     that.
     """
-    loss, evaluation, one = first_step("auto", "bfloat16")
-    *losses, shards = first_step("fsdp", "bfloat16")
+    loss, evaluation, one, _ = first_step("auto", "bfloat16", architecture)
+    *losses, shards, rotations = first_step("fsdp", "bfloat16", architecture)
+    assert rotations in ({None}, {torch.float32})
     # a head of normal(0.02) times 16 normalised features; weights have their initial size
     u, logits = 2**-8, 0.02 * 16**0.5
     allowed = 2**0.5 * u * (36 / 3) ** 0.5 * 2**0.5 * logits
@@ -231,8 +261,10 @@ def test_ranks_are_one_process(done, name):
     assert_same(outcome(done / name), one)
 
 
-def test_one_two_one_ranks_is_the_uninterrupted_run(done):
-    mixed, one = outcome(done / "mixed"), outcome(done / "one")
+@pytest.mark.parametrize(("name", "one"), [("mixed", "one"),
+                                           *((f"{name}mixed", f"{name}1") for name in OTHERS)])
+def test_one_two_one_ranks_is_the_uninterrupted_run(done, name, one):
+    mixed, one = outcome(done / name), outcome(done / one)
     assert_same((mixed[0], {}, mixed[2]), (one[0], {}, one[2]))  # it was evaluated at other steps
     log = (done / "logs2" / "0.log").read_text()
     assert "saved by 1 rank(s), so dropout draws new random numbers" in log
@@ -244,9 +276,10 @@ def test_shards_of_two_ranks_go_on_in_one_process(done):
     assert_same(longer, outcome(done / "onelonger"))
 
 
-@pytest.mark.parametrize("how", SPREADS)
-def test_resume_on_the_same_ranks_is_bit_equal_with_dropout(done, how):
-    assert_equal(outcome(done / f"{how}parts"), outcome(done / f"{how}whole"))
+@pytest.mark.parametrize(("how", "architecture"), DROPPING)
+def test_resume_on_the_same_ranks_is_bit_equal_with_dropout(done, how, architecture):
+    parts, whole = (outcome(done / f"{architecture}{how}{name}") for name in ("parts", "whole"))
+    assert_equal(parts, whole)
 
 
 def test_evaluation_is_the_same_on_1_2_and_4_ranks(done):
@@ -255,9 +288,10 @@ def test_evaluation_is_the_same_on_1_2_and_4_ranks(done):
         assert outcome(done / f"evaluated{name}")[1][0] == pytest.approx(one, rel=1e-6)
 
 
-def test_bf16_fsdp_tracks_ddp(done):
+@every_architecture
+def test_bf16_fsdp_tracks_ddp(done, architecture):
     """It keeps fp32 weights and reduces in fp32."""
-    ddp, fsdp = outcome(done / "ddpbf16"), outcome(done / "fsdpbf16")
+    ddp, fsdp = (outcome(done / f"{architecture}{how}bf16") for how in SPREADS)
     assert list(fsdp[0].values()) == pytest.approx(list(ddp[0].values()), rel=0.02)
     assert {t.dtype for t in fsdp[2].values()} == {torch.float32}
 
@@ -270,12 +304,15 @@ def test_every_backend_and_every_kind_of_model_is_spread_the_same_way(done, kind
 
 @pytest.mark.parametrize("name", KEYS)
 def test_compiling_and_recomputing_change_no_key_and_no_number(done, name):
-    assert_same(outcome(done / name), outcome(done / "eager1"))
+    assert_same(outcome(done / name), outcome(done / KEYS[name][1]))
+
+
+WHOLE = "gpt2fsdpwhole"
 
 
 def test_shards_are_read_as_the_model_that_was_trained(done):
-    """fsdpwhole was saved by two ranks; what each part holds is listed without reading it."""
-    folder = complete_checkpoints(done / "fsdpwhole")[-1]
+    """WHOLE was saved by two ranks; what each part holds is listed without reading it."""
+    folder = complete_checkpoints(done / WHOLE)[-1]
     assert len(list((folder / "model").iterdir())) == 2
     assert not (folder / "model.safetensors").exists()
     model = GPT.from_checkpoint(folder)
@@ -290,7 +327,7 @@ def test_shards_are_read_as_the_model_that_was_trained(done):
 
 def test_a_flipped_byte_in_a_shard_is_found(done, tmp_path):
     folder = tmp_path / "copy"
-    shutil.copytree(complete_checkpoints(done / "fsdpwhole")[-1], folder)
+    shutil.copytree(complete_checkpoints(done / WHOLE)[-1], folder)
     verify(folder)
     shard = sorted((folder / "optimizer").iterdir())[1]
     content = bytearray(shard.read_bytes())

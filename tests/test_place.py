@@ -9,24 +9,27 @@ import pytest
 import torch
 
 from gpt import GPT, GPTConfig
+from tests.conftest import every_architecture
+from tests.numerics import stirred
 from train import build, loop, parallel
 from train.command_line import parse
 from train.config import ParallelConfig
 from train.parallel import World
 
 
-def tiny(dropout=0.0):
+def tiny(architecture, dropout=0.0):
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=16,
-                         dropout=dropout))
+    return stirred(GPT(GPTConfig(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=16,
+                                 dropout=dropout, architecture=architecture)))
 
 
+@every_architecture
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_activation_checkpointing_changes_no_gradient_and_no_name(dropout):
+def test_activation_checkpointing_changes_no_gradient_and_no_name(dropout, architecture):
     idx = torch.randint(29, (2, 16))
     gradients = []
     for on in (False, True):
-        model = tiny(dropout)
+        model = tiny(architecture, dropout)
         parallel.place(model, ParallelConfig(activation_checkpointing=on), World(),
                        torch.device("cpu"), torch.float32, False)
         torch.manual_seed(1)
@@ -36,8 +39,9 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(dropout):
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_attention_is_not_computed_again():
-    """Counted in backward: the norms run again, attention does not."""
+@every_architecture
+def test_attention_is_not_computed_again(architecture):
+    """Counted in backward: the MLPs run again, attention does not."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -47,14 +51,16 @@ def test_attention_is_not_computed_again():
             self.seen.append(func.name())
             return func(*args, **(kwargs or {}))
 
-    model = tiny()
+    model = tiny(architecture)
     parallel.place(model, ParallelConfig(activation_checkpointing=True), World(),
                    torch.device("cpu"), torch.float32, False)
     idx = torch.randint(29, (2, 16))
-    loss = model(idx, idx)
+    loss, again = model(idx, idx), []
+    for block in model.transformer.h:
+        block.mlp.c_fc.register_forward_hook(lambda *_: again.append(1))
     with Count() as count:
         loss.backward()
-    assert "aten::native_layer_norm" in count.seen
+    assert len(again) == 2 and "aten::mm" in count.seen
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" not in count.seen
 
 
@@ -72,6 +78,7 @@ def test_an_accumulation_that_ranks_do_not_divide_is_refused():
         parallel.accumulation_per_rank(39, World(size=2))
 
 
+@every_architecture
 @pytest.mark.parametrize("how", ["auto", "fsdp"])
 def test_evaluation_and_generation_do_not_compile_the_step_again(how, tiny_flags, monkeypatch):
     """One process compiles the model; DDP and FSDP2 compile its blocks.
