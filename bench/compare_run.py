@@ -60,9 +60,10 @@ class Options:
 
 def differences(run: Run, other: Run) -> str:
     """The settings in which two runs' recipes differ, on one line; "" if in none."""
-    both = run.config.keys() & other.config.keys() & RECIPE
-    found = [f"{k}={run.config[k]} (not {other.config[k]})"
-             for k in sorted(both) if run.config[k] != other.config[k]]
+    # files from before there were others do not say that they are GPT-2's
+    a, b = ({"architecture": "gpt2"} | r.config if r.config else {} for r in (run, other))
+    found = [f"{k}={a[k]} (not {b[k]})" for k in sorted(a.keys() & b.keys() & RECIPE)
+             if a[k] != b[k]]
     if run.data and other.data and run.data != other.data:
         theirs = [f"{k} {v} (not {other.data.get(k)})"
                   for k, v in run.data.items() if v != other.data.get(k)]

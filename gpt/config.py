@@ -88,10 +88,10 @@ class GPTConfig:
         own = ARCHITECTURES[self.architecture].own
         for other, row in ARCHITECTURES.items():
             for name in (name for name in row.own if name not in own):
-                value = getattr(self, name)
-                if value != GPTConfig.__dataclass_fields__[name].default:
+                value, default = getattr(self, name), GPTConfig.__dataclass_fields__[name].default
+                if value != default:
                     raise ValueError(f"{name}={value}: {self.architecture} has no such thing; "
-                                     f"leave it out, or give --architecture={other}, too")
+                                     f"leave it at {default}, or take --architecture={other}")
 
     @property
     def head_dim(self) -> int:

@@ -67,8 +67,10 @@ def check_expressible(checkpoint: Path, to: str) -> None:
     if to == "safetensors":
         return
     config = read_config(checkpoint)
-    needs = {"hf": huggingface.TRANSLATIONS[config.architecture].NEEDS, "nanogpt": nanogpt.NEEDS}
-    for key, value in (needs[to] | PLAIN).items():
+    translation = huggingface.TRANSLATIONS.get(config.architecture)
+    known = {"architecture": " or ".join(huggingface.TRANSLATIONS)}
+    needs = nanogpt.NEEDS if to == "nanogpt" else translation.NEEDS if translation else known
+    for key, value in (needs | PLAIN).items():
         found = getattr(config, key, value)
         if found != value:
             raise ValueError(f"{checkpoint}: {key}={found}, which --to={to} cannot express; only "

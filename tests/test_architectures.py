@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import GPT, GPTConfig, nanochat, sample
+from gpt import GPT, GPTConfig, export, huggingface, nanochat, sample
 from gpt.checkpoint_files import config_json, entry, read_config
 from gpt.config import make_config
 from gpt.generate import generate
@@ -39,11 +39,11 @@ def edit(file, change):
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (["--bias=True"], "bias=True: nanochat has no such thing; leave it out, or give "
-                      "--architecture=gpt2, too"),
+    (["--bias=True"], "bias=True: nanochat has no such thing; leave it at False, or take "
+                      "--architecture=gpt2"),
     (["--activation=gelu_tanh"], "activation=gelu_tanh: nanochat has no such thing"),
     (["--architecture=gpt2", "--rope_theta=500"], "rope_theta=500.0: gpt2 has no such thing; leave "
-     "it out, or give --architecture=nanochat, too"),
+     "it at 10000.0, or take --architecture=nanochat"),
     (["--architecture=nanochatt"], "'nanochatt' for argument '--architecture'. Expected one of "
                                    "('gpt2', 'nanochat'"),
     (["--n_head=16"], "n_embd / n_head is 1; rotary positions take pairs"),
@@ -119,8 +119,8 @@ def test_a_resumed_run_is_of_its_checkpoints_architecture(trained, tmp_path, cap
          "rope_theta is 500.0 there and 700.0 here"),
         (["--architecture=nanochat", "--logit_cap=30"], "logit_cap is 3.0 there and 30.0 here"),
         (["--tie_weights=True"], "tie_weights is False there and True here"),
-        (["--rope_theta=500"], "gpt2 has no such thing; leave it out, or give "
-                               "--architecture=nanochat, too"),
+        (["--rope_theta=500"], "gpt2 has no such thing; leave it at 10000.0, or take "
+                               "--architecture=nanochat"),
         (["--bias=True"], "bias is False there and True here"),
     ):
         capsys.readouterr()
@@ -198,6 +198,18 @@ def test_a_config_is_read_as_it_was_written(seam, architecture, tmp_path):
 
 
 # -- nanochat's ------------------------------------------------------------------------------
+
+
+def test_one_that_transformers_does_not_have_is_not_exported(tiny_flags, tmp_path, monkeypatch,
+                                                             capsys):
+    monkeypatch.delitem(huggingface.TRANSLATIONS, "nanochat")
+    assert run.main([*tiny_flags, "--architecture=nanochat", "--max_iters=1"]) == 0
+    for to in ("hf", "nanogpt"):
+        capsys.readouterr()
+        assert export.main([f"--out_dir={tmp_path / 'out'}", f"--to={to}"]) == 2
+        err = capsys.readouterr().err
+        assert f"architecture=nanochat, which --to={to} cannot express; only a model" in err
+        assert err.count("\n") == 1
 
 
 def test_branches_start_at_0_and_the_head_nearly():

@@ -158,6 +158,13 @@ def test_a_reference_needs_seeds_of_one_recipe():
         compare_run.reference_of([replace(r, config=one) for r in runs], ["a", "b"])
 
 
+def test_a_reference_from_before_there_were_architectures_is_gpt2s():
+    old, gpt2, other = (replace(run_at(1.0), config={"seed": 1} | more) for more in (
+        {}, {"architecture": "gpt2"}, {"architecture": "nanochat"}))
+    assert compare_run.differences(other, old) == "architecture=nanochat (not gpt2)"
+    assert compare_run.differences(gpt2, old) == ""
+
+
 @pytest.fixture(scope="module")
 def stdlib_data(tmp_path_factory):
     from data.python_stdlib.prepare import main as prepare

@@ -165,8 +165,8 @@ def test_the_cache_is_as_long_as_the_text(folder, monkeypatch):
     assert sizes == [8]
 
 
-def test_every_architecture_has_a_translation():
-    assert huggingface.TRANSLATIONS.keys() == ARCHITECTURES.keys()
+def test_what_is_translated_is_an_architecture():
+    assert huggingface.TRANSLATIONS.keys() <= ARCHITECTURES.keys()
 
 
 # -- runs -------------------------------------------------------------------------------
