@@ -62,10 +62,11 @@ class Options:
 
 
 class Ingredient(NamedTuple):
-    """A row: what is removed or added, what is there then, and how."""
+    """A row: what is removed or added, and how."""
 
     name: str
     then: str
+    """what takes its place, or whose place it takes; empty: nothing"""
     flags: tuple[str, ...] = ()
     variant: str = ""
     rated: bool = False
@@ -75,15 +76,15 @@ class Ingredient(NamedTuple):
 REMOVED = (
     Ingredient("Muon", "AdamW", ("--optimizer=adamw",), rated=True),
     Ingredient("rotary positions", "learned positions", variant="learned-positions"),
-    Ingredient("q and k normalised", "as they are", variant="plain-queries"),
+    Ingredient("norms of q and k", "", variant="plain-queries"),
     Ingredient("RMS norms", "layer norms with weights", variant="layer-norms"),
     Ingredient("ReLU squared", "GELU", variant="gelu"),
-    Ingredient("projections start at 0", "at GPT-2's random weights", variant="random-starts"),
-    Ingredient("norm after the embedding", "none", variant="plain-embedding"),
-    Ingredient("head of its own", "the embedding", ("--tie_weights=True",)),
-    Ingredient("cap of the logits", "none", ("--logit_cap=0",)),
+    Ingredient("zero starts", "GPT-2's random ones", variant="random-starts"),
+    Ingredient("norm after the embedding", "", variant="plain-embedding"),
+    Ingredient("untied head", "the embedding is the head", ("--tie_weights=True",)),
+    Ingredient("cap of the logits", "", ("--logit_cap=0",)),
     Ingredient("trapezoid", "cosine", ("--schedule=cosine",)),
-    Ingredient("the embedding's own rate", "that of the head", ("--embedding_lr=0",)),
+    Ingredient("the embedding's own rate", "the head's", ("--embedding_lr=0",)),
 )
 # GPT-2's, with the betas, decay and clipping of nanoGPT's small runs, and a twentieth of warm-up
 PLAIN = ("--architecture=gpt2", "--logit_cap=15", "--rope_theta=10000", "--tie_weights=auto",
@@ -295,7 +296,8 @@ def told(result: dict[str, Any]) -> list[str]:
         lines.append(f"base {base['loss']:.4f}, spread {base['spread']:.4f}: {base['command']}")
         for name, row in result[part]["rows"].items():
             noise = ", within noise" if row["within_noise"] else ""
-            lines.append(f"{what} {name} ({row['then']}): {row['loss']:.4f}, "
+            then = f" ({row['then']})" if row["then"] else ""
+            lines.append(f"{what} {name}{then}: {row['loss']:.4f}, "
                          f"{row['minus_base']:+.4f}{noise}")
     return lines
 

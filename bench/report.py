@@ -164,7 +164,8 @@ def _beside(part: dict[str, Any], base: str, how: str) -> list[str]:
              f"| {found['training_s']:.1f} |"]
     for name, row in part["rows"].items():
         noise = ", within noise" if row["within_noise"] else ""
-        lines.append(f"| {how} {name}: {row['then']}{_rate(row)} | {row['loss']:.3f} "
+        then = f": {row['then']}{_rate(row)}" if row["then"] else ""
+        lines.append(f"| {how} {name}{then} | {row['loss']:.3f} "
                      f"| {row['minus_base']:+.3f}{noise} | {row['training_s']:.1f} |")
     return lines
 
