@@ -77,6 +77,7 @@ def test_no_graph_break_and_no_recompile(kernels, config):
 @pytest.mark.parametrize(("kernels", "architecture"),
                          [("triton", "gpt2"), *(("torch", name) for name in OTHERS)])
 def test_backends_inside_inductor(kernels, config):
+    config = replace(config, n_layer=1)
     torch._dynamo.reset()
     compiled = losses(kernels, 2, config=config, compiler="inductor")
     torch.testing.assert_close(compiled, losses("reference", 2, config=config),
