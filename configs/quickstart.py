@@ -1,7 +1,7 @@
 """A byte-level GPT on Python's own source, in about half a minute on two CPU cores.
 
-16 sequences x 64 bytes = 1,024 tokens a step; 550 steps read 0.56 MB. docs/modern-recipe.md explains
-the recipe; configs/quickstart_gpt2.py is the same with GPT-2 and AdamW. Prepare:
+16 sequences x 64 bytes = 1,024 tokens a step; 550 steps read 0.56 MB. docs/modern-recipe.md
+explains the recipe; configs/quickstart_gpt2.py is the same with GPT-2 and AdamW. Prepare:
 `python data/python_stdlib/prepare.py`.
 """
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gpt import gpt2, nanochat
 from gpt.config import ARCHITECTURES, GPTConfig
+from gpt.layers import MLP
 from kernels import Kernels, dropout
 
 
@@ -52,7 +53,7 @@ class LayerNorms(nanochat.Transformer):
     def __init__(self, config: GPTConfig, kernels: Kernels):
         super().__init__(config, kernels)
         self.ln_e = gpt2.LayerNorm(config, kernels)
-        self.ln_f = gpt2.LayerNorm(config, kernels)
+        self.add_module("ln_f", gpt2.LayerNorm(config, kernels))
         for block in self.h:
             block.ln_1, block.ln_2 = (gpt2.LayerNorm(config, kernels) for _ in range(2))
 
@@ -66,8 +67,9 @@ class Gelu(nanochat.Transformer):
 
     def __init__(self, config: GPTConfig, kernels: Kernels):
         super().__init__(config, kernels)
-        for block in self.h:
-            block.mlp.activation = F.gelu
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.activation = F.gelu
 
 
 class RandomStarts(nanochat.Transformer):
