@@ -74,9 +74,13 @@ def test_no_graph_break_and_no_recompile(kernels, config):
     torch._dynamo.reset()
 
 
-def test_triton_inside_inductor():
+@pytest.mark.parametrize(("kernels", "architecture"),
+                         [("triton", "gpt2"), *(("torch", name) for name in OTHERS)])
+def test_backends_inside_inductor(kernels, config):
+    config = replace(config, n_layer=1)
     torch._dynamo.reset()
-    torch.testing.assert_close(losses("triton", 2, compiler="inductor"), losses("reference", 2),
+    compiled = losses(kernels, 2, config=config, compiler="inductor")
+    torch.testing.assert_close(compiled, losses("reference", 2, config=config),
                                rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
