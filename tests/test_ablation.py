@@ -155,7 +155,7 @@ def test_gpt2s_recipe_has_the_size_and_tokens_of_the_whole_one():
     assert (c.model.architecture, c.model.tied, c.optim.optimizer) == ("gpt2", True, "adamw")
     assert (c.optim.schedule, c.optim.embedding_lr, c.optim.warmup_iters) == ("cosine", 0.0, 2)
     muon, rotary, trapezoid = (plain.but(ingredient, "x") for ingredient in ADDED)
-    assert muon.config.optim.muon_lr == whole.config.optim.muon_lr == 0.02
+    assert muon.config.optim.muon_lr == whole.config.optim.muon_lr == 0.04
     assert rotary.variant and rotary.config == c
     assert trapezoid.config.optim.schedule == "trapezoid"
 

@@ -204,9 +204,11 @@ def test_state_is_known_before_the_first_step(config):
     names = optim.parameter_names(model, optimizer)
     state = optimizer.state_dict()["state"]
     optim.load_moments({name: state[i] for i, name in enumerate(names)}, model, optimizer)
-    for group in optimizer.param_groups:
-        assert optim.moments_per_element(MUON, group) == len(
-            optim.state_keys(optimizer, group) - {"step"})
+    assert {name: set(moments) for name, moments in zip(names, state.values(), strict=True)} == {
+        name: set(keys) for name, keys in optim.state_keys(model, optimizer).items()}
+    kept = sum(optim.moments_per_element(MUON, group) * p.numel()
+               for group in optimizer.param_groups for p in group["params"])
+    assert kept == sum(t.numel() for moments in state.values() for t in moments.values() if t.ndim)
 
 
 # -- ranks ---------------------------------------------------------------------

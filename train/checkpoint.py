@@ -290,14 +290,13 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, w: World
     Return False where another number of ranks saved the checkpoint: the caller must then seed the
     generators. Raises ValueError, before anything is changed, where names or shapes differ.
     """
-    parameters, names = dict(model.named_parameters()), optim.parameter_names(model, optimizer)
+    parameters = dict(model.named_parameters())
     saved = {part: saved_shapes(folder, part) for part in ("model", "optimizer")}
-    moments: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for key in sorted(saved["optimizer"]):
-        name, _, kind = key.rpartition(":")
-        if name in moments:
-            like = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name])
-            moments[name][kind] = like
+    moments = {
+        name: {kind: torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name])
+               for kind in kinds}
+        for name, kinds in optim.state_keys(model, optimizer).items()
+    }
     flat = {f"{name}:{kind}": t for name, state in moments.items() for kind, t in state.items()}
     for part, needed in (("model", parameters), ("optimizer", flat)):
         _check_shapes(folder, part, saved[part], {k: tuple(t.shape) for k, t in needed.items()})

@@ -11,7 +11,7 @@ from gpt.tensors import decay_groups
 from train.config import OptimConfig
 from train.muon import Muon
 
-ADAM = {"step", "exp_avg", "exp_avg_sq"}
+ADAM = ["exp_avg", "exp_avg_sq", "step"]
 
 
 def build(model: nn.Module, c: OptimConfig,
@@ -116,13 +116,17 @@ def moments_per_element(c: OptimConfig, group: dict[str, Any]) -> int:
     return 1 if "packed" in group or c.optimizer == "sgd" else 2
 
 
-def state_keys(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> set[str]:
-    """The names of the tensors that are the state of each parameter in a group."""
-    if "packed" in group:
-        return {"momentum_buffer"}
-    if isinstance(optimizer, torch.optim.SGD):
-        return {"momentum_buffer"} if group["momentum"] else set()
-    return ADAM
+def state_keys(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:
+    """The names of the tensors that are the state of each of the optimizer's parameters."""
+    names, found = iter(parameter_names(model, optimizer)), dict[str, list[str]]()
+    for group in optimizer.param_groups:
+        keys = ADAM
+        if "packed" in group:
+            keys = ["momentum_buffer"]
+        elif isinstance(optimizer, torch.optim.SGD):
+            keys = ["momentum_buffer"] if group["momentum"] else []
+        found |= {next(names): keys for _ in group["params"]}
+    return found
 
 
 def load_moments(moments: dict[str, dict[str, Tensor]], model: nn.Module,
@@ -132,14 +136,12 @@ def load_moments(moments: dict[str, dict[str, Tensor]], model: nn.Module,
     Raises ValueError unless every parameter has all of them, in its shape: fused optimizers do not
     check, and write beyond the memory of a moment that is too small.
     """
-    names, parameters = parameter_names(model, optimizer), dict(model.named_parameters())
-    if wrong := sorted(moments.keys() ^ set(names)):
+    needed, parameters = state_keys(model, optimizer), dict(model.named_parameters())
+    if wrong := sorted(moments.keys() ^ needed.keys()):
         raise ValueError(f"the state has not the optimizer's parameters: {wrong[0]} is in only one "
                          f"of the two ({len(wrong)} such names)")
-    needed = [state_keys(optimizer, group) for group in optimizer.param_groups
-              for _ in group["params"]]
-    for name, keys in zip(names, needed, strict=True):
-        if moments[name].keys() != keys:
+    for name, keys in needed.items():
+        if moments[name].keys() != set(keys):
             has, wants = (" and ".join(sorted(k)) or "nothing" for k in (moments[name], keys))
             raise ValueError(f"the state has {has} of {name}; the optimizer needs {wants}")
         for key, tensor in moments[name].items():
@@ -147,5 +149,5 @@ def load_moments(moments: dict[str, dict[str, Tensor]], model: nn.Module,
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise ValueError(f"the state's {key} of {name} is {tuple(tensor.shape)} "
                                  f"{tensor.dtype}; floats of {tuple(shape)} are needed")
-    state = {i: moments[name] for i, name in enumerate(names)}
+    state = {i: moments[name] for i, name in enumerate(needed)}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
