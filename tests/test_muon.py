@@ -211,6 +211,18 @@ def test_state_is_known_before_the_first_step(config):
     assert kept == sum(t.numel() for moments in state.values() for t in moments.values() if t.ndim)
 
 
+def test_a_loaded_step_goes_to_the_parameters_device():
+    """Fused AdamW on a GPU cannot read one on the host; the meta device stands for the GPU."""
+    optimizer = Muon([{"params": [nn.Parameter(torch.zeros(2, device="meta"))], "lr": 0.01,
+                       "weight_decay": 0.0}], torch.float32)
+    found = optimizer.state_dict()
+    found["state"] = {0: {key: torch.zeros(()) if key == "step" else torch.zeros(2)
+                          for key in optim.ADAM}}
+    optimizer.load_state_dict(found)
+    (state,) = optimizer.state.values()
+    assert {tensor.device.type for tensor in state.values()} == {"meta"}
+
+
 # -- ranks ---------------------------------------------------------------------
 
 

@@ -50,7 +50,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype,
                  betas: tuple[float, float] = (0.9, 0.95)):
         """Each group needs params, lr and weight_decay; its momentum may be set at any step."""
-        super().__init__(groups, {"momentum": 0.95, "betas": betas, "eps": 1e-8})
+        # load_state_dict moves `step` to the device only where a group is said to be fused.
+        super().__init__(groups, {"momentum": 0.95, "betas": betas, "eps": 1e-8, "fused": True})
         self.dtype = dtype
         self.found_inf: Tensor | None = None
         """() fp32; not 0: `step` changes nothing. As GradScaler's"""
