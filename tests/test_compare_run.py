@@ -184,6 +184,6 @@ def test_the_first_steps_of_the_quickstart_tell_a_good_run_from_a_bad_one(
     out = tmp_path / "out"
     assert train([str(ROOT / "configs" / "quickstart.py"), f"--data_dir={stdlib_data}",
                   f"--out_dir={out}", "--seed=5", "--device=cpu", "--dtype=float32",
-                  "--max_iters=25", "--log_interval=1", "--eval_iters=2", *flags]) == 0
+                  "--max_iters=80", "--log_interval=1", "--eval_iters=2", *flags]) == 0
     assert main(Options((str(out),), reference="quickstart")) == code
     assert ("muon_lr=0.002 (not 0.02)" in capsys.readouterr().out) == bool(code)
