@@ -74,29 +74,25 @@ class RotatedQKV(torch.autograd.Function):
         cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, -sin], -1)
         x = _wide(qkv[:, :, :2])
         rstd = _rstd(x, eps)
-        x = x * rstd
         y = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        torch.add(x * cos, _halves_swapped(x).mul_(sin), out=y[:, :, :2])
+        torch.mul(_rotated(x, cos, sin), rstd, out=y[:, :, :2])
         y[:, :, 2] = qkv[:, :, 2]
-        ctx.save_for_backward(x, rstd, cos, sin)
+        ctx.save_for_backward(qkv, rstd, cos, sin)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        x, rstd, cos, sin = ctx.saved_tensors
-        g = _wide(dy[:, :, :2])
-        g = (g * cos).sub_(_halves_swapped(g).mul_(sin))  # the inverse rotation
-        g.addcmul_(x, (g * x).sum(-1, keepdim=True).div_(-x.shape[-1]))
+        qkv, rstd, cos, sin = ctx.saved_tensors
+        g = _rotated(_wide(dy[:, :, :2]), cos, -sin)  # the inverse rotation
         dqkv = torch.empty_like(dy, memory_format=torch.contiguous_format)
-        torch.mul(g, rstd, out=dqkv[:, :, :2])
+        dqkv[:, :, :2] = _gradient(g, _wide(qkv[:, :, :2]), rstd)
         dqkv[:, :, 2] = dy[:, :, 2]
         return dqkv, None, None
 
 
-def _halves_swapped(x: Tensor) -> Tensor:
-    """A copy of x (..., D) whose last D / 2 elements come first."""
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, last = x.chunk(2, -1)
-    return torch.cat([last, first], -1)
+    return torch.cat([last, first], -1).mul_(sin).addcmul_(x, cos)
 
 
 def rmsnorm(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -18,6 +18,7 @@ from gpt.checkpoint_files import read_config
 from gpt.config import ARCHITECTURES
 from gpt.generate import generate
 from gpt.kv_cache import KVCache
+from gpt.nanochat import relu_squared
 from gpt.pretrained import read_source
 from gpt.run_folder import find_checkpoint
 from train import build, run
@@ -325,3 +326,8 @@ def test_wrong_weights_are_one_line(name, tensor, message, folder, capsys):
     assert sample.main([f"--init_from={folder}", "--device=cpu"]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {folder}: ") and message in err and err.count("\n") == 1
+
+
+def test_the_gradient_of_relu_squared():
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(relu_squared, x)
