@@ -20,6 +20,7 @@ setup(
         "tyro>=1.0",
         "typeguard>=4.0",
         "safetensors>=0.5",
+        "filelock>=3.12",
         "tqdm>=4.66",
         "matplotlib>=3.9",
     ],

@@ -22,16 +22,17 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from bench import floors
-from bench.accuracy import in_fp64, inaccuracy
 from bench.aot import traffic
 from bench.floors import Rates, Work
 from bench.ops import cases
-from bench.ops.cases import Case
 from bench.ops.peers import OURS, implementations
 from bench.options import named
 from bench.timing import Timing, environment, measure, result_path, write_result
 from common import cli, hardware
 from common.bounds import NonNegativeFloat, Positive
+from kernels import calls
+from kernels.accuracy import in_fp64, inaccuracy
+from kernels.calls import Case
 
 # sequence lengths, with cases.ROWS tokens in each batch
 SWEEP = (512, 1024, 2048, 4096, 8192, 16384)
@@ -195,15 +196,15 @@ def wrong(fn: Callable, case: Case, device: torch.device) -> str:
     loss is a single number, in which PyTorch's own error may be 0 by chance.
     """
     torch.manual_seed(0)
-    args, options = cases.arguments(case, device), cases.options(case, device)
+    args, options = calls.arguments(case, device), calls.options(case, device)
     kept = torch.arange(case.shape[0], device=device) % max(1, case.shape[0] // CHECKED_ROWS) == 0
     if case.family == "cross_entropy":
         args[-1] = args[-1].where(kept, -1)
-    yardstick = cases.operator(case, "torch")
-    gradients = dict(cases.run(yardstick, _again(args), options))["gradients"]
+    yardstick = calls.operator(case, "torch")
+    gradients = dict(calls.run(yardstick, _again(args), options))["gradients"]
     got, theirs = (_results(f, _again(args), options, gradients) for f in (fn, yardstick))
     here = _slice(case, kept)
-    exact = _results(cases.operator(case, "reference"), [in_fp64(here(a)) for a in args],
+    exact = _results(calls.operator(case, "reference"), [in_fp64(here(a)) for a in args],
                      options, [here(g).double() for g in gradients])
     rounding = 4 * torch.finfo(case.dtype).eps
     return inaccuracy(map(here, got), map(here, theirs), exact, rounding=rounding, order=2)
@@ -216,7 +217,7 @@ def _again(args: list[Tensor]) -> list[Tensor]:
 
 def _results(fn: Callable, args: list[Tensor], options: dict,
              gradients: list[Tensor]) -> list[Tensor]:
-    phases = dict(cases.run(fn, args, options, gradients))
+    phases = dict(calls.run(fn, args, options, gradients))
     return [t.detach() for t in phases["forward"] + phases["backward"]]
 
 
@@ -243,14 +244,14 @@ def _slice(case: Case, kept: Tensor) -> Callable[[Tensor], Tensor]:
 
 def phases(fn: Callable, args: list[Tensor], options: dict) -> dict[str, Callable[[], object]]:
     """What is timed: forward as in training, backward on a graph that is kept, and both."""
-    kept = dict(cases.run(fn, args, options))  # also warms up what compiles
+    kept = dict(calls.run(fn, args, options))  # also warms up what compiles
     gradients = kept["gradients"]
     outputs = fn(*args, **options)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    leaves = cases.leaves(args)
+    leaves = calls.leaves(args)
     return {"forward": lambda: fn(*args, **options),
             "backward": lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True),
-            "both": lambda: dict(cases.run(fn, args, options, gradients))}
+            "both": lambda: dict(calls.run(fn, args, options, gradients))}
 
 
 class Admitted(NamedTuple):
@@ -291,7 +292,7 @@ def measure_case(case: Case, rates: Rates, device: torch.device, repeats: int) -
     # A compiled backward otherwise reuses its saved tensors' memory, and then it runs only once.
     with functorch_config.patch(donated_buffer=False):
         right, skipped, refused = admit(case, device)
-        args, options = cases.arguments(case, device), cases.options(case, device)
+        args, options = calls.arguments(case, device), calls.options(case, device)
         runs = {name: phases(fn, _again(args), options) for name, fn in right.items()}
         times = {phase: measure({name: run[phase] for name, run in runs.items()}, device=device,
                                 repeats=repeats, min_time_ms=1.0) for phase in PHASES}

@@ -13,9 +13,9 @@ import torch
 from torch._functorch import config as functorch_config
 
 from bench import operators
-from bench.ops import cases
 from bench.ops.peers import OURS, implementations
 from common import hardware
+from kernels import calls
 
 
 def pytest_generate_tests(metafunc):
@@ -39,7 +39,7 @@ def test_operator(benchmark, case, name, device, phase):
                 raise
             pytest.skip(str(error))
         assert not fault
-        args, options = cases.arguments(case, device), cases.options(case, device)
+        args, options = calls.arguments(case, device), calls.options(case, device)
         run = operators.phases(fn, args, options)[phase]
         benchmark.group = f"{case}, {phase}"
 

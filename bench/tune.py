@@ -12,27 +12,24 @@ compiling the candidates; Triton caches them, so a second run is faster.
 """
 
 import itertools
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 
 from bench.ops import cases, peers
-from bench.ops.cases import Case
 from bench.options import named
 from bench.timing import Timing, environment, measure, write_result
 from common import cli
 from common.bounds import Positive
-from kernels import FAMILIES, launch
+from common.files import cache_folder
+from kernels import FAMILIES, calls, launch
+from kernels.calls import Case
+from kernels.launch import Call, Settings
 
-Settings = dict | int  # what a function of launch.py returns
 MARGIN = 0.01  # a setting is changed for at least 1 %: less is within the noise from run to run
 
 
@@ -53,16 +50,6 @@ class Options:
 
 
 # -- what to try -----------------------------------------------------------------
-
-
-class Call(NamedTuple):
-    """A function of launch.py and the arguments it was called with."""
-
-    function: str
-    arguments: tuple
-
-    def __str__(self) -> str:
-        return f"{self.function}({', '.join(map(repr, self.arguments))})"
 
 
 def product(**knobs: tuple) -> Callable[[Call, dict], Iterator[dict]]:
@@ -141,38 +128,9 @@ def fastest(compared: list[dict]) -> dict[str, str]:
     return {family: "triton" if won else "torch" for family, won in wins.items()}
 
 
-def cache_file(gpu: str, environ: Mapping[str, str]) -> Path:
+def cache_file(gpu: str) -> Path:
     """The file in the user's cache with the results of a GPU of this name."""
-    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "ridgegpt" / f"tune-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).strip('-')}.json"
-
-
-# -- steering launch.py ----------------------------------------------------------
-
-
-@contextmanager
-def steered() -> Iterator[tuple[dict[Call, Settings], dict[Call, Settings]]]:
-    """Record and steer the calls of launch.py while the block runs.
-
-    Yields (today, chosen): the settings that launch.py itself gives to each call, and those that
-    replace them.
-    """
-    today: dict[Call, Settings] = {}
-    chosen: dict[Call, Settings] = {}
-
-    def steer(name: str) -> Callable:
-        original = getattr(launch, name)
-
-        def settings(*arguments):
-            call = Call(name, arguments)
-            today.setdefault(call, original(*arguments))
-            return chosen.get(call, today[call])
-        return settings
-
-    with ExitStack() as stack:
-        for name in KNOBS:
-            stack.enter_context(patch.object(launch, name, steer(name)))
-        yield today, chosen
+    return cache_folder() / f"tune-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).strip('-')}.json"
 
 
 # -- measuring -------------------------------------------------------------------
@@ -180,13 +138,13 @@ def steered() -> Iterator[tuple[dict[Call, Settings], dict[Call, Settings]]]:
 
 def phases(fn: Callable, case: Case, device: torch.device | str) -> dict[str, Callable[[], object]]:
     """What is timed of an operator: "forward" alone, and "step", forward and backward together."""
-    args, kwargs = cases.arguments(case, device), cases.options(case, device)
-    gradients = dict(cases.run(fn, args, kwargs))["gradients"]
+    args, kwargs = calls.arguments(case, device), calls.options(case, device)
+    gradients = dict(calls.run(fn, args, kwargs))["gradients"]
     return {"forward": lambda: fn(*args, **kwargs),
-            "step": lambda: dict(cases.run(fn, args, kwargs, gradients))}
+            "step": lambda: dict(calls.run(fn, args, kwargs, gradients))}
 
 
-def tune_call(call: Call, current: Settings, chosen: dict[Call, Settings], case: Case, small: Case,
+def tune_call(call: Call, current: Settings, chosen: dict[str, Settings], case: Case, small: Case,
               device: torch.device | str, repeats: int) -> dict:
     """Try all settings for one call of launch.py; leaves the best in `chosen`, returns its row.
 
@@ -194,18 +152,19 @@ def tune_call(call: Call, current: Settings, chosen: dict[Call, Settings], case:
     """
     phase, _ = KNOBS[call.function]
     trials = candidates(call, current)
-    fn = cases.operator(case, "triton")
+    fn = calls.operator(case, "triton")
     run = phases(fn, case, device)[phase]
 
     def variant(settings: Settings) -> Callable[[], object]:
         def go() -> object:
-            chosen[call] = settings
+            launch.use(chosen | {str(call): settings})
             return run()
         return go
 
     usable, failed = {}, {}
     for label, settings in trials.items():
-        chosen[call], go = settings, variant(settings)
+        go = variant(settings)
+        launch.use(chosen | {str(call): settings})
         if wrong := _wrong(fn, small, go, device):
             failed[label] = wrong
         else:
@@ -214,9 +173,10 @@ def tune_call(call: Call, current: Settings, chosen: dict[Call, Settings], case:
         raise RuntimeError(f"{call}: none of {len(trials)} settings works on this GPU; the first: "
                            f"{failed[str(current)]}")
     times = measure(usable, device=device, repeats=repeats)
-    chosen[call] = trials[choose(times, str(current))]
+    chosen[str(call)] = trials[choose(times, str(current))]
+    launch.use(chosen)
     return {"function": call.function, "call": str(call), "case": str(case), "phase": phase,
-            "settings": chosen[call], "before": current, "times": times, "failed": failed}
+            "settings": chosen[str(call)], "before": current, "times": times, "failed": failed}
 
 
 def _wrong(fn: Callable, small: Case, whole: Callable[[], object],
@@ -228,7 +188,7 @@ def _wrong(fn: Callable, small: Case, whole: Callable[[], object],
     import triton
 
     try:
-        if not (wrong := cases.fault(fn, small, device)):
+        if not (wrong := calls.fault(fn, small, device)):
             whole()
         return wrong
     except triton.TritonError as error:
@@ -238,17 +198,17 @@ def _wrong(fn: Callable, small: Case, whole: Callable[[], object],
 def tune(chosen_cases: list[tuple[str, Case, Case]], device: torch.device | str, repeats: int,
          compiled: Callable[[Callable], Callable] = peers.compiled) -> dict:
     """Rows for launch.py, and times against PyTorch; for (size, case, small case of the kind)."""
-    rows, compared = [], []
-    with steered() as (today, chosen):
-        for size, case, small in chosen_cases:
-            # runs once: `today` learns the calls of this case
-            phases(cases.operator(case, "triton"), case, device)
-            for call, current in list(today.items()):
-                if call not in chosen:
-                    rows.append(tune_call(call, current, chosen, case, small, device, repeats))
-                    print(_line(rows[-1]), flush=True)
-            compared.append(_compare(size, case, small, device, repeats, compiled))
-            print(_compared_line(compared[-1]), flush=True)
+    rows, compared, chosen = [], [], dict[str, Settings]()
+    for size, case, small in chosen_cases:
+        launch.use(chosen)
+        phases(calls.operator(case, "triton"), case, device)  # runs once, for `given`
+        for call, current in launch.given().items():
+            if str(call) not in chosen:
+                rows.append(tune_call(call, current, chosen, case, small, device, repeats))
+                print(_line(rows[-1]), flush=True)
+        compared.append(_compare(size, case, small, device, repeats, compiled))
+        print(_compared_line(compared[-1]), flush=True)
+    launch.use({})
     return {"environment": environment(device), "rows": rows, "peers": compared,
             "fastest": fastest(compared)}
 
@@ -256,8 +216,8 @@ def tune(chosen_cases: list[tuple[str, Case, Case]], device: torch.device | str,
 def _compare(size: str, case: Case, small: Case, device: torch.device | str, repeats: int,
              compiled: Callable[[Callable], Callable]) -> dict:
     """Triton's and PyTorch's times on one case, in turns. Raises RuntimeError if ours is wrong."""
-    fn, peer = cases.operator(case, "triton"), cases.operator(case, "torch")
-    if wrong := cases.fault(fn, small, device):
+    fn, peer = calls.operator(case, "triton"), calls.operator(case, "torch")
+    if wrong := calls.fault(fn, small, device):
         raise RuntimeError(f"{small}: {wrong}; no speed is reported for a wrong result")
     backends = {"triton": phases(fn, case, device), "torch": phases(compiled(peer), case, device)}
     times = {phase: measure({backend: runs[phase] for backend, runs in backends.items()},
@@ -300,7 +260,7 @@ def main(options: Options) -> None:
         raise ValueError(f"--batch={options.batch} does not fit on this GPU; try "
                          f"--batch={max(1, options.batch // 2)}") from error
     gpu = torch.cuda.get_device_name()
-    for path in [cache_file(gpu, os.environ), *([Path(options.out)] if options.out else [])]:
+    for path in [cache_file(gpu), *([Path(options.out)] if options.out else [])]:
         write_result(path, result)
         print(f"written to {path}")
     print(f"fastest on {gpu}: {result['fastest']}")

@@ -17,6 +17,11 @@ from common.bounds import check_declared
 T = TypeVar("T")
 
 
+def cache_folder() -> Path:
+    """The folder for what can be computed again: RidgeGPT's in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ridgegpt"
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` if the `with` block ends without an error.

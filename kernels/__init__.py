@@ -4,7 +4,7 @@
 backend runs each family of operators. Definitions and signatures: kernels/reference.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +31,9 @@ FAMILIES = {
         "torch": ("kernels.torch_ops",),
         "triton": ("kernels.rotary", "kernels.attention"),
         "flash_attn": ("kernels.flash_attn",),
+        "cudnn": ("kernels.cudnn",),
+        "sdpa": ("kernels.sdpa",),
+        "blocks": ("kernels.blocks",),
     }),
     "layernorm": Family(("layernorm", "add_layernorm", "rmsnorm", "add_rmsnorm"), {
         "reference": ("kernels.reference",),
@@ -47,9 +50,8 @@ FAMILIES = {
 BACKENDS = [name for name in FAMILIES["attention"].modules
             if all(name in family.modules for family in FAMILIES.values())]
 
-# GPU name -> family -> backend: what `auto` takes. A new row needs a measurement (bench/results/)
-# in which these backends were fastest.
-_MEASURED: dict[str, dict[str, str]] = {}
+# Backend -> the type of device that it needs.
+NEEDS = {"flash_attn": "cuda", "cudnn": "cuda", "blocks": "cpu"}
 
 
 class Kernels(NamedTuple):
@@ -73,17 +75,20 @@ class Choice(NamedTuple):
 
     backends: dict[str, str]
     why: str
+    measured: Mapping[str, Any] = {}
+    """what train/auto.py decided: "lines", one for each family, and "settings" for `launch.use`"""
 
     def __str__(self) -> str:
         chosen = ", ".join(f"{family}={backend}" for family, backend in self.backends.items())
-        return f"{chosen} ({self.why})"
+        lines = self.measured.get("lines", {})
+        return "\n".join([f"{chosen} ({self.why})", *(f"  {f}: {lines[f]}" for f in lines)])
 
 
 def resolve(kernels: str = "auto", device: "torch.device | str" = "cpu", **families: str) -> Choice:
     """Choose the backend of each family of operators, once, before the first step.
 
-    `kernels`: one of BACKENDS for all families, or "auto": the fastest by
-    measurement on this kind of GPU, else PyTorch's.
+    `kernels`: one of BACKENDS for all families, or "auto": PyTorch's, unless a run measures
+    (train/auto.py).
     `families`: the backends of single families, as `attention="torch"`; "" changes nothing.
     Raises ValueError, with the remedy, for a backend that cannot run on `device`.
     """
@@ -91,7 +96,7 @@ def resolve(kernels: str = "auto", device: "torch.device | str" = "cpu", **famil
 
     device = torch.device(device)
     if kernels == "auto":
-        backends, why = _automatic(device)
+        backends, why = dict.fromkeys(FAMILIES, "torch"), f"auto: PyTorch's on {device.type}"
     else:
         backends, why = dict.fromkeys(FAMILIES, kernels), f"--kernels={kernels}"
     for family, backend in families.items():
@@ -101,18 +106,6 @@ def resolve(kernels: str = "auto", device: "torch.device | str" = "cpu", **famil
         _check_name(family, backend)
         _check_device(family, backend, device)
     return Choice(backends, why)
-
-
-def _automatic(device: "torch.device") -> tuple[dict[str, str], str]:
-    import torch
-
-    fused = dict.fromkeys(FAMILIES, "torch")
-    if device.type != "cuda":
-        return fused, f"auto: PyTorch's operators on {device.type}"
-    name = torch.cuda.get_device_name(device)
-    if name in _MEASURED:
-        return _MEASURED[name], f"auto: measured on {name}"
-    return fused, f"auto: no measurement for {name} yet, so PyTorch's operators"
 
 
 def _check_name(family: str, backend: str) -> None:
@@ -127,8 +120,9 @@ def _check_name(family: str, backend: str) -> None:
 def _check_device(family: str, backend: str, device: "torch.device") -> None:
     """Raise ValueError where the backend cannot run on `device`."""
     flag = f"--{family}={backend}"
-    if backend == "flash_attn" and device.type != "cuda":
-        raise ValueError(f"{flag} needs a CUDA device, this run is on {device.type}; use "
+    if (needed := NEEDS.get(backend, device.type)) != device.type:
+        name = {"cuda": "a CUDA device", "cpu": "a CPU"}[needed]
+        raise ValueError(f"{flag} needs {name}, this run is on {device.type}; use "
                          f"--{family}=torch")
     if backend == "flash_attn" and find_spec("flash_attn") is None:
         raise ValueError(f"{flag}: flash-attn is not installed; `pip install flash-attn`, or use "

@@ -1,11 +1,68 @@
 """Launch settings: block sizes, warps and stages from shape and compute capability.
 
-Nothing is autotuned at run time; only `capability` and `multiprocessors` ask the device. No row
-has been timed on a GPU yet, which `python bench/tune.py` would do: the tables come from the code
-compiled ahead (`python bench/aot/ahead.py`).
+The tables' rows come from the code compiled ahead (`python bench/aot/ahead.py`); no GPU has timed
+one yet. `use` replaces them by what was measured: at the start of a run (--kernels=auto), or by
+`python bench/tune.py`. Only `capability` and `multiprocessors` ask the device.
 """
 
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, ParamSpec, TypeVar
+
 import torch
+
+Settings = dict[str, int] | int
+P, S = ParamSpec("P"), TypeVar("S", bound=Settings)
+
+
+class Call(NamedTuple):
+    """A function of this file and the arguments it was called with."""
+
+    function: str
+    arguments: tuple
+
+    def __str__(self) -> str:
+        return f"{self.function}({', '.join(map(repr, self.arguments))})"
+
+
+# The one state of this package: an operator of torch.library takes tensors and numbers alone, so
+# what was chosen for the process cannot reach its body as an argument.
+_chosen: Mapping[str, Settings] = {}
+_given: dict[Call, Settings] = {}
+
+
+def use(chosen: Mapping[str, Settings]) -> None:
+    """Replace the tables' settings in this process from now on.
+
+    `chosen` has all settings for the text of a call, or a part of them for a function's name.
+    """
+    global _chosen
+    _chosen = chosen
+    _given.clear()
+
+
+def given() -> dict[Call, Settings]:
+    """The settings of each call that was made since `use`."""
+    return dict(_given)
+
+
+def tunable(row: Callable[P, S]) -> Callable[P, S]:
+    """A function of shapes that gives launch settings, which `use` can replace."""
+    @functools.wraps(row)
+    def settings(*arguments: P.args, **_: P.kwargs) -> S:
+        call = Call(row.__name__, arguments)
+        if call not in _given:
+            _given[call] = _replaced(call, row(*arguments))
+        return _given[call]  # type: ignore[return-value]
+    return settings
+
+
+def _replaced(call: Call, now: Settings) -> Settings:
+    if str(call) in _chosen:
+        return _chosen[str(call)]
+    changes = _chosen.get(call.function, now)
+    return now | changes if isinstance(now, dict) and isinstance(changes, dict) else changes
+
 
 # capability -> what one block may use
 SHARED_MEMORY_BYTES = {
@@ -17,6 +74,25 @@ def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a CUDA device; for the interpreter, that of an H100."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
+
+# Settings that --kernels=auto tries besides the tables', together for each family: changes by
+# function. They compile without spills for sm_90 (tests/test_ahead.py); no GPU has timed them.
+ALTERNATIVES: dict[str, tuple[dict[str, Settings], ...]] = {
+    "attention": (
+        {"attention_forward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+         "attention_backward_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+         "attention_backward_kv": {"num_stages": 2}},
+        {"attention_forward": {"num_stages": 2}, "attention_backward_q": {"num_stages": 2},
+         "attention_backward_kv": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}},
+    ),
+    "layernorm": (
+        {"layernorm_backward": {"num_warps": 8}, "rmsnorm_backward": {"num_warps": 8}},
+    ),
+    "cross_entropy": (
+        {"cross_entropy_in_place": {"BLOCK_V": 4096, "num_warps": 8}},
+        {"cross_entropy_in_place": {"BLOCK_V": 16384, "num_warps": 32}},
+    ),
+}
 
 # -- attention ----------------------------------------------------------------
 # Architecture (32: fp32 on any) -> largest head dimension -> BLOCK_M queries, BLOCK_N keys,
@@ -58,18 +134,21 @@ _BACKWARD_KV: _Rows = {
 }
 
 
+@tunable
 def attention_forward(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
     """Settings of the forward, which keeps a tile of q and streams those of k and v."""
     row = _attention_row(_FORWARD, D, dtype, capability)
     return _with_stages_that_fit(row, row["BLOCK_M"], row["BLOCK_N"], D, dtype, capability)
 
 
+@tunable
 def attention_backward_q(D: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
     """Settings of the kernel of dq, which keeps tiles of q and dy and streams those of k and v."""
     row = _attention_row(_BACKWARD_Q, D, dtype, capability)
     return _with_stages_that_fit(row, 2 * row["BLOCK_M"], row["BLOCK_N"], D, dtype, capability)
 
 
+@tunable
 def attention_backward_kv(D: int, dtype: torch.dtype,
                           capability: tuple[int, int]) -> dict[str, int]:
     """Settings of the kernel of dk and dv, which keeps tiles of k and v and streams q and dy."""
@@ -97,6 +176,7 @@ def _with_stages_that_fit(row: dict, kept: int, streamed: int, D: int, dtype: to
     return row | {"num_stages": max(1, min(row["num_stages"], room // (2 * streamed)))}
 
 
+@tunable
 def rotary(D: int) -> dict[str, int]:
     """The rows of a program of kernels/rotary.py, forward and backward: 8 pairs per thread.
 
@@ -114,6 +194,7 @@ def rotary(D: int) -> dict[str, int]:
 LAYERNORM_WIDEST = 16_384
 
 
+@tunable
 def layernorm_forward(N: int, itemsize: int) -> dict[str, int]:
     """The tile of the forward, for rows of N elements of at least `itemsize` bytes.
 
@@ -128,6 +209,7 @@ def layernorm_forward(N: int, itemsize: int) -> dict[str, int]:
             "num_warps": max(4, lanes // per_warp)}
 
 
+@tunable
 def layernorm_backward(N: int) -> dict[str, int]:
     """The tile of the backward: 4096 elements for four warps, 32 of each tensor per thread.
 
@@ -138,6 +220,7 @@ def layernorm_backward(N: int) -> dict[str, int]:
     return {"ROWS": max(1, 4096 // block), "BLOCK_N": block, "num_warps": max(4, block // 1024)}
 
 
+@tunable
 def layernorm_programs(N: int, itemsize: int, multiprocessors: int) -> int:
     """The number of backward programs: all that are resident at once; one more would run alone.
 
@@ -148,11 +231,13 @@ def layernorm_programs(N: int, itemsize: int, multiprocessors: int) -> int:
     return multiprocessors * (3 if N <= 2048 and itemsize == 2 else 2 if N <= 4096 else 1)
 
 
+@tunable
 def rmsnorm_forward(N: int, itemsize: int) -> dict[str, int]:
     """The tile of the RMS norm's forward: layer norm's, at N = 768 in 48 registers, without w."""
     return layernorm_forward(N, itemsize)
 
 
+@tunable
 def rmsnorm_backward(N: int, itemsize: int) -> dict[str, int]:
     """The tile of the RMS norm's backward, which has no sums over rows: the forward's does, too.
 
@@ -174,16 +259,19 @@ def multiprocessors(device: torch.device) -> int:
 # From the code compiled for sm_80, sm_90 and sm_100, as for layer norm. No GPU has timed a row yet.
 
 
+@tunable
 def cross_entropy_forward(V: int) -> dict[str, int]:
     """The block of the loss, one program per row: 16 logits per thread, in two 16-byte loads."""
     return _vocabulary_block(V, 4096)
 
 
+@tunable
 def cross_entropy_backward(V: int) -> dict[str, int]:
     """The block of the gradient, which is elementwise: V = 50304 fills 98 % of its 25 blocks."""
     return _vocabulary_block(V, 2048)
 
 
+@tunable
 def cross_entropy_in_place(V: int) -> dict[str, int]:
     """The block of loss and gradient together, in `cross_entropy_programs` programs.
 
@@ -197,6 +285,7 @@ def _vocabulary_block(V: int, largest: int) -> dict[str, int]:
     return {"BLOCK_V": block, "num_warps": max(1, block // 512)}
 
 
+@tunable
 def cross_entropy_programs(multiprocessors: int) -> int:
     """How many rows of logits are in work at once: two per multiprocessor.
 

@@ -27,6 +27,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = Non
         qkv = torch.stack((q, k, v), 2)
         return cpu_attention.attention_qkv(qkv, doc_start=doc_start, window=window,
                                            dropout=dropout, seed=seed)
+    return fused_attention(q, k, v, doc_start=doc_start, window=window, dropout=dropout)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, doc_start: Tensor | None = None,
+                    window: int | None = None, dropout: float = 0.0,
+                    seed: Tensor | None = None) -> Tensor:
+    """`attention` by scaled_dot_product_attention, on any device."""
     mask = None
     if doc_start is not None or window is not None:
         mask = visible(q.shape[1], doc_start, window, q.device)[:, None]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.accuracy import in_fp64, inaccuracy
+from kernels.accuracy import in_fp64, inaccuracy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -19,8 +19,8 @@ from bench.aot import ahead, sass
 from bench.aot.offline import offline
 from bench.aot.traffic import Window, cache_share, floor_bytes, traffic
 from bench.ops import cases
-from bench.ops.cases import Case
-from kernels import launch
+from kernels import calls, launch
+from kernels.calls import Case
 
 ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90, 100)
@@ -170,10 +170,10 @@ def test_cases_are_calls_the_definitions_accept(case):
 
     small = {"attention_qkv": (2, 9, 2, 8), "linear_cross_entropy": (6, 8, 11)}
     case = Case(case.operator, small.get(case.operator, (6, 8)), case.dtype, case.variant)
-    args = cases.arguments(case)
-    phases = dict(cases.run(getattr(reference, case.operator), args, cases.options(case)))
+    args = calls.arguments(case)
+    phases = dict(calls.run(getattr(reference, case.operator), args, calls.options(case)))
     assert list(phases) == ["forward", "gradients", "backward"]
-    assert [g.shape for g in phases["backward"]] == [a.shape for a in cases.leaves(args)]
+    assert [g.shape for g in phases["backward"]] == [a.shape for a in calls.leaves(args)]
 
 
 def test_some_case_is_given_each_setting_that_launch_has():

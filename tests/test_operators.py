@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from bench import operators
-from bench.accuracy import inaccuracy
 from bench.floors import Rates, Work
-from bench.ops import cases
-from bench.ops.cases import Case
 from bench.ops.peers import OURS, implementations
 from bench.timing import Timing
+from kernels import calls
+from kernels.accuracy import inaccuracy
+from kernels.calls import Case
 
 CPU = torch.device("cpu")
 FP32 = torch.float32
@@ -26,7 +26,7 @@ RATES = Rates(matmul_tflops=1.0, copy_gbs=1.0)
 
 def off_by(factor, phase, case):
     """PyTorch's operator with its result, or its gradient alone, scaled a little."""
-    fn = cases.operator(case, "torch")
+    fn = calls.operator(case, "torch")
 
     def scaled(t):
         return t * factor if phase == "forward" else t * factor + (t * (1 - factor)).detach()
@@ -49,8 +49,8 @@ def test_twice_the_yardsticks_error_and_one_rounding_are_allowed():
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_what_is_right_is_admitted(case):
-    assert operators.wrong(cases.operator(case, "torch"), case, CPU) == ""
-    assert operators.wrong(cases.operator(case, "reference"), case, CPU) == ""
+    assert operators.wrong(calls.operator(case, "torch"), case, CPU) == ""
+    assert operators.wrong(calls.operator(case, "reference"), case, CPU) == ""
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
@@ -69,14 +69,14 @@ def test_attention_that_sees_its_future_is_refused():
 
 
 def test_a_result_of_nan_is_refused():
-    assert operators.wrong(lambda *args: cases.operator(SMALL[2], "torch")(*args) * float("nan"),
+    assert operators.wrong(lambda *args: calls.operator(SMALL[2], "torch")(*args) * float("nan"),
                            SMALL[2], CPU)
 
 
 def test_a_refused_one_is_not_timed(monkeypatch):
     case = SMALL[2]
     monkeypatch.setattr(operators, "implementations", lambda *_: {
-        OURS: off_by(1.01, "forward", case), "torch": cases.operator(case, "torch"),
+        OURS: off_by(1.01, "forward", case), "torch": calls.operator(case, "torch"),
         "other": "not installed"})
     found = operators.measure_case(case, RATES, CPU, repeats=2)
     assert list(found["variants"]) == ["torch"] and OURS in found["refused"]
@@ -94,7 +94,7 @@ def test_a_failure_of_ours_is_no_reason_to_skip_it(monkeypatch):
     def fails(*_):
         raise RuntimeError("launch failed")
 
-    found = {OURS: fails, "torch": cases.operator(SMALL[2], "torch")}
+    found = {OURS: fails, "torch": calls.operator(SMALL[2], "torch")}
     monkeypatch.setattr(operators, "implementations", lambda *_: found)
     with pytest.raises(RuntimeError, match="launch failed"):
         operators.admit(SMALL[2], CPU)
@@ -140,7 +140,7 @@ def test_implementations_are_callables_or_reasons(case):
 
 def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(operators, "implementations", lambda case, _: {
-        "torch": cases.operator(case, "torch"), OURS: "no GPU"})
+        "torch": calls.operator(case, "torch"), OURS: "no GPU"})
     monkeypatch.setattr(operators, "chosen_cases", lambda *_: SMALL[:3])
     out = tmp_path / "o.json"
     assert operators.main(operators.Options(device="cpu", repeats=2, out=str(out))) == 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import plots
-from bench.ops.cases import Case
 from bench.ops.peers import implementations
+from kernels.calls import Case
 
 ENVIRONMENT = {"cpu": "X", "threads": 2, "gpu": None, "torch": "2", "python": "3",
                "commit": "0123456789", "date": "2026-01-01T", "command": "bench/x.py"}

@@ -10,10 +10,10 @@ import triton
 from bench import tune
 from bench.aot.offline import offline
 from bench.ops import cases
-from bench.ops.cases import Case
 from bench.timing import Timing, write_result
 from bench.tune import Call, candidates, choose, fastest
-from kernels import launch
+from kernels import calls, launch
+from kernels.calls import Case
 from tests.numerics import DEVICE
 
 
@@ -22,8 +22,8 @@ def todays():
     """What the models ask of launch.py on an H100, and what they are given: {Call: settings}."""
     with tune.steered() as (today, _), offline((9, 0), lambda *launched: None):
         for case in cases.models("124M"):
-            dict(cases.run(cases.operator(case, "triton"), cases.arguments(case, "meta"),
-                           cases.options(case, "meta")))
+            dict(calls.run(calls.operator(case, "triton"), calls.arguments(case, "meta"),
+                           calls.options(case, "meta")))
     return today
 
 
@@ -118,11 +118,11 @@ needs_kernels = pytest.mark.skipif(not RUNS, reason="nothing runs the Triton ker
 @needs_kernels
 def test_inaccurate_operators_are_told():
     def off(*args):
-        return cases.operator(SMALL, "reference")(*args) * 1.001
+        return calls.operator(SMALL, "reference")(*args) * 1.001
 
-    assert cases.fault(cases.operator(SMALL, "triton"), SMALL, DEVICE) == ""
-    assert "forward tensor 0: error" in cases.fault(off, SMALL, DEVICE)
-    assert "error nan" in cases.fault(lambda *args: off(*args) * float("nan"), SMALL, DEVICE)
+    assert calls.fault(calls.operator(SMALL, "triton"), SMALL, DEVICE) == ""
+    assert "forward tensor 0: error" in calls.fault(off, SMALL, DEVICE)
+    assert "error nan" in calls.fault(lambda *args: off(*args) * float("nan"), SMALL, DEVICE)
 
 
 @needs_kernels

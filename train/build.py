@@ -20,8 +20,8 @@ from data.tokens import (
 )
 from gpt import GPT, GPTConfig, run_folder
 from gpt.pretrained import fill
-from kernels import Choice, load, resolve
-from train import compiling, memory, optim, parallel
+from kernels import Choice, launch, load, resolve
+from train import auto, compiling, memory, optim, parallel
 from train.config import Config, changed
 from train.documents import Documents, documents_of
 from train.init_from import InitFrom, complete, resolve_init_from
@@ -63,8 +63,10 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
 
     config, init, tokens, tokenizer, documents = read_inputs(config, choice, world)
     torch.set_float32_matmul_precision("high")
-    model = new_model(config, init, choice, device)
     dtype = hardware.resolve_dtype(config.run.dtype, device)
+    choice = auto.decide(config, choice, device, dtype, init.measured, world)
+    launch.use(choice.measured.get("settings", {}))
+    model = new_model(config, init, choice, device)
     compiled, why_compiled = parallel.broadcast_from_rank_0(
         lambda: compiling.should_compile(config, model.kernels, device, dtype, init.compiled),
         world)

@@ -114,7 +114,7 @@ class KernelConfig:
     """Which backend runs each family of operators (kernels/__init__.py)."""
 
     kernels: Backend = "auto"
-    """of all families; auto: the fastest by measurement on this kind of GPU, else torch"""
+    """of all families; auto: the fastest as measured at the start, on a CPU in long runs alone"""
     attention: AttentionBackend = ""
     """of attention alone; empty: as --kernels says"""
     layernorm: LayernormBackend = ""

@@ -52,7 +52,8 @@ def examine() -> dict[str, str]:
     found["device"] = f"{device}: {hardware.device_name(device)}"
     dtype = str(hardware.resolve_dtype("auto", device)).removeprefix("torch.")
     found["dtype"] = f"{dtype} (--dtype=auto)"
-    found["kernels"] = str(resolve("auto", device))
+    found["kernels"] = ("auto: measured when a run starts" if device.type == "cuda"
+                        else str(resolve("auto", device)))
     if device.type == "cuda":
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found

@@ -50,6 +50,8 @@ class InitFrom:
     """put weights, optimizer state and position back into a run; all ranks must call it"""
     compiled: bool | None = None
     """whether the run to resume was compiled"""
+    measured: dict[str, Any] | None = None
+    """what --kernels=auto measured in the run to resume"""
 
 
 class Source(NamedTuple):
@@ -142,8 +144,9 @@ def open_resumed(path: Path, skipped: str, asked: GPTConfig, w: World) -> InitFr
         with lock:
             resume.from_checkpoint(path, skipped, run)
 
-    compiled = read_state(path).get("compiled")
-    return InitFrom(str(path), read_config(path), resume=resume_run, compiled=compiled)
+    state = read_state(path)
+    return InitFrom(str(path), read_config(path), resume=resume_run,
+                    compiled=state.get("compiled"), measured=state["kernels"].get("measured"))
 
 
 def read_pretrained(source: str, asked: GPTConfig) -> Trained:

@@ -205,7 +205,7 @@ def save(run: Run, val_loss: float | None, report: Report, checkpoints: checkpoi
     state = {
         "val_loss": val_loss, "best_val_loss": run.best_val_loss, "position": run.batches.position,
         "config": dict(flatten(run.config)), "world_size": run.world.size,
-        "kernels": run.choice.backends | {"why": run.choice.why},
+        "kernels": {**run.choice.backends, "why": run.choice.why, "measured": run.choice.measured},
         "scaler": run.scaler.state_dict(), "torch": torch.__version__, "compiled": run.compiled,
     }
     tensors, sharded = checkpoint.copy_to_host(run.model, run.optimizer, run.world)

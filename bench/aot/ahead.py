@@ -29,13 +29,13 @@ from torch.utils._pytree import tree_leaves
 from bench.aot import sass, traffic
 from bench.aot.offline import name_of, offline
 from bench.ops import cases
-from bench.ops.cases import Case
 from bench.options import named
 from bench.timing import RESULTS, environment, write_result
 from common import cli
 from common.bounds import NotEmpty, Processes
 from common.processes import end_with_parent
-from kernels import FAMILIES
+from kernels import FAMILIES, calls
+from kernels.calls import Case
 
 MEMORY_BOUND = ("layernorm", "add_layernorm", "rmsnorm", "add_rmsnorm", "cross_entropy",
                 "linear_cross_entropy")
@@ -109,8 +109,8 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
     with patch.object(triton.runtime.driver, "_active", OfflineDriver(arch)):
         for case in batch:
             with offline(divmod(arch, 10), launched):
-                fn, args = cases.operator(case, "triton"), cases.arguments(case, "meta")
-                for _ in cases.run(fn, args, cases.options(case, "meta")):
+                fn, args = calls.operator(case, "triton"), calls.arguments(case, "meta")
+                for _ in calls.run(fn, args, calls.options(case, "meta")):
                     pass
     return list(rows.values())
 

@@ -3,7 +3,7 @@
     def launched(kernel, grid, args, kwargs): ...
 
     with offline((9, 0), launched):
-        for phase, tensors in cases.run(operator, cases.arguments(case, "meta"), {}):
+        for phase, tensors in calls.run(operator, calls.arguments(case, "meta"), {}):
             ...
 
 The tensors are on PyTorch's "meta" device: shapes, dtypes and strides without data, so logits of

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import numpy as np
 
 from bench.aot.offline import MULTIPROCESSORS, STORAGE_BITS, Pointer, name_of, offline
-from bench.ops.cases import Case, arguments, operator, options, run
+from kernels.calls import Case, arguments, operator, options, run
 
 SECTOR = 32  # bytes: what L2 fetches and writes back
 # of the GPUs in offline.MULTIPROCESSORS

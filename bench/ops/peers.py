@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.ops.cases import CAP, Case, operator
 from kernels import FAMILIES
+from kernels.calls import CAP, Case, operator
 
 SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 OURS = "ours"
-SHIPPED = ("reference", "torch", "triton", "flash_attn")  # a backend of your own is added to them
+# a backend of your own is added to them
+SHIPPED = ("reference", "torch", "triton", "flash_attn", "cudnn", "sdpa", "blocks")
 
 
 def implementations(case: Case, device: torch.device) -> dict[str, Callable | str]:
