@@ -7,12 +7,12 @@ one yet. `use` replaces them by what was measured: at the start of a run (--kern
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
 Settings = dict[str, int] | int
-P, S = ParamSpec("P"), TypeVar("S", bound=Settings)
+Row = TypeVar("Row", bound=Callable[..., Settings])
 
 
 class Call(NamedTuple):
@@ -46,15 +46,15 @@ def given() -> dict[Call, Settings]:
     return dict(_given)
 
 
-def tunable(row: Callable[P, S]) -> Callable[P, S]:
+def tunable(row: Row) -> Row:
     """A function of shapes that gives launch settings, which `use` can replace."""
     @functools.wraps(row)
-    def settings(*arguments: P.args, **_: P.kwargs) -> S:
+    def settings(*arguments: Any) -> Settings:
         call = Call(row.__name__, arguments)
         if call not in _given:
             _given[call] = _replaced(call, row(*arguments))
-        return _given[call]  # type: ignore[return-value]
-    return settings
+        return _given[call]
+    return cast(Row, settings)
 
 
 def _replaced(call: Call, now: Settings) -> Settings:

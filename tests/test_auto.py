@@ -265,7 +265,7 @@ def choose_on_a_rank(out, names, cache):
     auto.hardware.device_name = lambda device: names[w.rank]
     measured = []
     auto.measured = lambda *args: measured.append(w.rank) or auto.Decision(
-        **args[3], backends={"attention": "blocks"}, settings={}, lines={})
+        **args[3], backends={"attention": "blocks"}, settings={}, lines={}, complete=True)
     c = config()
     choice = auto.decide(c, resolve("auto", "cpu"), CPU, torch.float32, None, w)
     (out / f"{w.rank}.json").write_text(json.dumps([choice.backends, choice.why, measured]))

@@ -127,7 +127,8 @@ def _kept_or_measured(file: Path, key: dict[str, Any], asked: dict[str, Asked],
         try:
             kept = read_json(file, Decision, "it is written anew")
             # Otherwise compilers' own caches make the next attempt faster.
-            if kept["complete"] and key == {name: kept[name] for name in key}:
+            same = key == {"machine": kept["machine"], "asked": kept["asked"]}
+            if kept["complete"] and same:
                 return kept, f"auto: measured before, kept in {file}{anew}"
         except ValueError as error:
             damaged = f"; {error}"
@@ -192,7 +193,8 @@ def measured(asked: dict[str, Asked], device: torch.device, compiled: bool,
     trials = {family: trial for family, trial in trials.items() if len(trial.among) > 1}
     began = clock()
     prepare(list(trials.values()), clock, began + PREPARING * LIMIT_S)
-    found = Decision(**key, backends=backends, settings={}, lines={}, complete=True)
+    found = Decision(machine=key["machine"], asked=key["asked"], backends=backends, settings={},
+                     lines={}, complete=True)
     for n, (family, trial) in enumerate(trials.items()):
         until = began + LIMIT_S * (1 - (1 - PREPARING) * (len(trials) - n - 1) / len(trials))
         time_ready(trial, clock, until)
@@ -257,7 +259,7 @@ def prepared(asked: Asked, candidate: Candidate,
     Raises ValueError where it is not accurate, and what it raises itself.
     """
     launch.use(candidate.settings)
-    steps = []
+    steps: list[Callable[[], object]] = []
     for case, _ in asked.calls:
         fn = calls.operator(case, candidate.backend)
         # Dropout masks of other backends are not the definition's.
