@@ -80,6 +80,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
+def prepare(device: torch.device) -> None:
+    """Set what makes training on this device faster, for this process."""
+    torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next allocations, instead of returning it.
 

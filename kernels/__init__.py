@@ -141,6 +141,15 @@ def _interpreting() -> bool:
     return triton.knobs.runtime.interpret
 
 
+def triton_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises for a kernel that does not compile; none where it is not installed."""
+    if find_spec("triton") is None:
+        return ()
+    import triton
+
+    return (triton.TritonError,)
+
+
 def load(kernels: str = "torch", **families: str) -> Kernels:
     """The operators of a backend; `families` takes single families from other backends.
 

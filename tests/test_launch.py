@@ -35,3 +35,21 @@ def test_tiles_of_layernorm_cover_every_width(itemsize):
 def test_chunks_of_logits_are_an_eighth_and_never_few_rows(M, V):
     rows = launch.chunk_rows(M, V, 2)
     assert rows % 128 == 0 and min(M, 2048) <= rows <= max(M / 8, 4096, 2**26 / (2 * V)) + 128
+
+
+def test_settings_are_replaced_whole_for_a_call_and_in_part_for_a_function():
+    call = launch.Call("layernorm_backward", (768,))
+    launch.use({})
+    table = launch.layernorm_backward(768)
+    assert launch.given() == {call: table}
+    try:
+        launch.use({"layernorm_backward(768)": {"ROWS": 1}, "layernorm_forward": {"ROWS": 9},
+                    "layernorm_programs": 7})
+        assert launch.layernorm_backward(768) == {"ROWS": 1}
+        assert launch.layernorm_backward(1024)["BLOCK_N"] == 1024
+        forward = launch.layernorm_forward(768, 2)
+        assert forward["ROWS"] == 9 and forward["CHUNKS"] * forward["LANES"] == 1024
+        assert launch.layernorm_programs(768, 2, 132) == 7
+    finally:
+        launch.use({})
+    assert launch.layernorm_backward(768) == table

@@ -11,7 +11,7 @@ from bench import tune
 from bench.aot.offline import offline
 from bench.ops import cases
 from bench.timing import Timing, write_result
-from bench.tune import Call, candidates, choose, fastest
+from bench.tune import candidates, choose, fastest
 from kernels import calls, launch
 from kernels.calls import Case
 from tests.numerics import DEVICE
@@ -20,20 +20,17 @@ from tests.numerics import DEVICE
 @pytest.fixture(scope="module")
 def todays():
     """What the models ask of launch.py on an H100, and what they are given: {Call: settings}."""
-    with tune.steered() as (today, _), offline((9, 0), lambda *launched: None):
+    launch.use({})
+    with offline((9, 0), lambda *launched: None):
         for case in cases.models("124M"):
             dict(calls.run(calls.operator(case, "triton"), calls.arguments(case, "meta"),
                            calls.options(case, "meta")))
-    return today
+    return launch.given()
 
 
-def test_every_function_of_launch_is_tuned_and_used(todays):
-    functions = {name for name, value in vars(launch).items() if callable(value)
-                 and not name.startswith("_")}
-    facts = {"capability", "multiprocessors"}  # of the device
-    # trade speed for memory, or concern no kernel of ours
-    memory = {"chunk_rows", "padded_vocabulary"}
-    assert {call.function for call in todays} == set(tune.KNOBS) == functions - facts - memory
+def test_every_tunable_function_of_launch_is_tuned_and_used(todays):
+    tunable = {name for name, value in vars(launch).items() if hasattr(value, "__wrapped__")}
+    assert {call.function for call in todays} == set(tune.KNOBS) == tunable
 
 
 def test_candidates_begin_with_todays_and_are_all_different(todays):
@@ -87,21 +84,11 @@ def test_a_familys_operators_count_together():
     assert fastest(rows) == {"layernorm": "triton"}
 
 
-def test_results_are_kept_per_gpu_in_the_users_cache():
-    given = tune.cache_file("NVIDIA H200", {"XDG_CACHE_HOME": "/c"})
-    assert given == Path("/c/ridgegpt/tune-NVIDIA-H200.json")
-    assert tune.cache_file("A (b)", {}) == Path.home() / ".cache/ridgegpt/tune-A-b.json"
-
-
-def test_steering_replaces_one_call_and_is_undone():
-    before = launch.layernorm_backward
-    with tune.steered() as (today, chosen):
-        call = Call("layernorm_backward", (768,))
-        assert launch.layernorm_backward(768) == before(768) == today[call]
-        chosen[call] = {"ROWS": 1}
-        assert launch.layernorm_backward(768) == {"ROWS": 1}
-        assert launch.layernorm_backward(1024) == before(1024)
-    assert launch.layernorm_backward is before
+def test_results_are_kept_per_gpu_in_the_users_cache(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    assert tune.cache_file("NVIDIA H200") == Path("/c/ridgegpt/tune-NVIDIA-H200.json")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tune.cache_file("A (b)") == Path.home() / ".cache/ridgegpt/tune-A-b.json"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -40,6 +39,11 @@ CALLS = 4  # of a case in a sample, at most
 # A run on a CPU that takes less than five minutes at this rate does not measure.
 WORTH_MEASURING_FLOPS = 300 * 2e11
 NO_TIME = "no time left"
+# What compilers, drivers and packages of others raise, besides `kernels.triton_errors`: a candidate
+# that does is left out.
+FAILURES: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+    RuntimeError, TypeError, ValueError)
 
 
 class Clock:
@@ -74,24 +78,28 @@ def decide(config: Config, choice: Choice, device: torch.device, dtype: torch.dt
            before: dict[str, Any] | None, w: World) -> Choice:
     """The choice with each family that is left to auto decided; all ranks take rank 0's.
 
-    `choice`: `kernels.resolve`'s. `before`: `measured` of the run that is resumed. Every rank must
-    call it, and then `launch.use` the settings. Measuring draws random numbers.
+    `choice`: `kernels.resolve`'s. `before`: `measured` of the run that is resumed. The launch
+    settings are put in force. Every rank must call it. Measuring draws random numbers.
     """
     asked = {family: wanted for family, wanted in asked_of(config, dtype).items()
              if not config.kernel.families[family]}
-    if config.kernel.kernels != "auto" or not asked:
-        return choice
-    if device.type == "cpu" and (before == {} or _flops(config) < WORTH_MEASURING_FLOPS):
-        reason = "as before" if before == {} else "as the run is too short to measure"
-        return choice._replace(why=f"{choice.why}, {reason}")
-    names = parallel.gather_or_raise(lambda: hardware.device_name(device), w)
-    if len(set(names)) > 1:
-        return choice._replace(why=f"auto: PyTorch's, as the ranks' devices differ: "
-                                   f"{', '.join(sorted(set(names)))}")
-    compiled = device.type == "cuda" and config.run.compile is not False
-    decision, why = parallel.broadcast_from_rank_0(
-        lambda: _decision(asked, device, compiled, before), w)
-    return Choice(choice.backends | decision["backends"], why, decision)
+    if config.kernel.kernels == "auto" and asked:
+        compiled = device.type == "cuda" and config.run.compile is not False
+        short = device.type == "cpu" and _flops(config) < WORTH_MEASURING_FLOPS
+        names = parallel.gather_or_raise(lambda: hardware.device_name(device), w)
+        if device.type == "cpu" and before == {}:
+            choice = choice._replace(why=f"{choice.why}, as before")
+        elif short and not before:
+            choice = choice._replace(why=f"{choice.why}, as the run is too short to measure")
+        elif len(set(names)) > 1:
+            choice = choice._replace(why=f"auto: PyTorch's, as the ranks' devices differ: "
+                                         f"{', '.join(sorted(set(names)))}")
+        else:
+            decision, why = parallel.broadcast_from_rank_0(
+                lambda: _decision(asked, device, compiled, before), w)
+            choice = Choice(choice.backends | decision["backends"], why, decision)
+    launch.use(choice.measured.get("settings", {}))
+    return choice
 
 
 def _flops(config: Config) -> float:
@@ -173,17 +181,6 @@ class Trial:
     """the others, and why"""
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """What compilers, drivers and packages of others raise; a candidate that does is left out."""
-    found: list[type[Exception]] = [ArithmeticError, AssertionError, AttributeError, ImportError,
-                                    LookupError, OSError, RuntimeError, TypeError, ValueError]
-    if find_spec("triton"):
-        import triton
-
-        found.append(triton.TritonError)
-    return tuple(found)
-
-
 def measured(asked: dict[str, Asked], device: torch.device, compiled: bool,
              key: dict[str, Any]) -> Decision:
     """Measure each family that has a choice, in LIMIT_S and the last candidate's compilation."""
@@ -222,7 +219,7 @@ def prepare(trials: list[Trial], clock: Clock, until: float) -> None:
             continue
         try:
             trial.ready[candidate] = prepared(trial.asked, candidate, clock.device)
-        except failures() as error:
+        except (*FAILURES, *kernels.triton_errors()) as error:
             reason = str(error).strip().partition("\n")[0]
             trial.left_out[candidate] = f"{type(error).__name__}: {reason}"
 

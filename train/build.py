@@ -20,7 +20,7 @@ from data.tokens import (
 )
 from gpt import GPT, GPTConfig, run_folder
 from gpt.pretrained import fill
-from kernels import Choice, launch, load, resolve
+from kernels import Choice, load, resolve
 from train import auto, compiling, memory, optim, parallel
 from train.config import Config, changed
 from train.documents import Documents, documents_of
@@ -54,18 +54,15 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
     device = hardware.resolve_device(config.run.device, world.local_rank)
     choice = resolve(config.kernel.kernels, device, **config.kernel.families)
     memory.check(config, world, device)
-    if device.type == "cpu":
-        hardware.keep_freed_memory()
+    hardware.prepare(device)
     store = parallel.start(world, device, config.parallel)
     if held is not None and not config.run.eval_only:
         lock = run_folder.lock(Path(config.run.out_dir))
         parallel.broadcast_from_rank_0(lambda: held.enter_context(lock), world)
 
-    config, init, tokens, tokenizer, documents = read_inputs(config, choice, world)
-    torch.set_float32_matmul_precision("high")
     dtype = hardware.resolve_dtype(config.run.dtype, device)
+    config, init, tokens, tokenizer, documents = read_inputs(config, choice, world)
     choice = auto.decide(config, choice, device, dtype, init.measured, world)
-    launch.use(choice.measured.get("settings", {}))
     model = new_model(config, init, choice, device)
     compiled, why_compiled = parallel.broadcast_from_rank_0(
         lambda: compiling.should_compile(config, model.kernels, device, dtype, init.compiled),
