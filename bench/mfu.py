@@ -18,14 +18,13 @@ weights, optimizer state, and the most a step adds.
 """
 
 import gc
-import importlib.util
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -36,12 +35,13 @@ from bench.options import named
 from bench.steps import peers
 from bench.steps.peers import Variant
 from bench.steps.profile_step import profile_all
-from bench.timing import environment, machine, measure, result_path, write_result
+from bench.steps.variants import PEERS, backends, build_variants
+from bench.timing import Timing, environment, machine, measure, result_path, write_result
 from common import cli, hardware
-from common.bounds import Must, Positive
+from common.bounds import Must, NonNegativeFloat, Positive
 from gpt import GPT, GPTConfig
 from gpt.flops import mfu
-from kernels import FAMILIES, resolve
+from gpt.peaks import peak_tflops
 
 # name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run
 # there: the "macbook" command of nanoGPT's README, its shakespeare_char (12 to 16 s a step in
@@ -57,7 +57,6 @@ CPU_CASES = {
     "124M_one": (GPU_CASES["124M"][0], 1),
 }
 CASES = GPU_CASES | CPU_CASES
-PEERS = ("transformers", "liger")
 
 BatchSize = Annotated[int | Literal["auto"],
                       Must("be auto or at least 0", lambda n: n == "auto" or n >= 0)]
@@ -87,6 +86,8 @@ class Options:
     """timed steps of each"""
     compile: bool = True
     """measure compiled variants, too"""
+    peak_tflops: NonNegativeFloat = 0.0
+    """of the GPU in dense bf16, for the MFU; 0: that of its name, where known (gpt/peaks.py)"""
     profile: bool = False
     """also measure where a step of each goes; writes Chrome traces beside the result"""
     out: str = ""
@@ -127,7 +128,10 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
     """One shape: all variants, with the same weights, checked and then timed in turns."""
     torch.manual_seed(0)
     weights = {k: v.detach().clone() for k, v in GPT(config).state_dict().items()}
-    variants = build_variants(config, weights, device, dtype, options)
+    variants = build_variants(
+        config, weights, device, dtype, ours=backends(options.backends, device),
+        others=named("peers", options.peers, PEERS) if options.peers else [],
+        nanogpt=options.nanogpt, compile_ways=[False, True] if options.compile else [False])
     del weights
     if options.batch_size == "auto":
         batch = largest_batch(partial(fits, variants, config), limit=512)
@@ -147,20 +151,31 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
         if options.profile:
             folder = result_file(options, device).parent
             profiled = profile_all(variants, config, idx, targets, folder)
-    rows = {}
-    for variant in variants:
-        name, tokens_per_s = variant.name, idx.numel() / timings[variant.name].median_ms * 1e3
-        rows[name] = {
-            "dtype": str(variant.dtype).removeprefix("torch."), "compiled": variant.compiled,
-            "backend": variant.backend, "loss": losses[name], "step": timings[name],
-            "tokens_per_s": tokens_per_s,
-            **mfu(config, tokens_per_s, hardware.device_name(device)),
-            "peak_memory_bytes": memory[name], "cold_start_s": cold[name],
-            "warm_start_s": warm.get(name)}
+    rows = {variant.name: {
+        "dtype": str(variant.dtype).removeprefix("torch."), "compiled": variant.compiled,
+        "backend": variant.backend, "loss": losses[variant.name],
+        **speed(config, idx.numel(), timings[variant.name], device, options),
+        "peak_memory_bytes": memory[variant.name], "cold_start_s": cold[variant.name],
+        "warm_start_s": warm.get(variant.name)} for variant in variants}
     del variants, steps
     gc.collect()
     return {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows),
             "profile": profiled}
+
+
+def speed(config: GPTConfig, tokens: int, step: Timing, device: torch.device,
+          options: Options) -> dict:
+    """The row of a step of so many tokens: its time, tokens/s and MFUs.
+
+    Raises ValueError for an MFU above 1.
+    """
+    name, tokens_per_s = hardware.device_name(device), tokens / step.median_ms * 1e3
+    used = mfu(config, tokens_per_s, peak_tflops(name, options.peak_tflops))
+    for formula, fraction in used.items():
+        if fraction is not None and fraction > 1:
+            raise ValueError(f"{formula} of {fraction:.2f} at {tokens_per_s:.0f} tokens/s on "
+                             f"{name}: above 100 %, so the clock or --peak_tflops is wrong")
+    return {"step": step, "tokens_per_s": tokens_per_s, **used}
 
 
 def first_steps(variants: list[Variant], idx: Tensor, targets: Tensor) -> dict[str, float]:
@@ -239,83 +254,6 @@ def shares(rows: dict[str, dict]) -> list[dict]:
                 found.append({"variant": name, "backend": base, "change": change, "more_ms": more,
                               "more_of_step": more / other["step"].median_ms})
     return found
-
-
-def backends(options: Options, device: torch.device) -> list[tuple[str, str, dict[str, str]]]:
-    """(name, backend, families from elsewhere) of each of --backends.
-
-    Raises ValueError for one that is not known, or cannot run here.
-    """
-    names = options.backends.split(",") if options.backends else ["torch"]
-    if not options.backends and device.type == "cuda":
-        names += ["triton", *(f"triton+{family}=torch" for family in FAMILIES)]
-    found = []
-    for name in names:
-        backend, *changes = name.split("+")
-        families = dict(change.partition("=")[::2] for change in changes)
-        if unknown := families.keys() - FAMILIES.keys():
-            raise ValueError(f"--backends={name}: no family {min(unknown)!r}; write "
-                             f"BACKEND+FAMILY=BACKEND with {', '.join(FAMILIES)}")
-        resolve(backend, device, **families)
-        found.append((name, backend, families))
-    return found
-
-
-class Variants:
-    """Collects the variants of one case, all built on the same weights."""
-
-    def __init__(self, config: GPTConfig, weights: dict, device: torch.device,
-                 compile_ways: list[bool]) -> None:
-        self.here, self.compile_ways = (config, weights, device), compile_ways
-        self.built: list[Variant] = []
-
-    def add(self, make: Callable[..., Variant], name: str, dtype: torch.dtype, compiled: bool,
-            like: Variant | None = None, **more: Any) -> Variant:
-        """Build a variant that shares the weights of `like`."""
-        label = name + ", compiled" * compiled
-        variant = make(*self.here, dtype, name=label, compiled=compiled, like=like, **more)
-        variant.compiled = compiled
-        self.built.append(variant)
-        return variant
-
-    def both(self, make: Callable[..., Variant], name: str, dtype: torch.dtype,
-             like: Variant | None = None, **more: Any) -> None:
-        """Build a variant eager and, where compiled ones are measured, compiled."""
-        for compiled in self.compile_ways:
-            like = self.add(make, name, dtype, compiled, like, **more)
-
-
-def build_variants(config: GPTConfig, weights: dict, device: torch.device, dtype: torch.dtype,
-                   options: Options) -> list[Variant]:
-    """Ours first, on each backend; then the others, in our dtype and in their own default.
-
-    A backend with replaced families is measured compiled only, unless nothing is compiled. Raises
-    ValueError for a peer that is not known.
-    """
-    chosen = backends(options, device)
-    wanted = named("peers", options.peers, PEERS) if options.peers else []
-    compile_ways = [False, True] if options.compile else [False]
-    found = Variants(config, weights, device, compile_ways)
-    first: Variant | None = None
-    for name, backend, families in chosen:
-        label = "ours" if len(chosen) == 1 else f"ours, {name}"
-        for compiled in compile_ways[-1:] if families else compile_ways:
-            variant = found.add(peers.ours, label, dtype, compiled, first, kernels=backend,
-                                **families)
-            variant.backend = name
-            first = first or variant
-    if options.nanogpt:
-        default = dtype if device.type == "cuda" else torch.float32  # it has no autocast on a CPU
-        make = partial(peers.nanogpt, options.nanogpt)
-        if dtype != default:
-            found.add(make, f"nanoGPT, {str(dtype).removeprefix('torch.')}", dtype, False)
-        found.both(make, "nanoGPT", default)
-    if "transformers" in wanted and importlib.util.find_spec("transformers"):
-        found.both(peers.transformers_gpt2, "transformers", dtype)
-    if "liger" in wanted and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        found.both(peers.ours, "Liger's kernels in ours", dtype, first,
-                   kernels=peers.liger_kernels())
-    return found.built
 
 
 def show(name: str, case: dict) -> None:

@@ -94,7 +94,7 @@ def keep_freed_memory() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, as in gpt.flops.PEAK_TFLOPS; of a CPU its model, units and threads."""
+    """The name of a GPU, as in gpt/peaks.py; of a CPU its model, units and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from bench import mfu
 from bench.mfu import Options
-from bench.steps import peers
+from bench.steps import peers, variants
 from bench.timing import Timing
 from common import hardware
 from gpt import GPT, GPTConfig
+from gpt.flops import flops_per_token
 from kernels import load
 from tests.numerics import DEVICE
 
@@ -109,15 +110,15 @@ def test_a_folder_without_nanogpt_is_refused(weights, tmp_path):
 def test_unknown_backends_are_refused(backends, told, monkeypatch):
     monkeypatch.setattr("kernels._interpreting", lambda: False)
     with pytest.raises(ValueError, match=told):
-        mfu.backends(Options(backends=backends), CPU)
+        variants.backends(backends, CPU)
 
 
 def test_backends_are_read():
-    found = mfu.backends(Options(backends="torch,reference+attention=torch+layernorm=torch"), CPU)
+    found = variants.backends("torch,reference+attention=torch+layernorm=torch", CPU)
     assert found == [("torch", "torch", {}),
                      ("reference+attention=torch+layernorm=torch", "reference",
                       {"attention": "torch", "layernorm": "torch"})]
-    names = [name for name, *_ in mfu.backends(Options(backends=""), CPU)]
+    names = [name for name, *_ in variants.backends("", CPU)]
     assert names == ["torch"], "what runs on a CPU"
 
 
@@ -181,7 +182,13 @@ def test_a_speed_above_the_peak_is_an_error_not_a_figure(monkeypatch, tmp_path):
     monkeypatch.setitem(mfu.CASES, "tiny", (CONFIG, 2))
     monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(mfu, "measure", lambda steps, **_: dict.fromkeys(steps, Timing((1e-9,))))
-    with pytest.raises(ValueError, match="above 100 %"):
+    with pytest.raises(ValueError, match=r"above 100 %.*--peak_tflops"):
         mfu.main(Options(device=DEVICE, dtype="bfloat16", cases="tiny", backends="torch",
                          compile=False, peers="", out=str(tmp_path / "x.json")))
     assert not (tmp_path / "x.json").exists()
+
+
+def test_a_given_peak_is_that_of_any_device():
+    row = mfu.speed(CONFIG, 24, Timing((1.0,)), CPU, Options(peak_tflops=2.0))
+    assert row["tokens_per_s"] == 24_000
+    assert row["mfu_palm"] == flops_per_token(CONFIG)["palm"] * 24_000 / 2e12

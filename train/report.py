@@ -27,6 +27,7 @@ from common.files import atomic_write, parse_json, write_json
 from common.plot import picture
 from data.loader import Loader
 from gpt.flops import mfu
+from gpt.peaks import peak_tflops
 from train.checkpoint import METRICS
 from train.config import Config, flatten
 from train.parallel import World
@@ -56,7 +57,8 @@ class Report:
                  stop_request: StopRequest):
         """`stop_request` is filled in where the terminal, or the reader of stdout, is gone."""
         self.config, self.device, self.world_size = config, device, world.size
-        self.device_name, self.out_dir = hardware.device_name(device), Path(config.run.out_dir)
+        self.peak_tflops = peak_tflops(hardware.device_name(device), config.run.peak_tflops)
+        self.out_dir = Path(config.run.out_dir)
         self.speaks = world.rank == 0
         self.stop_request, self.stop_requested = stop_request, False
         self.pending: Pending | None = None
@@ -126,7 +128,7 @@ class Report:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         tokens = self.config.tokens_per_iter
-        used = mfu(self.config.model, tokens / seconds / self.world_size, self.device_name)
+        used = mfu(self.config.model, tokens / seconds / self.world_size, self.peak_tflops)
         self.mfu = used["mfu_palm"] and 100 * used["mfu_palm"]
         if not self.speaks:
             return
