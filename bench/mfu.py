@@ -6,8 +6,8 @@
     python bench/mfu.py --backends=torch,triton,triton+attention=torch
 
 A step is forward, backward, gradient clipping and the optimizer, on a fixed batch. All variants run
-in one process, in turns. Before anything is timed, their losses on the same weights and batch must
-agree. A backend is a name that kernels.load takes, or one with families replaced:
+in one process, in turns; on a GPU a turn is 0.2 s of steps, between which the host does not wait.
+Before anything is timed, their losses on the same weights and batch must agree. A backend is a name that kernels.load takes, or one with families replaced:
 `triton+attention=torch` is triton with PyTorch's attention. Its difference from `triton` is the
 share of the attention.
 
@@ -57,6 +57,7 @@ CPU_CASES = {
     "124M_one": (GPU_CASES["124M"][0], 1),
 }
 CASES = GPU_CASES | CPU_CASES
+BURST_MS = 200.0  # of steps on a GPU, after which the host waits for it
 
 BatchSize = Annotated[int | Literal["auto"],
                       Must("be auto or at least 0", lambda n: n == "auto" or n >= 0)]
@@ -146,8 +147,9 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
         warm = first_steps([v for v in variants if v.compiled], idx, targets)
         losses = peers.agree(variants, idx, targets)
         memory = {v.name: peak_memory_bytes(v, idx, targets) for v in variants}
-        steps = {v.name: (lambda v=v: v.step(idx, targets).item()) for v in variants}
-        timings = measure(steps, device=device, warmup=1, repeats=options.steps)
+        timings = measure({v.name: partial(v.step, idx, targets) for v in variants}, device=device,
+                          warmup=1, repeats=options.steps, end_to_end=True,
+                          min_time_ms=BURST_MS if device.type == "cuda" else 0.0)
         if options.profile:
             folder = result_file(options, device).parent
             profiled = profile_all(variants, config, idx, targets, folder)
@@ -157,7 +159,7 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
         **speed(config, idx.numel(), timings[variant.name], device, options),
         "peak_memory_bytes": memory[variant.name], "cold_start_s": cold[variant.name],
         "warm_start_s": warm.get(variant.name)} for variant in variants}
-    del variants, steps
+    del variants
     gc.collect()
     return {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows),
             "profile": profiled}
