@@ -7,9 +7,12 @@
 
 A step is forward, backward, gradient clipping and the optimizer, on a fixed batch. All variants run
 in one process, in turns; on a GPU a turn is 0.2 s of steps, between which the host does not wait.
-Before anything is timed, their losses on the same weights and batch must agree. A backend is a name that kernels.load takes, or one with families replaced:
-`triton+attention=torch` is triton with PyTorch's attention. Its difference from `triton` is the
-share of the attention.
+Before anything is timed, their losses on the same weights and batch must agree. In a step of one
+micro-batch the optimizer weighs more than in training: --accumulated_tokens=524288 also times steps
+of 0.5 million tokens, as nanoGPT and llm.c train GPT-2.
+
+A backend is a name that kernels.load takes, or one with families replaced: `triton+attention=torch`
+is triton with PyTorch's attention. Its difference from `triton` is the share of the attention.
 
 The cold start of a compiled variant is its first step with an empty compiler cache; the warm start
 is the first step after forgetting the compiled code but not the cache. Our own Triton kernels stay
@@ -38,7 +41,7 @@ from bench.steps.profile_step import profile_all
 from bench.steps.variants import PEERS, backends, build_variants
 from bench.timing import Timing, environment, machine, measure, result_path, write_result
 from common import cli, hardware
-from common.bounds import Must, NonNegativeFloat, Positive
+from common.bounds import Must, NonNegative, NonNegativeFloat, Positive
 from gpt import GPT, GPTConfig
 from gpt.flops import mfu
 from gpt.peaks import peak_tflops
@@ -58,6 +61,7 @@ CPU_CASES = {
 }
 CASES = GPU_CASES | CPU_CASES
 BURST_MS = 200.0  # of steps on a GPU, after which the host waits for it
+ACCUMULATED_REPEATS = 3  # of a step with many micro-steps, which is itself a mean
 
 BatchSize = Annotated[int | Literal["auto"],
                       Must("be auto or at least 0", lambda n: n == "auto" or n >= 0)]
@@ -85,6 +89,8 @@ class Options:
     """folder of a nanoGPT checkout to measure against"""
     steps: Positive = 10
     """timed steps of each"""
+    accumulated_tokens: NonNegative = 0
+    """also time optimizer steps of about so many tokens, in micro-steps of the batch; 0: no"""
     compile: bool = True
     """measure compiled variants, too"""
     peak_tflops: NonNegativeFloat = 0.0
@@ -147,16 +153,15 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
         warm = first_steps([v for v in variants if v.compiled], idx, targets)
         losses = peers.agree(variants, idx, targets)
         memory = {v.name: peak_memory_bytes(v, idx, targets) for v in variants}
-        timings = measure({v.name: partial(v.step, idx, targets) for v in variants}, device=device,
-                          warmup=1, repeats=options.steps, end_to_end=True,
-                          min_time_ms=BURST_MS if device.type == "cuda" else 0.0)
+        found = time_steps(variants, config, idx, targets, options)
+        many = accumulated(variants, config, idx, targets, options)
         if options.profile:
             folder = result_file(options, device).parent
             profiled = profile_all(variants, config, idx, targets, folder)
     rows = {variant.name: {
         "dtype": str(variant.dtype).removeprefix("torch."), "compiled": variant.compiled,
         "backend": variant.backend, "loss": losses[variant.name],
-        **speed(config, idx.numel(), timings[variant.name], device, options),
+        **found[variant.name], "accumulated": many.get(variant.name),
         "peak_memory_bytes": memory[variant.name], "cold_start_s": cold[variant.name],
         "warm_start_s": warm.get(variant.name)} for variant in variants}
     del variants
@@ -165,9 +170,30 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
             "profile": profiled}
 
 
+def time_steps(variants: list[Variant], config: GPTConfig, idx: Tensor, targets: Tensor,
+               options: Options, micro_steps: int = 1, repeats: int = 0) -> dict[str, dict]:
+    """The time and speed of a step of each variant, by name."""
+    device = idx.device
+    timings = measure({v.name: partial(v.step, idx, targets, micro_steps) for v in variants},
+                      device=device, warmup=1, repeats=repeats or options.steps, end_to_end=True,
+                      min_time_ms=BURST_MS if device.type == "cuda" else 0.0)
+    return {name: speed(config, micro_steps * idx.numel(), step, device, options)
+            for name, step in timings.items()}
+
+
+def accumulated(variants: list[Variant], config: GPTConfig, idx: Tensor, targets: Tensor,
+                options: Options) -> dict[str, dict]:
+    """`time_steps` of about --accumulated_tokens, where they are more than a batch; else {}."""
+    micro_steps = round(options.accumulated_tokens / idx.numel())
+    if micro_steps < 2:
+        return {}
+    found = time_steps(variants, config, idx, targets, options, micro_steps, ACCUMULATED_REPEATS)
+    return {name: {"micro_steps": micro_steps, **row} for name, row in found.items()}
+
+
 def speed(config: GPTConfig, tokens: int, step: Timing, device: torch.device,
           options: Options) -> dict:
-    """The row of a step of so many tokens: its time, tokens/s and MFUs.
+    """The time, tokens/s and MFUs of a step of so many tokens.
 
     Raises ValueError for an MFU above 1.
     """
@@ -276,6 +302,11 @@ def show(name: str, case: dict) -> None:
         ms = row["step"].median_ms
         print(f"{title:40}{row['tokens_per_s']:10,.0f}{ms:10.1f}{palm:>10}{causal:>8}{memory:>7}"
               f"{cold:>8}{warm:>8}{row['loss']:9.4f}  {rows[against]['step'].median_ms / ms:.2f}")
+    for label, row in rows.items():
+        if many := row["accumulated"]:
+            palm = "n/a" if many["mfu_palm"] is None else f"{100 * many['mfu_palm']:.1f}%"
+            print(f"{label}, {many['micro_steps']} micro-steps a step: {many['tokens_per_s']:,.0f} "
+                  f"tokens/s, mfu palm {palm}")
     for share in case["shares"]:
         print(f"{share['backend']} with {share['change']}: {share['more_ms']:+.2f} ms a step, "
               f"{100 * share['more_of_step']:+.1f} %")

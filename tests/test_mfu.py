@@ -44,6 +44,19 @@ def test_a_rehearsal_leaves_the_weights_bit_for_bit(weights, batch):
     assert not torch.equal(peer.module.lm_head.weight, weights["lm_head.weight"])
 
 
+def test_a_step_of_micro_steps_has_one_optimizer_step_of_the_mean_gradient(weights, batch):
+    once, thrice = (peers.ours(CONFIG, weights, CPU, torch.float32) for _ in range(2))
+    passes, steps = [], []
+    loss, step = thrice.loss, thrice.optimizer.step
+    thrice.loss = lambda *inputs: passes.append(1) or loss(*inputs)
+    thrice.optimizer.step = lambda: steps.append(1) or step()
+    once.step(*batch)
+    thrice.step(*batch, micro_steps=3)
+    assert (len(passes), len(steps)) == (3, 1)
+    for p, q in zip(once.module.parameters(), thrice.module.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 @pytest.mark.parametrize("make", [peers.ours, peers.transformers_gpt2])
 def test_variants_share_parameters_and_optimizer(make, weights, batch):
     if make is peers.transformers_gpt2:
@@ -161,13 +174,17 @@ def test_a_case_on_this_machine_has_losses_shares_and_no_mfu_where_the_device_is
     out = tmp_path / "mfu.json"
     options = Options(device=DEVICE, dtype="float32", cases="tiny",
                       backends="torch,torch+cross_entropy=reference", compile=False,
-                      peers="transformers", steps=2, out=str(out))
+                      peers="transformers", steps=2, accumulated_tokens=63, out=str(out))
     mfu.main(options)
     case = json.loads(out.read_text())["cases"]["tiny"]
     rows = case["variants"]
     assert {"ours, torch", "ours, torch+cross_entropy=reference"} <= rows.keys()
     assert all(row["mfu_palm"] is None and row["mfu_causal"] is None and row["tokens_per_s"] > 0
                for row in rows.values())
+    many = [row["accumulated"] for row in rows.values()]
+    assert all(row["micro_steps"] == 4 and row["mfu_palm"] is None for row in many), "63 of 16"
+    assert all(row["tokens_per_s"] == pytest.approx(64e3 / row["step"]["median_ms"])
+               for row in many)
     (share,) = case["shares"]
     one, two = (rows[f"ours, {name}"]["step"]["median_ms"]
                 for name in ("torch", "torch+cross_entropy=reference"))
@@ -175,6 +192,7 @@ def test_a_case_on_this_machine_has_losses_shares_and_no_mfu_where_the_device_is
     assert share["more_ms"] == pytest.approx(two - one)
     assert share["more_of_step"] == pytest.approx(two / one - 1)
     printed = capsys.readouterr().out
+    assert "4 micro-steps a step: " in printed
     assert "n/a" in printed and "%" not in printed.replace(" %", ""), "no MFU of an unknown device"
 
 

@@ -56,11 +56,15 @@ class Variant:
                   for t in state.values() if isinstance(t, Tensor))
         return sum(t.nbytes for t in [*self.module.parameters(), *states])
 
-    def step(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """One training step: forward, backward, clipping, optimizer. The loss, on the device."""
-        with hardware.autocast(self.device, self.dtype):
-            loss = self.loss(idx, targets)
-        loss.backward()
+    def step(self, idx: Tensor, targets: Tensor, micro_steps: int = 1) -> Tensor:
+        """One training step: forward, backward, clipping, optimizer. The loss, on the device.
+
+        Forward and backward run `micro_steps` times, on the same batch.
+        """
+        for _ in range(micro_steps):
+            with hardware.autocast(self.device, self.dtype):
+                loss = self.loss(idx, targets)
+            (loss / micro_steps).backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), OPTIM.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
