@@ -7,9 +7,9 @@
 
 A step is forward, backward, gradient clipping and the optimizer, on a fixed batch. All variants run
 in one process, in turns; on a GPU a turn is 0.2 s of steps, between which the host does not wait.
-Before anything is timed, their losses on the same weights and batch must agree. In a step of one
-micro-batch the optimizer weighs more than in training: --accumulated_tokens=524288 also times steps
-of 0.5 million tokens, as nanoGPT and llm.c train GPT-2.
+A variant that fails, or whose loss on the same weights and batch is another, is not timed. In a
+step of one micro-batch the optimizer weighs more than in training: --accumulated_tokens=524288 also
+times steps of 0.5 million tokens, as nanoGPT and llm.c train GPT-2.
 
 A backend is a name that kernels.load takes, or one with families replaced: `triton+attention=torch`
 is triton with PyTorch's attention. Its difference from `triton` is the share of the attention.
@@ -24,7 +24,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from bench.ops.cases import GPT2
+from bench.ops.check import failures, reason
 from bench.options import named
 from bench.steps import peers
 from bench.steps.peers import Variant
 from bench.steps.profile_step import profile_all
-from bench.steps.variants import PEERS, backends, build_variants
+from bench.steps.variants import CASES, CPU_CASES, GPU_CASES, PEERS, backends, build_variants
 from bench.timing import Timing, environment, machine, measure, result_path, write_result
 from common import cli, hardware
 from common.bounds import Must, NonNegative, NonNegativeFloat, Positive
@@ -46,20 +46,6 @@ from gpt import GPT, GPTConfig
 from gpt.flops import mfu
 from gpt.peaks import peak_tflops
 
-# name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run
-# there: the "macbook" command of nanoGPT's README, its shakespeare_char (12 to 16 s a step in
-# nanoGPT), and one sequence of GPT-2.
-GPU_CASES = {
-    name: (replace(shape, vocab_size=50304, bias=False, activation="gelu"), 16)
-    for name, shape in GPT2.items()
-}
-CPU_CASES = {
-    "macbook": (GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128), 12),
-    "shakespeare_char": (GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384,
-                                   dropout=0.2), 64),
-    "124M_one": (GPU_CASES["124M"][0], 1),
-}
-CASES = GPU_CASES | CPU_CASES
 BURST_MS = 200.0  # of steps on a GPU, after which the host waits for it
 ACCUMULATED_REPEATS = 3  # of a step with many micro-steps, which is itself a mean
 
@@ -93,6 +79,8 @@ class Options:
     """also time optimizer steps of about so many tokens, in micro-steps of the batch; 0: no"""
     compile: bool = True
     """measure compiled variants, too"""
+    warm_start: bool = True
+    """measure their warm starts, too, for which all compile once more"""
     peak_tflops: NonNegativeFloat = 0.0
     """of the GPU in dense bf16, for the MFU; 0: that of its name, where known (gpt/peaks.py)"""
     profile: bool = False
@@ -101,8 +89,11 @@ class Options:
     """JSON file for the result; empty: bench/results/mfu-MACHINE.json"""
 
 
-def main(options: Options) -> dict:
-    """Measure every case and print a table; write the JSON after each case."""
+def main(options: Options) -> int:
+    """Measure every case and print a table; write the JSON after each case.
+
+    1 if a variant failed, or was refused for its loss; the others are measured all the same.
+    """
     device = hardware.resolve_device(options.device)
     if device.type == "cpu":
         hardware.keep_freed_memory()  # as the trainer does; the peers gain by it, too
@@ -122,7 +113,7 @@ def main(options: Options) -> dict:
         write_result(out, result)
         show(name, result["cases"][name])
     print(f"written to {out}")
-    return result
+    return int(any(case["failed"] for case in result["cases"].values()))
 
 
 def result_file(options: Options, device: torch.device) -> Path:
@@ -148,26 +139,26 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
     # limit uncompiled.
     with fresh_cache(), torch._dynamo.config.patch(recompile_limit=256,
                                                    fail_on_recompile_limit_hit=True):
-        cold = first_steps(variants, idx, targets)
+        rows, failed = first_steps(variants, idx, targets)
+        variants = [v for v in variants if v.name in rows]
         torch._dynamo.reset()
-        warm = first_steps([v for v in variants if v.compiled], idx, targets)
-        losses = peers.agree(variants, idx, targets)
+        warm = {v.name: rehearse_s(v, idx, targets)
+                for v in variants if v.compiled and options.warm_start}
         memory = {v.name: peak_memory_bytes(v, idx, targets) for v in variants}
         found = time_steps(variants, config, idx, targets, options)
         many = accumulated(variants, config, idx, targets, options)
         if options.profile:
             folder = result_file(options, device).parent
             profiled = profile_all(variants, config, idx, targets, folder)
-    rows = {variant.name: {
-        "dtype": str(variant.dtype).removeprefix("torch."), "compiled": variant.compiled,
-        "backend": variant.backend, "loss": losses[variant.name],
-        **found[variant.name], "accumulated": many.get(variant.name),
-        "peak_memory_bytes": memory[variant.name], "cold_start_s": cold[variant.name],
-        "warm_start_s": warm.get(variant.name)} for variant in variants}
+    for v in variants:
+        rows[v.name] |= {
+            "dtype": str(v.dtype).removeprefix("torch."), "compiled": v.compiled,
+            "backend": v.backend, **found[v.name], "accumulated": many.get(v.name),
+            "peak_memory_bytes": memory[v.name], "warm_start_s": warm.get(v.name)}
     del variants
     gc.collect()
-    return {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows),
-            "profile": profiled}
+    return {"config": config, "batch_size": batch, "variants": rows, "failed": failed,
+            "shares": shares(rows), "profile": profiled}
 
 
 def time_steps(variants: list[Variant], config: GPTConfig, idx: Tensor, targets: Tensor,
@@ -206,14 +197,35 @@ def speed(config: GPTConfig, tokens: int, step: Timing, device: torch.device,
     return {"step": step, "tokens_per_s": tokens_per_s, **used}
 
 
-def first_steps(variants: list[Variant], idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """Seconds of a rehearsed step of each; it compiles what is not compiled yet."""
-    seconds = {}
+def first_steps(variants: list[Variant], idx: Tensor,
+                targets: Tensor) -> tuple[dict[str, dict], dict[str, str]]:
+    """The cold start and the loss of each variant; and of those that cannot be timed, why.
+
+    They fail, or their loss is not that of the first one that runs. Raises ValueError if all fail.
+    """
+    rows: dict[str, dict] = {}
+    failed: dict[str, str] = {}
     for variant in variants:
-        start = time.perf_counter()
-        variant.rehearse(idx, targets).item()
-        seconds[variant.name] = time.perf_counter() - start
-    return seconds
+        try:
+            rows[variant.name] = {"cold_start_s": rehearse_s(variant, idx, targets),
+                                  "loss": variant.evaluate(idx, targets)}
+        except failures() as error:
+            failed[variant.name] = reason(error)
+        print(f"{variant.name}: {failed.get(variant.name, 'runs')}", flush=True)
+    if not rows:
+        raise ValueError(f"no variant runs: {failed}")
+    if failed:
+        forget_gradients(variants)
+    ran = [v for v in variants if v.name in rows]
+    failed |= peers.unlike(ran, {name: row["loss"] for name, row in rows.items()})
+    return {name: row for name, row in rows.items() if name not in failed}, failed
+
+
+def rehearse_s(variant: Variant, idx: Tensor, targets: Tensor) -> float:
+    """Seconds of a rehearsed step; it compiles what is not compiled yet."""
+    start = time.perf_counter()
+    variant.rehearse(idx, targets).item()
+    return time.perf_counter() - start
 
 
 def peak_memory_bytes(variant: Variant, idx: Tensor, targets: Tensor) -> int | None:
@@ -259,11 +271,16 @@ def fits(variants: list[Variant], config: GPTConfig, batch: int) -> bool:
     else:
         return True
     # out of the handler, whose traceback would keep the step's tensors alive
+    forget_gradients(variants)
+    return False
+
+
+def forget_gradients(variants: list[Variant]) -> None:
+    """Free what a step that failed has left."""
     for variant in variants:
         variant.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    return False
 
 
 def shares(rows: dict[str, dict]) -> list[dict]:
@@ -297,7 +314,7 @@ def show(name: str, case: dict) -> None:
                         for k in ("mfu_palm", "mfu_causal"))
         peak = row["peak_memory_bytes"]
         memory = "n/a" if peak is None else f"{peak / 2**30:.1f}"
-        cold, warm = (f"{row[k]:.1f}" if row["compiled"] else ""
+        cold, warm = (f"{row[k]:.1f}" if row["compiled"] and row[k] is not None else ""
                       for k in ("cold_start_s", "warm_start_s"))
         ms = row["step"].median_ms
         print(f"{title:40}{row['tokens_per_s']:10,.0f}{ms:10.1f}{palm:>10}{causal:>8}{memory:>7}"
@@ -307,6 +324,8 @@ def show(name: str, case: dict) -> None:
             palm = "n/a" if many["mfu_palm"] is None else f"{100 * many['mfu_palm']:.1f}%"
             print(f"{label}, {many['micro_steps']} micro-steps a step: {many['tokens_per_s']:,.0f} "
                   f"tokens/s, mfu palm {palm}")
+    for label, why in case["failed"].items():
+        print(f"{label}: {why}")
     for share in case["shares"]:
         print(f"{share['backend']} with {share['change']}: {share['more_ms']:+.2f} ms a step, "
               f"{100 * share['more_of_step']:+.1f} %")

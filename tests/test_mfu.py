@@ -206,6 +206,31 @@ def test_a_speed_above_the_peak_is_an_error_not_a_figure(monkeypatch, tmp_path):
     assert not (tmp_path / "x.json").exists()
 
 
+def test_a_variant_that_fails_or_learns_otherwise_is_named_and_the_others_are_timed(
+        weights, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("launch failed\nmore")
+
+    first, *others = (peers.ours(CONFIG, weights, CPU, torch.float32, name=name)
+                      for name in ("broken", "ours", "wrong", "theirs"))
+    wrong, forward = others[1], others[1].loss
+    first.loss, wrong.loss = fails, lambda *batch: 2 * forward(*batch)
+    monkeypatch.setitem(mfu.CASES, "tiny", (CONFIG, 2))
+    monkeypatch.setattr(mfu, "build_variants", lambda *_, **__: [first, *others])
+    out = tmp_path / "mfu.json"
+    assert mfu.main(Options(device="cpu", dtype="float32", cases="tiny", compile=False, steps=1,
+                            out=str(out))) == 1
+    case = json.loads(out.read_text())["cases"]["tiny"]
+    assert list(case["variants"]) == ["ours", "theirs"]
+    assert case["failed"]["broken"] == "RuntimeError: launch failed"
+    assert "where ours has" in case["failed"]["wrong"]
+    assert "broken: RuntimeError: launch failed" in capsys.readouterr().out
+    assert first.optimizer.param_groups[0]["lr"] == peers.OPTIM.learning_rate
+    monkeypatch.setattr(mfu, "build_variants", lambda *_, **__: [first])
+    with pytest.raises(ValueError, match="no variant runs: .*launch failed"):
+        mfu.main(Options(device="cpu", dtype="float32", cases="tiny", out=str(out)))
+
+
 def test_a_given_peak_is_that_of_any_device():
     row = mfu.speed(CONFIG, 24, Timing((1.0,)), CPU, Options(peak_tflops=2.0))
     assert row["tokens_per_s"] == 24_000

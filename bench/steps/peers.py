@@ -45,10 +45,11 @@ class Variant:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        loss = self.step(idx, targets)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        return loss
+        try:
+            return self.step(idx, targets)
+        finally:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def bytes_held(self) -> int:
         """Bytes of weights and optimizer state; another variant may share them."""
@@ -213,16 +214,21 @@ def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: tor
     return Variant(name, model, loss, optimizer, device, dtype)
 
 
-def agree(variants: list[Variant], idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """The losses of all variants on one batch. Raises ValueError if one is not like the first."""
+def agree(variants: list[Variant], idx: Tensor, targets: Tensor) -> None:
+    """Raise ValueError if the loss of a variant on one batch is not like that of the first."""
     losses = {variant.name: variant.evaluate(idx, targets) for variant in variants}
-    first = variants[0]
+    for name, why in unlike(variants, losses).items():
+        raise ValueError(f"{name} {why}")
+
+
+def unlike(variants: list[Variant], losses: dict[str, float]) -> dict[str, str]:
+    """The variants whose losses, by name, are not like that of the first, and in what."""
+    first, found = variants[0], {}
     expected = losses[first.name]
     for variant in variants:
         loss = losses[variant.name]
         allowed = max(TOLERANCE[variant.dtype], TOLERANCE[first.dtype])
         if not abs(loss - expected) <= allowed:
-            raise ValueError(f"{variant.name} has loss {loss:.5f} where {first.name} has "
-                             f"{expected:.5f}, on the same weights and batch "
-                             f"(allowed: {allowed}); not timed")
-    return losses
+            found[variant.name] = (f"has loss {loss:.5f} where {first.name} has {expected:.5f}, on "
+                                   f"the same weights and batch (allowed: {allowed}); not timed")
+    return found

@@ -1,17 +1,33 @@
-"""The variants that bench/mfu.py measures: our backends and the peers, all on the same weights."""
+"""What bench/mfu.py measures: its cases, and their variants, ours and the peers', on equal weights."""
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from bench.ops.cases import GPT2
 from bench.steps import peers
 from bench.steps.peers import Variant
 from gpt import GPTConfig
 from kernels import FAMILIES, resolve
 
+# name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run
+# there: the "macbook" command of nanoGPT's README, its shakespeare_char (12 to 16 s a step in
+# nanoGPT), and one sequence of GPT-2.
+GPU_CASES = {
+    name: (replace(shape, vocab_size=50304, bias=False, activation="gelu"), 16)
+    for name, shape in GPT2.items()
+}
+CPU_CASES = {
+    "macbook": (GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128), 12),
+    "shakespeare_char": (GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384,
+                                   dropout=0.2), 64),
+    "124M_one": (GPU_CASES["124M"][0], 1),
+}
+CASES = GPU_CASES | CPU_CASES
 PEERS = ("transformers", "liger")
 
 
