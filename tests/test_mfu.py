@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -17,7 +18,8 @@ from common import hardware
 from gpt import GPT, GPTConfig
 from gpt.flops import flops_per_token
 from kernels import load
-from tests.numerics import DEVICE
+from tests.conftest import every_architecture
+from tests.numerics import DEVICE, stirred
 
 CONFIG = GPTConfig(block_size=8, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 CPU = torch.device("cpu")
@@ -89,12 +91,18 @@ def test_a_peer_with_another_loss_is_refused_with_both_values(loss, value, weigh
         peers.agree([ours, broken], *batch)
 
 
-def test_liger_is_given_what_it_takes(weights, batch, monkeypatch):
-    """liger-kernel 0.8's interface: its norm needs a bias, its loss ignores -100 by default."""
+@every_architecture
+def test_liger_is_given_what_it_takes(architecture, batch, monkeypatch):
+    """liger-kernel 0.8's interface: its norm needs a bias, its loss ignores -100 by default.
+
+    The cap is one that changes the loss.
+    """
     def fused(input, weight, target, bias=None, ce_weight=None, ignore_index=-100,
-              lse_square_scale=0.0, label_smoothing=0.0, reduction="mean"):
-        return F.cross_entropy(input @ weight.T, target, ignore_index=ignore_index,
-                               reduction=reduction)
+              lse_square_scale=0.0, label_smoothing=0.0, reduction="mean", softcap=None):
+        logits = input @ weight.T
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 
     functional = ModuleType("liger_kernel.transformers.functional")
     functional.liger_layer_norm = lambda X, W, B, eps: F.layer_norm(X, W.shape, W, B.view(-1), eps)
@@ -105,11 +113,24 @@ def test_liger_is_given_what_it_takes(weights, batch, monkeypatch):
         sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
     batch[1, 0, :3] = -1
-    ours = peers.ours(CONFIG, weights, CPU, torch.float32)
-    theirs = peers.ours(CONFIG, weights, CPU, torch.float32, name="Liger",
+    config = replace(CONFIG, architecture=architecture,
+                     **({"logit_cap": 0.1} if architecture == "nanochat" else {}))
+    torch.manual_seed(0)
+    ours = peers.ours(config, stirred(GPT(config)).state_dict(), CPU, torch.float32)
+    theirs = peers.ours(config, {}, CPU, torch.float32, name="Liger",
                         kernels=peers.liger_kernels(), like=ours)
     peers.agree([ours, theirs], *batch)
     assert theirs.module.kernels.attention_qkv is ours.module.kernels.attention_qkv
+
+
+@pytest.mark.parametrize("other", [{"architecture": "nanochat"}, {"tie_weights": False}], ids=str)
+def test_models_that_a_peer_does_not_have_are_refused(other, weights, tmp_path):
+    (tmp_path / "model.py").touch()
+    here = replace(CONFIG, **other), weights, CPU, torch.float32
+    with pytest.raises(ValueError, match="nanoGPT is GPT-2 with a tied head, this is .*=False"):
+        peers.nanogpt(tmp_path, *here)
+    with pytest.raises(ValueError, match="transformers' GPT2LMHeadModel is GPT-2"):
+        peers.transformers_gpt2(*here)
 
 
 def test_a_folder_without_nanogpt_is_refused(weights, tmp_path):

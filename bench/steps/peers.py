@@ -114,7 +114,8 @@ def liger_kernels() -> Kernels:
     """Liger's layer norm and losses among PyTorch's operators; written for liger-kernel 0.8.
 
     It has no residual add beside a layer norm (only beside RMSNorm) and no attention. Its norm
-    needs a bias, which is zero here where ours has none.
+    needs a bias, which is zero here where ours has none; its RMS norm needs a weight, which
+    nanochat's has not, so that RMS norms are PyTorch's.
     """
     from liger_kernel.transformers.functional import (
         liger_cross_entropy,
@@ -134,10 +135,10 @@ def liger_kernels() -> Kernels:
                       ignore_index: int = -1) -> Tensor:
         return liger_cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)
 
-    def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
-                             ignore_index: int = -1) -> Tensor:
+    def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, cap: float = 0.0,
+                             reduction: str = "mean", ignore_index: int = -1) -> Tensor:
         return liger_fused_linear_cross_entropy(x, weight, targets, reduction=reduction,
-                                                ignore_index=ignore_index)
+                                                ignore_index=ignore_index, softcap=cap or None)
 
     return load("torch")._replace(layernorm=layernorm, add_layernorm=add_layernorm,
                                   cross_entropy=cross_entropy,
@@ -149,12 +150,13 @@ def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor],
             compiled: bool = False, like: Variant | None = None) -> Variant:
     """The model.py and optimizer of a nanoGPT checkout; `like` as in `ours`.
 
-    Raises ValueError if `folder` has no model.py, or for a tanh GELU.
+    Raises ValueError if `folder` has no model.py, or for what nanoGPT does not have.
     """
     file = Path(folder) / "model.py"
     if not file.is_file():
         raise ValueError(f"--nanogpt={folder}: no model.py there; clone nanoGPT and "
                          "give its folder")
+    only_gpt2(config, "nanoGPT")
     if config.activation != "gelu":
         raise ValueError(f"nanoGPT has no {config.activation}; measure it with activation=gelu")
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
@@ -187,6 +189,7 @@ def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: tor
                       dtype: torch.dtype, *, name: str = "transformers", compiled: bool = False,
                       like: Variant | None = None) -> Variant:
     """transformers' GPT2LMHeadModel, PyTorch's fused attention and AdamW; `like` as in `ours`."""
+    only_gpt2(config, "transformers' GPT2LMHeadModel")
     from transformers import GPT2Config, GPT2LMHeadModel
 
     activation = "gelu_new" if config.activation == "gelu_tanh" else "gelu"
@@ -212,6 +215,13 @@ def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: tor
 
     optimizer = like.optimizer if like else optim.build(model, OPTIM)
     return Variant(name, model, loss, optimizer, device, dtype)
+
+
+def only_gpt2(config: GPTConfig, peer: str) -> None:
+    """Raise ValueError for a model that `peer` does not have."""
+    if config.architecture != "gpt2" or not config.tied:
+        raise ValueError(f"{peer} is GPT-2 with a tied head, this is "
+                         f"{config.architecture} with tie_weights={config.tied}; leave it out")
 
 
 def agree(variants: list[Variant], idx: Tensor, targets: Tensor) -> None:
