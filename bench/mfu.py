@@ -24,6 +24,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,8 +138,9 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
     profiled = None
     # Dynamo counts the variants of all modules of one class together, and runs those above its
     # limit uncompiled.
-    with fresh_cache(), torch._dynamo.config.patch(recompile_limit=256,
-                                                   fail_on_recompile_limit_hit=True):
+    limits = torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+    # a fresh cache has none of our Triton kernels either: eager variants need not wait for them
+    with fresh_cache() if options.compile else nullcontext(), limits:
         rows, failed = first_steps(variants, idx, targets)
         variants = [v for v in variants if v.name in rows]
         torch._dynamo.reset()
