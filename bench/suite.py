@@ -2,7 +2,8 @@
 
 The parts, the most important first: the tests that need a GPU; operators against peers and floor,
 family by family; GPT-2 124M's step, eager and where it goes, then compiled; launch settings; the
-other sizes; whether the kernels learn as PyTorch's do; memory by batch size. Each part is a process with a share of the time that is left. A part that takes longer is killed, one
+other sizes; whether the kernels learn as PyTorch's do; memory by batch size. Each
+part is a process with a share of the time that is left. A part that takes longer is killed, one
 that fails is recorded, and the next one runs. Each part writes its JSON and log to --out as soon as
 it ends, and as far as it came; suite-DEVICE.json has all of it in one file.
 

@@ -97,7 +97,7 @@ def test_a_backend_without_a_kernel_is_named():
     assert not found.refused and not found.failed
 
 
-.mark.parametrize("error", [RuntimeError("launch failed"), *TRITON_ERRORS], ids=repr)
+@pytest.mark.parametrize("error", [RuntimeError("launch failed"), *TRITON_ERRORS], ids=repr)
 def test_a_failure_of_ours_fails_the_command_and_leaves_the_others(error, tmp_path, monkeypatch,
                                                                    capsys):
     def fails(*_):

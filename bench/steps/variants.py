@@ -1,4 +1,4 @@
-"""What bench/mfu.py measures: its cases, and their variants, ours and the peers', on equal weights."""
+"""The cases of bench/mfu.py and their variants, ours and the peers', on the same weights."""
 
 import importlib.util
 from collections.abc import Callable
