@@ -7,8 +7,9 @@ Letters: L layers, d width, T sequence length, V vocabulary; for one operator B 
 head dimension, M rows, N features. All is arithmetic; nothing here is measured.
 
 The floor of a step assumes: residual stream and activations are bf16; each tensor is read once and
-written once; residual add, GELU and biases are fused into a matrix product; the gradient of the
-logits overwrites the logits.
+written once; residual add, activation function and biases are fused into a matrix product, the norm
+and rotation of queries and keys into attention, a cap into the loss; the gradient of the logits
+overwrites the logits. The optimizer is AdamW.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from gpt.flops import count_params
 # fp32 AdamW, per parameter: weight, gradient and two moments read, all but the gradient written
 # (28); the gradient read once more for the norm to clip by (4)
 OPTIMIZER_BYTES = 32
+# per element of the stream where it starts, bf16: a row of the embedding read, x written, its
+# gradient read; nanochat norms the row, and so reads it again in backward
+EMBEDDING_BYTES = {"gpt2": 6, "nanochat": 8}
 CATEGORIES = ("matmul", "attention", "norm", "cross-entropy", "embedding", "optimizer")
 
 
@@ -76,8 +80,11 @@ def step_parts(c: GPTConfig, tokens_per_step: int = 2**19) -> list[Part]:
     """The work per token of forward, backward and optimizer, in the waterfall picture's order.
 
     The optimizer's cost is divided by the `tokens_per_step` of an optimizer step; 2^19 is the
-    number of nanoGPT and llm.c.
+    number of nanoGPT and llm.c. Raises ValueError for an architecture whose work is not known.
     """
+    if c.architecture not in EMBEDDING_BYTES:
+        raise ValueError(f"no floor of architecture={c.architecture}, only of "
+                         f"{' and '.join(EMBEDDING_BYTES)}: say its work in bench/floors.py")
     L, d, V, T = c.n_layer, c.n_embd, c.vocab_size, c.block_size
     return [
         Part("matmuls of the blocks", "matmul", Work(flops=6 * 12 * L * d**2)),
@@ -85,12 +92,11 @@ def step_parts(c: GPTConfig, tokens_per_step: int = 2**19) -> list[Part]:
         Part("attention forward", "attention", Work(flops=2 * L * d * T)),
         Part("attention backward", "attention", Work(flops=5 * L * d * T)),
         # 2 L + 1 norms, each with 6 bf16 tensors of width d: x and y forward; backward dy, x, and
-        # the residual stream's gradient read and written
+        # the residual stream's gradient read and written; the weights are too few to count
         Part("norms and residual", "norm", Work(bytes=12 * d * (2 * L + 1))),
         # bf16: logits read, their gradient written
         Part("cross-entropy", "cross-entropy", Work(bytes=4 * V)),
-        # bf16: a row read, x written; its gradient read
-        Part("embedding", "embedding", Work(bytes=6 * d)),
+        Part("embedding", "embedding", Work(bytes=EMBEDDING_BYTES[c.architecture] * d)),
         Part("optimizer", "optimizer",
              Work(bytes=OPTIMIZER_BYTES * parameters(c) / tokens_per_step)),
     ]

@@ -6,10 +6,13 @@
     python bench/mfu.py --backends=torch,triton,triton+attention=torch
 
 A step is forward, backward, gradient clipping and the optimizer, on a fixed batch. All variants run
-in one process, in turns. Before anything is timed, their losses on the same weights and batch must
-agree. A backend is a name that kernels.load takes, or one with families replaced:
-`triton+attention=torch` is triton with PyTorch's attention. Its difference from `triton` is the
-share of the attention.
+in one process, in turns; on a GPU a turn is 0.2 s of steps, between which the host does not wait.
+A variant that fails, or whose loss on the same weights and batch is another, is not timed. In a
+step of one micro-batch the optimizer weighs more than in training: --accumulated_tokens=524288 also
+times steps of 0.5 million tokens, as nanoGPT and llm.c train GPT-2.
+
+A backend is a name that kernels.load takes, or one with families replaced: `triton+attention=torch`
+is triton with PyTorch's attention. Its difference from `triton` is the share of the attention.
 
 The cold start of a compiled variant is its first step with an empty compiler cache; the warm start
 is the first step after forgetting the compiled code but not the cache. Our own Triton kernels stay
@@ -18,46 +21,34 @@ weights, optimizer state, and the most a step adds.
 """
 
 import gc
-import importlib.util
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from bench.ops.cases import GPT2
+from bench.ops.check import failures, reason
 from bench.options import named
 from bench.steps import peers
 from bench.steps.peers import Variant
 from bench.steps.profile_step import profile_all
-from bench.timing import environment, machine, measure, result_path, write_result
+from bench.steps.variants import CASES, CPU_CASES, GPU_CASES, PEERS, backends, build_variants
+from bench.timing import Timing, environment, machine, measure, result_path, write_result
 from common import cli, hardware
-from common.bounds import Must, Positive
+from common.bounds import Must, NonNegative, NonNegativeFloat, Positive
 from gpt import GPT, GPTConfig
 from gpt.flops import mfu
-from kernels import FAMILIES, resolve
+from gpt.peaks import peak_tflops
 
-# name: (shape, batch). On a GPU GPT-2's sizes as nanoGPT trains them; on a CPU what people run
-# there: the "macbook" command of nanoGPT's README, its shakespeare_char (12 to 16 s a step in
-# nanoGPT), and one sequence of GPT-2.
-GPU_CASES = {
-    name: (replace(shape, vocab_size=50304, bias=False, activation="gelu"), 16)
-    for name, shape in GPT2.items()
-}
-CPU_CASES = {
-    "macbook": (GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128), 12),
-    "shakespeare_char": (GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384,
-                                   dropout=0.2), 64),
-    "124M_one": (GPU_CASES["124M"][0], 1),
-}
-CASES = GPU_CASES | CPU_CASES
-PEERS = ("transformers", "liger")
+BURST_MS = 200.0  # of steps on a GPU, after which the host waits for it
+ACCUMULATED_REPEATS = 3  # of a step with many micro-steps, which is itself a mean
 
 BatchSize = Annotated[int | Literal["auto"],
                       Must("be auto or at least 0", lambda n: n == "auto" or n >= 0)]
@@ -85,16 +76,25 @@ class Options:
     """folder of a nanoGPT checkout to measure against"""
     steps: Positive = 10
     """timed steps of each"""
+    accumulated_tokens: NonNegative = 0
+    """also time optimizer steps of about so many tokens, in micro-steps of the batch; 0: no"""
     compile: bool = True
     """measure compiled variants, too"""
+    warm_start: bool = True
+    """measure their warm starts, too, for which all compile once more"""
+    peak_tflops: NonNegativeFloat = 0.0
+    """of the GPU in dense bf16, for the MFU; 0: that of its name, where known (gpt/peaks.py)"""
     profile: bool = False
     """also measure where a step of each goes; writes Chrome traces beside the result"""
     out: str = ""
     """JSON file for the result; empty: bench/results/mfu-MACHINE.json"""
 
 
-def main(options: Options) -> dict:
-    """Measure every case and print a table; write the JSON after each case."""
+def main(options: Options) -> int:
+    """Measure every case and print a table; write the JSON after each case.
+
+    1 if a variant failed, or was refused for its loss; the others are measured all the same.
+    """
     device = hardware.resolve_device(options.device)
     if device.type == "cpu":
         hardware.keep_freed_memory()  # as the trainer does; the peers gain by it, too
@@ -114,7 +114,7 @@ def main(options: Options) -> dict:
         write_result(out, result)
         show(name, result["cases"][name])
     print(f"written to {out}")
-    return result
+    return int(any(case["failed"] for case in result["cases"].values()))
 
 
 def result_file(options: Options, device: torch.device) -> Path:
@@ -127,7 +127,10 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
     """One shape: all variants, with the same weights, checked and then timed in turns."""
     torch.manual_seed(0)
     weights = {k: v.detach().clone() for k, v in GPT(config).state_dict().items()}
-    variants = build_variants(config, weights, device, dtype, options)
+    variants = build_variants(
+        config, weights, device, dtype, ours=backends(options.backends, device),
+        others=named("peers", options.peers, PEERS) if options.peers else [],
+        nanogpt=options.nanogpt, compile_ways=[False, True] if options.compile else [False])
     del weights
     if options.batch_size == "auto":
         batch = largest_batch(partial(fits, variants, config), limit=512)
@@ -135,42 +138,96 @@ def measure_case(config: GPTConfig, batch: int, device: torch.device, dtype: tor
     profiled = None
     # Dynamo counts the variants of all modules of one class together, and runs those above its
     # limit uncompiled.
-    with fresh_cache(), torch._dynamo.config.patch(recompile_limit=256,
-                                                   fail_on_recompile_limit_hit=True):
-        cold = first_steps(variants, idx, targets)
+    limits = torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+    # a fresh cache has none of our Triton kernels either: eager variants need not wait for them
+    with fresh_cache() if options.compile else nullcontext(), limits:
+        rows, failed = first_steps(variants, idx, targets)
+        variants = [v for v in variants if v.name in rows]
         torch._dynamo.reset()
-        warm = first_steps([v for v in variants if v.compiled], idx, targets)
-        losses = peers.agree(variants, idx, targets)
+        warm = {v.name: rehearse_s(v, idx, targets)
+                for v in variants if v.compiled and options.warm_start}
         memory = {v.name: peak_memory_bytes(v, idx, targets) for v in variants}
-        steps = {v.name: (lambda v=v: v.step(idx, targets).item()) for v in variants}
-        timings = measure(steps, device=device, warmup=1, repeats=options.steps)
+        found = time_steps(variants, config, idx, targets, options)
+        many = accumulated(variants, config, idx, targets, options)
         if options.profile:
             folder = result_file(options, device).parent
             profiled = profile_all(variants, config, idx, targets, folder)
-    rows = {}
-    for variant in variants:
-        name, tokens_per_s = variant.name, idx.numel() / timings[variant.name].median_ms * 1e3
-        rows[name] = {
-            "dtype": str(variant.dtype).removeprefix("torch."), "compiled": variant.compiled,
-            "backend": variant.backend, "loss": losses[name], "step": timings[name],
-            "tokens_per_s": tokens_per_s,
-            **mfu(config, tokens_per_s, hardware.device_name(device)),
-            "peak_memory_bytes": memory[name], "cold_start_s": cold[name],
-            "warm_start_s": warm.get(name)}
-    del variants, steps
+    for v in variants:
+        rows[v.name] |= {
+            "dtype": str(v.dtype).removeprefix("torch."), "compiled": v.compiled,
+            "backend": v.backend, **found[v.name], "accumulated": many.get(v.name),
+            "peak_memory_bytes": memory[v.name], "warm_start_s": warm.get(v.name)}
+    del variants
     gc.collect()
-    return {"config": config, "batch_size": batch, "variants": rows, "shares": shares(rows),
-            "profile": profiled}
+    return {"config": config, "batch_size": batch, "variants": rows, "failed": failed,
+            "shares": shares(rows), "profile": profiled}
 
 
-def first_steps(variants: list[Variant], idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """Seconds of a rehearsed step of each; it compiles what is not compiled yet."""
-    seconds = {}
+def time_steps(variants: list[Variant], config: GPTConfig, idx: Tensor, targets: Tensor,
+               options: Options, micro_steps: int = 1, repeats: int = 0) -> dict[str, dict]:
+    """The time and speed of a step of each variant, by name."""
+    device = idx.device
+    timings = measure({v.name: partial(v.step, idx, targets, micro_steps) for v in variants},
+                      device=device, warmup=1, repeats=repeats or options.steps, end_to_end=True,
+                      min_time_ms=BURST_MS if device.type == "cuda" else 0.0)
+    return {name: speed(config, micro_steps * idx.numel(), step, device, options)
+            for name, step in timings.items()}
+
+
+def accumulated(variants: list[Variant], config: GPTConfig, idx: Tensor, targets: Tensor,
+                options: Options) -> dict[str, dict]:
+    """`time_steps` of about --accumulated_tokens, where they are more than a batch; else {}."""
+    micro_steps = round(options.accumulated_tokens / idx.numel())
+    if micro_steps < 2:
+        return {}
+    found = time_steps(variants, config, idx, targets, options, micro_steps, ACCUMULATED_REPEATS)
+    return {name: {"micro_steps": micro_steps, **row} for name, row in found.items()}
+
+
+def speed(config: GPTConfig, tokens: int, step: Timing, device: torch.device,
+          options: Options) -> dict:
+    """The time, tokens/s and MFUs of a step of so many tokens.
+
+    Raises ValueError for an MFU above 1.
+    """
+    name, tokens_per_s = hardware.device_name(device), tokens / step.median_ms * 1e3
+    used = mfu(config, tokens_per_s, peak_tflops(name, options.peak_tflops))
+    for formula, fraction in used.items():
+        if fraction is not None and fraction > 1:
+            raise ValueError(f"{formula} of {fraction:.2f} at {tokens_per_s:.0f} tokens/s on "
+                             f"{name}: above 100 %, so the clock or --peak_tflops is wrong")
+    return {"step": step, "tokens_per_s": tokens_per_s, **used}
+
+
+def first_steps(variants: list[Variant], idx: Tensor,
+                targets: Tensor) -> tuple[dict[str, dict], dict[str, str]]:
+    """The cold start and the loss of each variant; and of those that cannot be timed, why.
+
+    They fail, or their loss is not that of the first one that runs. Raises ValueError if all fail.
+    """
+    rows: dict[str, dict] = {}
+    failed: dict[str, str] = {}
     for variant in variants:
-        start = time.perf_counter()
-        variant.rehearse(idx, targets).item()
-        seconds[variant.name] = time.perf_counter() - start
-    return seconds
+        try:
+            rows[variant.name] = {"cold_start_s": rehearse_s(variant, idx, targets),
+                                  "loss": variant.evaluate(idx, targets)}
+        except failures() as error:
+            failed[variant.name] = reason(error)
+        print(f"{variant.name}: {failed.get(variant.name, 'runs')}", flush=True)
+    if not rows:
+        raise ValueError(f"no variant runs: {failed}")
+    if failed:
+        forget_gradients(variants)
+    ran = [v for v in variants if v.name in rows]
+    failed |= peers.unlike(ran, {name: row["loss"] for name, row in rows.items()})
+    return {name: row for name, row in rows.items() if name not in failed}, failed
+
+
+def rehearse_s(variant: Variant, idx: Tensor, targets: Tensor) -> float:
+    """Seconds of a rehearsed step; it compiles what is not compiled yet."""
+    start = time.perf_counter()
+    variant.rehearse(idx, targets).item()
+    return time.perf_counter() - start
 
 
 def peak_memory_bytes(variant: Variant, idx: Tensor, targets: Tensor) -> int | None:
@@ -216,11 +273,16 @@ def fits(variants: list[Variant], config: GPTConfig, batch: int) -> bool:
     else:
         return True
     # out of the handler, whose traceback would keep the step's tensors alive
+    forget_gradients(variants)
+    return False
+
+
+def forget_gradients(variants: list[Variant]) -> None:
+    """Free what a step that failed has left."""
     for variant in variants:
         variant.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    return False
 
 
 def shares(rows: dict[str, dict]) -> list[dict]:
@@ -241,83 +303,6 @@ def shares(rows: dict[str, dict]) -> list[dict]:
     return found
 
 
-def backends(options: Options, device: torch.device) -> list[tuple[str, str, dict[str, str]]]:
-    """(name, backend, families from elsewhere) of each of --backends.
-
-    Raises ValueError for one that is not known, or cannot run here.
-    """
-    names = options.backends.split(",") if options.backends else ["torch"]
-    if not options.backends and device.type == "cuda":
-        names += ["triton", *(f"triton+{family}=torch" for family in FAMILIES)]
-    found = []
-    for name in names:
-        backend, *changes = name.split("+")
-        families = dict(change.partition("=")[::2] for change in changes)
-        if unknown := families.keys() - FAMILIES.keys():
-            raise ValueError(f"--backends={name}: no family {min(unknown)!r}; write "
-                             f"BACKEND+FAMILY=BACKEND with {', '.join(FAMILIES)}")
-        resolve(backend, device, **families)
-        found.append((name, backend, families))
-    return found
-
-
-class Variants:
-    """Collects the variants of one case, all built on the same weights."""
-
-    def __init__(self, config: GPTConfig, weights: dict, device: torch.device,
-                 compile_ways: list[bool]) -> None:
-        self.here, self.compile_ways = (config, weights, device), compile_ways
-        self.built: list[Variant] = []
-
-    def add(self, make: Callable[..., Variant], name: str, dtype: torch.dtype, compiled: bool,
-            like: Variant | None = None, **more: Any) -> Variant:
-        """Build a variant that shares the weights of `like`."""
-        label = name + ", compiled" * compiled
-        variant = make(*self.here, dtype, name=label, compiled=compiled, like=like, **more)
-        variant.compiled = compiled
-        self.built.append(variant)
-        return variant
-
-    def both(self, make: Callable[..., Variant], name: str, dtype: torch.dtype,
-             like: Variant | None = None, **more: Any) -> None:
-        """Build a variant eager and, where compiled ones are measured, compiled."""
-        for compiled in self.compile_ways:
-            like = self.add(make, name, dtype, compiled, like, **more)
-
-
-def build_variants(config: GPTConfig, weights: dict, device: torch.device, dtype: torch.dtype,
-                   options: Options) -> list[Variant]:
-    """Ours first, on each backend; then the others, in our dtype and in their own default.
-
-    A backend with replaced families is measured compiled only, unless nothing is compiled. Raises
-    ValueError for a peer that is not known.
-    """
-    chosen = backends(options, device)
-    wanted = named("peers", options.peers, PEERS) if options.peers else []
-    compile_ways = [False, True] if options.compile else [False]
-    found = Variants(config, weights, device, compile_ways)
-    first: Variant | None = None
-    for name, backend, families in chosen:
-        label = "ours" if len(chosen) == 1 else f"ours, {name}"
-        for compiled in compile_ways[-1:] if families else compile_ways:
-            variant = found.add(peers.ours, label, dtype, compiled, first, kernels=backend,
-                                **families)
-            variant.backend = name
-            first = first or variant
-    if options.nanogpt:
-        default = dtype if device.type == "cuda" else torch.float32  # it has no autocast on a CPU
-        make = partial(peers.nanogpt, options.nanogpt)
-        if dtype != default:
-            found.add(make, f"nanoGPT, {str(dtype).removeprefix('torch.')}", dtype, False)
-        found.both(make, "nanoGPT", default)
-    if "transformers" in wanted and importlib.util.find_spec("transformers"):
-        found.both(peers.transformers_gpt2, "transformers", dtype)
-    if "liger" in wanted and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        found.both(peers.ours, "Liger's kernels in ours", dtype, first,
-                   kernels=peers.liger_kernels())
-    return found.built
-
-
 def show(name: str, case: dict) -> None:
     """Print a table of one case, with each speed as a multiple of nanoGPT's, where it is there."""
     rows = case["variants"]
@@ -331,11 +316,18 @@ def show(name: str, case: dict) -> None:
                         for k in ("mfu_palm", "mfu_causal"))
         peak = row["peak_memory_bytes"]
         memory = "n/a" if peak is None else f"{peak / 2**30:.1f}"
-        cold, warm = (f"{row[k]:.1f}" if row["compiled"] else ""
+        cold, warm = (f"{row[k]:.1f}" if row["compiled"] and row[k] is not None else ""
                       for k in ("cold_start_s", "warm_start_s"))
         ms = row["step"].median_ms
         print(f"{title:40}{row['tokens_per_s']:10,.0f}{ms:10.1f}{palm:>10}{causal:>8}{memory:>7}"
               f"{cold:>8}{warm:>8}{row['loss']:9.4f}  {rows[against]['step'].median_ms / ms:.2f}")
+    for label, row in rows.items():
+        if many := row["accumulated"]:
+            palm = "n/a" if many["mfu_palm"] is None else f"{100 * many['mfu_palm']:.1f}%"
+            print(f"{label}, {many['micro_steps']} micro-steps a step: {many['tokens_per_s']:,.0f} "
+                  f"tokens/s, mfu palm {palm}")
+    for label, why in case["failed"].items():
+        print(f"{label}: {why}")
     for share in case["shares"]:
         print(f"{share['backend']} with {share['change']}: {share['more_ms']:+.2f} ms a step, "
               f"{100 * share['more_of_step']:+.1f} %")

@@ -8,7 +8,7 @@ matrix product, or bytes over that of a large copy, both measured in this run; a
 operations count only the scores that are used. Every implementation first runs at the full shape,
 and the part that `wrong` names is compared with kernels/reference.py in fp64. A wrong one is
 refused, with its value and the right one, and is not timed. Peers that are not installed, or cannot
-run here, are named.
+run here, are named, and so is ours where it fails; the others are timed all the same.
 """
 
 import sys
@@ -25,24 +25,20 @@ from bench import floors
 from bench.aot import traffic
 from bench.floors import Rates, Work
 from bench.ops import cases
+from bench.ops.check import again, failures, reason, wrong
 from bench.ops.peers import OURS, implementations
 from bench.options import named
 from bench.timing import Timing, environment, measure, result_path, write_result
 from common import cli, hardware
 from common.bounds import NonNegativeFloat, Positive
-from kernels import calls
-from kernels.accuracy import in_fp64, inaccuracy
+from kernels import FAMILIES, calls
 from kernels.calls import Case
 
 # sequence lengths, with cases.ROWS tokens in each batch
 SWEEP = (512, 1024, 2048, 4096, 8192, 16384)
-# a loss is checked in these rows; the targets of the others are ignored, so they have no gradient
-CHECKED_ROWS = 64
 # Reads alone may run a little faster than a copy (data sheets are about 12 % above one). Anything
 # faster shows that the clock or the floor is wrong.
 IMPOSSIBLE = 1.15
-# what a peer raises that has no kernel for a shape, dtype or device
-PEERS_FAIL_WITH = (RuntimeError, TypeError, ValueError)
 PHASES = ("forward", "backward", "both")
 
 
@@ -53,6 +49,8 @@ class Options:
     device: str = "auto"
     sizes: str = ",".join(cases.GPT2)
     """of GPT-2, with commas; on a CPU one small shape stands for all"""
+    families: str = ""
+    """of operators, with commas: attention, layernorm, cross_entropy; empty: all"""
     sweep: bool = True
     """attention over sequence lengths, too"""
     batch_size: Positive = 16
@@ -66,9 +64,9 @@ class Options:
 
 
 def main(options: Options) -> int:
-    """Measure and print; write the JSON after each case. 1 if ours is wrong or a time impossible.
+    """Measure and print; write the JSON after each case. Raises ValueError for bad input.
 
-    Raises ValueError for bad input.
+    1 if ours is wrong or fails, or a time is impossible.
     """
     began = time.perf_counter()
     device = hardware.resolve_device(options.device)
@@ -89,12 +87,18 @@ def main(options: Options) -> int:
     if result["left_out"]:
         print(f"\nleft out after {options.minutes} minutes: {'; '.join(result['left_out'])}")
     print(f"written to {out}")
-    return int(any(case["impossible"] or OURS in case["refused"]
+    return int(any(case["impossible"] or OURS in case["refused"] | case["failed"]
                    for case in result["cases"].values()))
 
 
 def chosen_cases(options: Options, device: torch.device) -> list[Case]:
-    """The cases, the most important first. Raises ValueError for an unknown size."""
+    """The cases, the most important first. Raises ValueError for an unknown size or family."""
+    families = named("families", options.families, FAMILIES) if options.families else [*FAMILIES]
+    return [case for case in all_cases(options, device) if case.family in families]
+
+
+def all_cases(options: Options, device: torch.device) -> list[Case]:
+    """Those of all families."""
     if device.type == "cpu":
         return small_cases(options.sweep)
     names = named("sizes", options.sizes, cases.GPT2)
@@ -184,61 +188,6 @@ def impossible(name: str, phase: str, row: dict) -> str:
             f"of what this device can do; nothing is reported above {100 * IMPOSSIBLE:.0f} %")
 
 
-# -- check -----------------------------------------------------------------------
-
-
-def wrong(fn: Callable, case: Case, device: torch.device) -> str:
-    """Why `fn` is not accurate at the full shape, or "".
-
-    Attention is compared in its last sequence and head, norms everywhere, losses with all but
-    CHECKED_ROWS rows ignored. Sizes are Euclidean norms, so that one unlucky rounding among
-    millions of elements refuses no peer. Four units in the last place of x are allowed, because a
-    loss is a single number, in which PyTorch's own error may be 0 by chance.
-    """
-    torch.manual_seed(0)
-    args, options = calls.arguments(case, device), calls.options(case, device)
-    kept = torch.arange(case.shape[0], device=device) % max(1, case.shape[0] // CHECKED_ROWS) == 0
-    if case.family == "cross_entropy":
-        args[-1] = args[-1].where(kept, -1)
-    yardstick = calls.operator(case, "torch")
-    gradients = dict(calls.run(yardstick, _again(args), options))["gradients"]
-    got, theirs = (_results(f, _again(args), options, gradients) for f in (fn, yardstick))
-    here = _slice(case, kept)
-    exact = _results(calls.operator(case, "reference"), [in_fp64(here(a)) for a in args],
-                     options, [here(g).double() for g in gradients])
-    rounding = 4 * torch.finfo(case.dtype).eps
-    return inaccuracy(map(here, got), map(here, theirs), exact, rounding=rounding, order=2)
-
-
-def _again(args: list[Tensor]) -> list[Tensor]:
-    """Copies of arguments: some peers write over theirs."""
-    return [a.detach().clone().requires_grad_(a.requires_grad) for a in args]
-
-
-def _results(fn: Callable, args: list[Tensor], options: dict,
-             gradients: list[Tensor]) -> list[Tensor]:
-    phases = dict(calls.run(fn, args, options, gradients))
-    return [t.detach() for t in phases["forward"] + phases["backward"]]
-
-
-def _slice(case: Case, kept: Tensor) -> Callable[[Tensor], Tensor]:
-    """The part of a tensor that is compared.
-
-    Of attention, the last sequence and head, which depend on no other; of a loss, the `kept` rows
-    where a tensor has rows; of a norm, all.
-    """
-    def last(t: Tensor) -> Tensor:
-        return t[-1:, ..., -1:, :].detach().requires_grad_(t.requires_grad)
-
-    def counted(t: Tensor) -> Tensor:
-        return t[kept].detach().requires_grad_(t.requires_grad) if t.shape[:1] == kept.shape else t
-
-    if case.family == "cross_entropy":
-        assert case.shape[0] != case.shape[-1], f"{case}: rows and columns cannot be told apart"
-        return counted
-    return last if case.family == "attention" else lambda t: t
-
-
 # -- then time -------------------------------------------------------------------
 
 
@@ -259,26 +208,24 @@ class Admitted(NamedTuple):
 
     right: dict[str, Callable]
     skipped: dict[str, str]  # not installed, or no kernel here
+    failed: dict[str, str]  # ours, which has a kernel
     refused: dict[str, str]  # wrong
 
 
 def admit(case: Case, device: torch.device) -> Admitted:
     """Check every implementation of a case. Raises ValueError where memory runs out."""
-    found = Admitted({}, {}, {})
+    found = Admitted({}, {}, {}, {})
     for name, fn in implementations(case, device).items():
         if isinstance(fn, str):
             found.skipped[name] = fn
             continue
         try:
             fault = wrong(fn, case, device)
-        except PEERS_FAIL_WITH as error:
+        except failures() as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise ValueError(f"{case}, {name}: {str(error).splitlines()[0]}; give a smaller "
                                  "--batch_size") from error
-            if name == OURS:
-                raise
-            reason = str(error).strip().partition("\n")[0]
-            found.skipped[name] = f"{type(error).__name__}: {reason}"
+            (found.failed if name == OURS else found.skipped)[name] = reason(error)
             continue
         if fault:
             found.refused[name] = fault
@@ -291,9 +238,9 @@ def measure_case(case: Case, rates: Rates, device: torch.device, repeats: int) -
     """All implementations of one case: checked, then timed in turns, phase by phase."""
     # A compiled backward otherwise reuses its saved tensors' memory, and then it runs only once.
     with functorch_config.patch(donated_buffer=False):
-        right, skipped, refused = admit(case, device)
+        right, skipped, failed, refused = admit(case, device)
         args, options = calls.arguments(case, device), calls.options(case, device)
-        runs = {name: phases(fn, _again(args), options) for name, fn in right.items()}
+        runs = {name: phases(fn, again(args), options) for name, fn in right.items()}
         times = {phase: measure({name: run[phase] for name, run in runs.items()}, device=device,
                                 repeats=repeats, min_time_ms=1.0) for phase in PHASES}
     least = work(case)
@@ -309,7 +256,8 @@ def measure_case(case: Case, rates: Rates, device: torch.device, repeats: int) -
     floor = {phase: w and {"flops": w.flops, "bytes": w.bytes, "ms": w.ns(rates) * 1e-6}
              for phase, w in least.items()}
     return {"operator": case.operator, "shape": case.shape, "dtype": case.dtype, "floor": floor,
-            "variants": variants, "skipped": skipped, "refused": refused, "impossible": too_fast}
+            "variants": variants, "skipped": skipped, "failed": failed, "refused": refused,
+            "impossible": too_fast}
 
 
 def show(case: Case, found: dict) -> None:
@@ -318,7 +266,7 @@ def show(case: Case, found: dict) -> None:
     print(f"\n{case}\n{'':18}" + "".join(heads))
     for name, row in found["variants"].items():
         print(f"{name:18}" + "".join(_cells(row[phase]) for phase in PHASES))
-    for what in ("skipped", "refused"):
+    for what in ("skipped", "failed", "refused"):
         for name, why in found[what].items():
             print(f"{name:18}  {what}: {why}")
     for why in found["impossible"]:

@@ -1,7 +1,8 @@
 """Every measurement of a machine, in one command and a fixed time: `bench/suite.py --minutes=9`.
 
-The parts, the most important first: the tests that need a GPU; operators against peers and floor;
-training steps at four sizes; whether the kernels learn as PyTorch's do; memory by batch size. Each
+The parts, the most important first: the tests that need a GPU; operators against peers and floor,
+family by family; GPT-2 124M's step, eager and where it goes, then compiled; launch settings; the
+other sizes; whether the kernels learn as PyTorch's do; memory by batch size. Each
 part is a process with a share of the time that is left. A part that takes longer is killed, one
 that fails is recorded, and the next one runs. Each part writes its JSON and log to --out as soon as
 it ends, and as far as it came; suite-DEVICE.json has all of it in one file.
@@ -73,16 +74,33 @@ def parts(device: str) -> list[Part]:
 
 
 def parts_of_a_gpu() -> list[Part]:
-    """The parts on a CUDA device."""
-    def size(name: str, weight: float, *flags: str) -> Part:
-        return Part(f"mfu-{name}", ("bench/mfu.py", f"--cases={name}", "--backends=torch,triton",
-                                    *flags, "--out={out}"), weight, 60, merge_into="mfu")
+    """The parts on a CUDA device.
+
+    The compiler takes most of the time of a compiled size, so that only the smallest is compiled,
+    after it was measured eager. The JSON of the latter is replaced when the former is done.
+    """
+    def operators(family: str, weight: float) -> Part:
+        return Part(f"operators-{family}", (
+            "bench/operators.py", f"--families={family}", "--minutes={minutes}", "--out={out}"),
+            weight, 20, merge_into="operators")
+
+    def size(name: str, weight: float, *flags: str, part: str = "") -> Part:
+        return Part(part or f"mfu-{name}", (
+            "bench/mfu.py", f"--cases={name}", "--backends=torch,triton", *flags, "--out={out}"),
+            weight, 30, merge_into="mfu")
 
     return [
-        Part("ring3", ("-m", "pytest", "-m", "gpu", "-v", "--tb=short"), 1.5, 20),
-        Part("operators", ("bench/operators.py", "--minutes={minutes}", "--out={out}"), 1.5, 20),
-        size("124M", 3, "--peers=liger", "--profile=True"),
-        *(size(name, 1.5, "--peers=") for name in ("350M", "774M", "1558M")),
+        Part("ring3", ("-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--durations=20", "tests"),
+             2.5, 20),
+        operators("attention", 1.2), operators("layernorm", 1), operators("cross_entropy", 1),
+        Part("flush", ("bench/ops/flush.py", "--out={out}"), 0.3, 15),
+        size("124M", 1.5, "--compile=False", "--peers=liger", "--profile=True", part="step-124M"),
+        size("124M", 3.5, "--peers=", "--warm_start=False", "--accumulated_tokens=524288",
+             "--profile=True"),
+        Part("tune", ("bench/tune.py", "--sizes=124M", "--family=layernorm,cross_entropy",
+                      "--repeats=10", "--out={out}"), 1, 30),
+        *(size(name, 0.6, "--compile=False", "--peers=", "--steps=5")
+          for name in ("350M", "774M", "1558M")),
         Part("parity", ("bench/curves/parity.py", "--out={out}"), 1, 60),
         Part("memory", ("bench/steps/memory.py", "--out={out}"), 0.5, 15),
     ]
@@ -95,9 +113,11 @@ def parts_of_a_cpu(device: str) -> list[Part]:
         Part("ring3", (), 0, 0, skip=none),
         Part("operators", ("bench/operators.py", here, "--repeats=5", "--minutes={minutes}",
                            "--out={out}"), 1, 10),
+        Part("flush", (), 0, 0, skip=none),
         Part("mfu-macbook", ("bench/mfu.py", here, "--cases=macbook", "--steps=5",
-                             "--compile=False", "--profile=True", "--out={out}"),
-             1, 10, merge_into="mfu"),
+                             "--compile=False", "--profile=True", "--accumulated_tokens=3072",
+                             "--out={out}"), 1, 10, merge_into="mfu"),
+        Part("tune", (), 0, 0, skip=none),
         Part("parity", ("bench/curves/parity.py", here, "--out={out}"), 1, 10),
         Part("memory", (), 0, 0, skip=none),
     ]
@@ -174,7 +194,7 @@ def launch(command: list[str], log: Path, seconds: float) -> tuple[int | None, l
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                                    start_new_session=True,
-                                   env=os.environ | {"PYTHONUNBUFFERED": "1"})
+                                   env=os.environ | environ())
         try:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -185,6 +205,12 @@ def launch(command: list[str], log: Path, seconds: float) -> tuple[int | None, l
     if code is None:
         end(process)
     return code, log.read_text(errors="replace").splitlines()
+
+
+def environ() -> dict[str, str]:
+    """What a part's process needs: the checkout on its path, where it may not be installed."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
 
 def end(process: subprocess.Popen) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 from bench import operators
+from bench.ops.check import failures
 from bench.ops.peers import OURS, implementations
 from common import hardware
 from kernels import calls
@@ -34,7 +35,7 @@ def test_operator(benchmark, case, name, device, phase):
     with functorch_config.patch(donated_buffer=False):
         try:
             fault = operators.wrong(fn, case, device)
-        except operators.PEERS_FAIL_WITH as error:
+        except failures() as error:
             if name == OURS:
                 raise
             pytest.skip(str(error))

@@ -32,9 +32,11 @@ from common.hardware import cpu_has_bf16_units, cpu_units
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-FLUSH_BYTES = 256 * 2**20  # written between samples: twice the largest L2 (B200, 126 MB)
-# about 0.5 ms at 2 GHz: longer than the host needs to enqueue an operator
-HEAD_START_CYCLES = 1_000_000
+FLUSH_BYTES = 256 * 2**20  # read between samples: twice the largest L2 (B200, 126 MB)
+# A GPU starts on a sample so much later than the host: twice the time in which the host enqueues
+# the call, but not less than this, and not more.
+HEAD_START_MS = (0.5, 20.0)
+CYCLES_PER_MS = 3_000_000  # of a spinning kernel: no GPU's clock is above 3 GHz
 # a list of numbers in indented JSON: samples and curves go on one line
 NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")
 
@@ -76,8 +78,11 @@ class Timing:
 class Clock(Protocol):
     """Times calls: `prepare`, `start` and `stop` around each, then `elapsed_ms` for all at once."""
 
-    def prepare(self) -> None:
-        """Put the machine in the state that every sample starts from."""
+    def prepare(self, host_ms: float) -> None:
+        """Put the machine in the state that every sample starts from.
+
+        `host_ms`: what the host needs to enqueue the call.
+        """
 
     def start(self) -> None: ...
 
@@ -87,20 +92,29 @@ class Clock(Protocol):
         """The samples since the last call, after waiting for the device."""
 
 
-class CpuClock:
-    """perf_counter. Caches are not flushed: on a CPU they are part of what is measured."""
+class HostClock:
+    """perf_counter, from the end of all earlier work of the device to the end of the sample's.
 
-    def __init__(self) -> None:
+    Caches are not flushed: on a CPU they are part of what is measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._samples: list[float] = []
 
-    def prepare(self) -> None:
-        pass
+    def prepare(self, host_ms: float) -> None:
+        self._wait()
 
     def start(self) -> None:
         self._began = time.perf_counter()
 
     def stop(self) -> None:
+        self._wait()
         self._samples.append((time.perf_counter() - self._began) * 1e3)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def elapsed_ms(self) -> list[float]:
         samples, self._samples = self._samples, []
@@ -110,19 +124,25 @@ class CpuClock:
 class CudaClock:
     """Events on the device's current stream. They time the device's own work, without launch gaps.
 
-    Before each sample the L2 cache is overwritten, and the device is kept busy while the host
-    enqueues the call. Events are read after a whole round, so that no sample waits for the host.
-    bench/mfu.py measures end-to-end speed, with the gaps.
+    Before each sample other data is read into the L2 cache, and the device is kept busy while the
+    host enqueues the call. Overwriting the cache (flush="write") would leave it full of changed
+    lines, which the call must then write back. Events are read after a whole round, so that no
+    sample waits for the host.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    def __init__(self, device: torch.device, flush: str = "read") -> None:
+        self.device, self._writes = device, flush == "write"
+        self._flush = torch.zeros(FLUSH_BYTES // 4, device=device)
+        self._sum = torch.zeros((), device=device)
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def prepare(self) -> None:
-        self._flush.zero_()
-        torch.cuda._sleep(HEAD_START_CYCLES)
+    def prepare(self, host_ms: float) -> None:
+        if self._writes:
+            self._flush.zero_()
+        else:
+            torch.sum(self._flush, 0, out=self._sum)
+        least, most = HEAD_START_MS
+        torch.cuda._sleep(int(CYCLES_PER_MS * min(max(least, 2 * host_ms), most)))
 
     def start(self) -> None:
         pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -138,13 +158,13 @@ class CudaClock:
         return [began.elapsed_time(ended) for began, ended in events]
 
 
-def clock(device: torch.device | str) -> Clock:
+def clock(device: torch.device | str, end_to_end: bool = False, flush: str = "read") -> Clock:
     """The clock of a "cuda" or "cpu" device."""
     device = torch.device(device)
+    if device.type == "cpu" or (device.type == "cuda" and end_to_end):
+        return HostClock(device)
     if device.type == "cuda":
-        return CudaClock(device)
-    if device.type == "cpu":
-        return CpuClock()
+        return CudaClock(device, flush)
     raise ValueError(f"no clock for device {device}: benchmarks run on cuda or cpu")
 
 
@@ -152,45 +172,54 @@ def clock(device: torch.device | str) -> Clock:
 
 
 def measure(variants: Mapping[str, Callable[[], object]], *, device: torch.device | str,
-            warmup: int = 3, repeats: int = 20, min_time_ms: float = 0.0) -> dict[str, Timing]:
+            warmup: int = 3, repeats: int = 20, min_time_ms: float = 0.0,
+            end_to_end: bool = False, flush: str = "read") -> dict[str, Timing]:
     """Time each callable `repeats` times, in rounds that call each once, after `warmup` rounds.
 
     The order rotates from round to round, so that no variant always runs after the same other one.
-    On a CPU a sample repeats its call until it lasts `min_time_ms`, and is divided by the number of
-    calls. On a GPU a sample is one call: events resolve half a microsecond, and a second call would
-    find its data in the cache. Raises ValueError for repeats < 1 or warmup < 0.
+    On a CPU, and on a GPU `end_to_end`, a sample repeats its call until it lasts `min_time_ms`, and
+    is divided by the number of calls; between them nothing waits for the device, as in training.
+    Otherwise a sample on a GPU is one call, timed by `CudaClock`: events resolve half a
+    microsecond, and a second call would find its data in the cache. Raises ValueError for
+    repeats < 1 or warmup < 0.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"measure: repeats={repeats} must be at least 1, "
                          f"warmup={warmup} at least 0")
     device = torch.device(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return _measure(variants, device, warmup, repeats, min_time_ms)
+        return _measure(variants, clock(device, end_to_end, flush), warmup, repeats, min_time_ms)
 
 
-def _measure(variants: Mapping[str, Callable[[], object]], device: torch.device, warmup: int,
+def _measure(variants: Mapping[str, Callable[[], object]], stopwatch: Clock, warmup: int,
              repeats: int, min_time_ms: float) -> dict[str, Timing]:
-    stopwatch = clock(device)
     names = list(variants)
+    host_ms = dict.fromkeys(names, math.inf if warmup else 0.0)
     for _ in range(warmup):
-        for name in names:
-            variants[name]()
+        for name in names:  # the least: the first call may compile
+            host_ms[name] = min(host_ms[name], _host_ms(variants[name]))
     calls = dict.fromkeys(names, 1)
-    if device.type == "cpu" and min_time_ms > 0:
+    if min_time_ms > 0 and not isinstance(stopwatch, CudaClock):
         calls = {name: math.ceil(min_time_ms / max(_once(stopwatch, variants[name]), 1e-4))
                  for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     for i in range(repeats):
         order = names[i % len(names):] + names[:i % len(names)]
         for name in order:
-            _sample(stopwatch, variants[name], calls[name])
+            _sample(stopwatch, variants[name], calls[name], host_ms[name])
         for name, ms in zip(order, stopwatch.elapsed_ms(), strict=True):
             samples[name].append(ms / calls[name])
     return {name: Timing(tuple(samples[name])) for name in names}
 
 
-def _sample(stopwatch: Clock, fn: Callable[[], object], calls: int) -> None:
-    stopwatch.prepare()
+def _host_ms(fn: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    fn()
+    return (time.perf_counter() - began) * 1e3
+
+
+def _sample(stopwatch: Clock, fn: Callable[[], object], calls: int, host_ms: float) -> None:
+    stopwatch.prepare(host_ms)
     stopwatch.start()
     for _ in range(calls):
         fn()
@@ -198,7 +227,7 @@ def _sample(stopwatch: Clock, fn: Callable[[], object], calls: int) -> None:
 
 
 def _once(stopwatch: Clock, fn: Callable[[], object]) -> float:
-    _sample(stopwatch, fn, 1)
+    _sample(stopwatch, fn, 1, 0.0)
     return stopwatch.elapsed_ms()[0]
 
 

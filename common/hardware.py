@@ -5,12 +5,14 @@ A run's device, dtype and memory are asked for here.
 
 import ctypes
 import platform
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+Moment = float | torch.cuda.Event  # on the host's clock, or on a GPU's current stream
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -101,7 +103,7 @@ def keep_freed_memory() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, as in gpt.flops.PEAK_TFLOPS; of a CPU its model, units and threads."""
+    """The name of a GPU, as in gpt/peaks.py; of a CPU its model, units and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -110,21 +112,39 @@ def device_name(device: torch.device) -> str:
     return f"{model} ({cpu_units()}), {torch.get_num_threads()} threads"
 
 
-def read_later(values: Tensor) -> Callable[[], list[float]]:
-    """Start copying a small tensor to the host, and return a function that gives its values.
+def now(device: torch.device) -> Moment:
+    """The moment at which the device has done what it was given so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    The function waits for this copy alone, not for work that was queued on the GPU after it.
+
+def seconds_between(start: Moment, end: Moment) -> float:
+    """Seconds from one moment of a device to another, which has come."""
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float) and isinstance(end, float), "two clocks"
+        return end - start
+    return start.elapsed_time(end) / 1e3
+
+
+def read_later(values: Tensor) -> Callable[[], tuple[list[float], Moment]]:
+    """Start copying a small tensor to the host, and return a function that reads it.
+
+    The function gives the values, and the moment when the device had them. It waits for this copy
+    alone, not for work that was queued on the GPU after it.
     """
     if values.device.type != "cuda":
-        return values.tolist
+        return lambda: (values.tolist(), time.perf_counter())
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event(enable_timing=True)
     copied.record()
 
-    def read() -> list[float]:
+    def read() -> tuple[list[float], Moment]:
         copied.synchronize()
-        return host.tolist()
+        return host.tolist(), copied
 
     return read
 

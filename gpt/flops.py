@@ -1,4 +1,4 @@
-"""FLOPs per token in the two conventions in use, and the GPUs' peaks for the MFU.
+"""FLOPs per token in the two conventions in use, and the MFU by each.
 
 L layers, d width, T sequence length, w = min(T, window), or T without a window, N parameters.
 palm (PaLM, appendix B; nanoGPT): 6 N + 12 L d w, N without positions; each token meets w others,
@@ -16,16 +16,6 @@ from gpt import seam
 from gpt.config import GPTConfig, StitchedConfig
 from gpt.decoder import Decoder
 from gpt.tensors import EMBEDDING
-
-# Dense bf16 peak of the tensor cores in TFLOP/s, by device name. Source: NVIDIA's data sheets of
-# A100, H100 and H200, whose sparse figures are twice these. Any other GPU has no MFU.
-PEAK_TFLOPS = {
-    "NVIDIA H200": 989.5,
-    "NVIDIA H100 80GB HBM3": 989.5,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-}
 
 
 @functools.cache
@@ -54,17 +44,12 @@ def flops_per_token(c: GPTConfig) -> dict[str, float]:
     return {"palm": 6.0 * N + palm, "causal": 6.0 * with_positions + causal}
 
 
-def mfu(c: GPTConfig, tokens_per_s: float, device_name: str) -> dict[str, float | None]:
+def mfu(c: GPTConfig, tokens_per_s: float, peak_tflops: float | None) -> dict[str, float | None]:
     """Model FLOPs utilisation of one device: fractions "mfu_palm" and "mfu_causal".
 
-    None for an unknown device. Raises ValueError above 1: the clock or the formula is wrong.
+    None where the device's peak is not known (`peak_tflops` in gpt/peaks.py). Above 1 the clock or
+    the peak is wrong.
     """
-    peak = PEAK_TFLOPS.get(device_name)
-    result: dict[str, float | None] = {}
-    for name, flops in flops_per_token(c).items():
-        used = None if peak is None else flops * tokens_per_s / (peak * 1e12)
-        if used is not None and used > 1:
-            raise ValueError(f"mfu_{name} of {used:.2f} at {tokens_per_s:.0f} tokens/s on "
-                             f"{device_name}: above 100 %")
-        result[f"mfu_{name}"] = used
-    return result
+    return {f"mfu_{name}": None if peak_tflops is None else
+            flops * tokens_per_s / (peak_tflops * 1e12)
+            for name, flops in flops_per_token(c).items()}

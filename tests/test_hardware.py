@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from bench.timing import environment, machine
-from common.hardware import cpu_units, device_name, keep_freed_memory, resolve_dtype
+from common.hardware import (
+    cpu_units,
+    device_name,
+    keep_freed_memory,
+    now,
+    read_later,
+    resolve_dtype,
+    seconds_between,
+)
 from tests import ranks
 from tests.units import sitecustomize as units
 
@@ -101,3 +109,41 @@ def test_a_cpu_is_named_by_its_units(features, units_name, results, monkeypatch)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features | {"cpu_name": "X"})
     assert cpu_units() == units_name and device_name(CPU).startswith(f"X ({units_name}), ")
     assert machine(CPU) == results and environment(CPU)["cpu"].endswith(f"({units_name})")
+
+
+def test_numbers_of_a_gpu_come_with_the_moment_when_it_had_them(monkeypatch):
+    """By events, which a GPU reaches in turn; the host reads them later."""
+    at = [1.0]
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            self.timed = enable_timing
+
+        def record(self):
+            self.at = at[0]
+
+        def synchronize(self):
+            assert self.at is not None
+
+        def elapsed_time(self, end):
+            assert self.timed and end.timed, "CUDA refuses events without timing"
+            return 1e3 * (end.at - self.at)
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
+    start = now(torch.device("cuda"))
+    at[0] = 3.5
+    read = read_later(torch.tensor([1.0, 2.0]).as_subclass(OnGpu))
+    at[0] = 9.0
+    values, end = read()
+    assert values == [1.0, 2.0] and seconds_between(start, end) == 2.5
+
+
+def test_numbers_of_a_cpu_come_with_the_moment_when_they_are_read():
+    start = now(CPU)
+    values, end = read_later(torch.tensor([1.0]))()
+    assert values == [1.0] and 0 <= seconds_between(start, end) < 10

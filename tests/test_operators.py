@@ -15,6 +15,13 @@ from kernels.calls import Case
 
 CPU = torch.device("cpu")
 FP32 = torch.float32
+
+try:
+    from triton import TritonError
+except ImportError:
+    TRITON_ERRORS = []
+else:
+    TRITON_ERRORS = [TritonError("launch failed")]
 SMALL = [Case("attention_qkv", (2, 16, 2, 8), FP32), Case("attention", (2, 16, 2, 8), FP32),
          Case("layernorm", (16, 16), FP32), Case("add_layernorm", (12, 16), FP32),
          Case("attention_qkv", (2, 16, 2, 16), FP32, "rotary"),
@@ -84,20 +91,27 @@ def test_a_refused_one_is_not_timed(monkeypatch):
 
 
 def test_a_backend_without_a_kernel_is_named():
-    right, skipped, refused = operators.admit(SMALL[1], CPU)
-    assert {"torch", "reference", "SDPA flash"} <= set(right) and not refused
-    assert {OURS, "flash-attn"} <= set(skipped)
-    assert all(skipped.values())
+    found = operators.admit(SMALL[1], CPU)
+    assert {"torch", "reference", "SDPA flash"} <= set(found.right)
+    assert {OURS, "flash-attn"} <= set(found.skipped) and all(found.skipped.values())
+    assert not found.refused and not found.failed
 
 
-def test_a_failure_of_ours_is_no_reason_to_skip_it(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("launch failed"), *TRITON_ERRORS], ids=repr)
+def test_a_failure_of_ours_fails_the_command_and_leaves_the_others(error, tmp_path, monkeypatch,
+                                                                   capsys):
     def fails(*_):
-        raise RuntimeError("launch failed")
+        raise error
 
-    found = {OURS: fails, "torch": calls.operator(SMALL[2], "torch")}
+    case, out = SMALL[2], tmp_path / "o.json"
+    found = {OURS: fails, "torch": calls.operator(case, "torch")}
     monkeypatch.setattr(operators, "implementations", lambda *_: found)
-    with pytest.raises(RuntimeError, match="launch failed"):
-        operators.admit(SMALL[2], CPU)
+    monkeypatch.setattr(operators, "chosen_cases", lambda *_: [case])
+    assert operators.main(operators.Options(device="cpu", repeats=2, out=str(out))) == 1
+    row = json.loads(out.read_text())["cases"][str(case)]
+    assert row["failed"] == {OURS: f"{type(error).__name__}: launch failed"}
+    assert list(row["variants"]) == ["torch"] and not row["skipped"]
+    assert "failed: " in capsys.readouterr().out
 
 
 def test_speed_is_work_over_time():
@@ -165,6 +179,13 @@ def test_out_of_time_is_said(tmp_path, monkeypatch, capsys):
 def test_an_unknown_size_is_named():
     with pytest.raises(ValueError, match="125M"):
         operators.chosen_cases(operators.Options(sizes="125M"), torch.device("cuda"))
+    with pytest.raises(ValueError, match="'norms'"):
+        operators.chosen_cases(operators.Options(families="norms"), CPU)
+
+
+def test_families_are_chosen():
+    chosen = operators.chosen_cases(operators.Options(families="layernorm,attention"), CPU)
+    assert {case.family for case in chosen} == {"layernorm", "attention"}
 
 
 def test_a_gpu_measures_four_sizes_and_six_lengths():

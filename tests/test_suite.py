@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import time
 
 import pytest
@@ -26,6 +27,14 @@ def test_a_part_that_ends_well_has_its_result(tmp_path):
     found = outcome(Part("x", WRITES, 1, 0), tmp_path)
     assert (found.status, found.result) == ("passed", {"cases": {"a": 1}})
     assert (tmp_path / "x-cpu.json").exists() and (tmp_path / "x.log").read_text() == "done\n"
+
+
+def test_a_part_finds_the_checkout_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/wheels")
+    shows = Part("x", ("-c", "import os; print(os.environ['PYTHONPATH'])"), 1, 0)
+    assert outcome(shows, tmp_path).log == [f"{suite.ROOT}{os.pathsep}/wheels"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert outcome(shows, tmp_path).log == [str(suite.ROOT)]
 
 
 def test_a_part_that_fails_is_told_with_its_last_line(tmp_path):
@@ -88,6 +97,18 @@ def test_every_part_is_a_file_of_this_checkout_with_flags_it_knows(device):
             options = importlib.import_module(module).Options
             flags = {word[2:].partition("=")[0] for word in part.command[1:]}
             assert flags <= set(options.__dataclass_fields__), part.name
+
+
+def test_a_gpus_parts_begin_with_what_costs_least_and_tells_most():
+    names = [part.name for part in suite.parts("cuda")]
+    assert names[:6] == ["ring3", "operators-attention", "operators-layernorm",
+                         "operators-cross_entropy", "flush", "step-124M"]
+    eager, compiled = (next(p for p in suite.parts("cuda") if p.name == name)
+                       for name in ("step-124M", "mfu-124M"))
+    assert "--compile=False" in eager.command and "--compile=False" not in compiled.command
+    assert all("--profile=True" in part.command for part in (eager, compiled))
+    merged = {part.merge_into for part in suite.parts("cuda") if part.name.startswith("operators")}
+    assert merged == {"operators"}
 
 
 def test_an_unknown_part_is_named():

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from bench import timing
+from bench.ops import flush
 from bench.timing import Timing, clock, environment, measure, write_result
+from kernels.calls import Case
 from tests.numerics import DEVICE
 
 
@@ -19,7 +21,7 @@ class FakeClock:
     def __init__(self):
         self.now, self.prepared, self.samples = 0.0, 0, []
 
-    def prepare(self):
+    def prepare(self, host_ms):
         self.prepared += 1
         self.now += 1000.0  # flushing takes long, and must not be counted
 
@@ -37,7 +39,7 @@ class FakeClock:
 @pytest.fixture
 def fake_clock(monkeypatch):
     fake = FakeClock()
-    monkeypatch.setattr(timing, "clock", lambda device: fake)
+    monkeypatch.setattr(timing, "clock", lambda *_: fake)
     return fake
 
 
@@ -138,3 +140,112 @@ def test_a_result_that_fails_to_encode_leaves_the_old_file_whole(tmp_path, bad):
         write_result(path, {"a": [1] * 10_000, "b": bad})
     assert json.loads(path.read_text()) == {"good": 1}
     assert os.listdir(tmp_path) == ["r.json"], "no partial file left behind"
+
+
+# -- a GPU's clock, on a GPU that is made up -------------------------------------
+
+
+class FakeGpu:
+    """The host's time and the device's, in ms: a launch takes both, and the host runs ahead."""
+
+    def __init__(self):
+        self.host, self.device, self.slept = 0.0, 0.0, []
+
+    def launch(self, host_ms, device_ms):
+        self.host += host_ms
+        self.device = max(self.device, self.host) + device_ms
+
+    def sleep(self, cycles):
+        self.slept.append(cycles / timing.CYCLES_PER_MS)
+        self.launch(0.0, self.slept[-1])
+
+    def synchronize(self, _):
+        self.host = max(self.host, self.device)
+
+    def operator(self, launches, host_ms, device_ms):
+        return lambda: [self.launch(host_ms, device_ms) for _ in range(launches)]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeGpu()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = max(fake.host, fake.device)
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", fake.sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", fake.synchronize)
+    monkeypatch.setattr(time, "perf_counter", lambda: fake.host / 1e3)
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 64)
+    return fake
+
+
+def timed(gpu, variants, stopwatch=None, **options):
+    stopwatch = stopwatch or timing.CudaClock(torch.device("cpu"))
+    options = {"warmup": 2, "repeats": 3, "min_time_ms": 0.0} | options
+    return {name: t.samples for name, t in timing._measure(variants, stopwatch, **options).items()}
+
+
+def test_a_slow_host_is_not_in_a_kernels_time(gpu, monkeypatch):
+    """Forward and backward of a custom operator: four launches, 0.3 ms of the host each.
+
+    A head start that does not follow from the call's host time leaves gaps between the kernels.
+    """
+    variants = {"slow host": gpu.operator(4, 0.3, 0.05), "quick": gpu.operator(1, 0.01, 2.0)}
+    assert timed(gpu, variants)["slow host"] == pytest.approx([0.2] * 3)
+    assert timed(gpu, variants)["quick"] == pytest.approx([2.0] * 3)
+    monkeypatch.setattr(timing, "HEAD_START_MS", (0.5, 0.5))
+    assert max(timed(gpu, variants)["slow host"]) > 0.7, "the made-up GPU shows the gaps"
+
+
+@pytest.mark.parametrize(("host_ms", "head_start"), [(0.0, 0.5), (0.4, 0.8), (3.0, 6.0),
+                                                     (500.0, 20.0)])
+def test_the_head_start_is_twice_the_hosts_time_within_bounds(gpu, host_ms, head_start):
+    timed(gpu, {"x": gpu.operator(1, host_ms, 0.1)})
+    assert gpu.slept == pytest.approx([head_start] * 3)
+
+
+def test_a_call_that_compiles_first_has_the_head_start_of_the_others(gpu):
+    took = iter((900.0, 0.6, 0.7, *[0.6] * 3))
+    timed(gpu, {"x": lambda: gpu.launch(next(took), 0.1)}, warmup=3)
+    assert gpu.slept == pytest.approx([1.2] * 3)
+
+
+@pytest.mark.parametrize(("way", "left"), [("read", 3.0), ("write", 0.0)])
+def test_the_cache_is_flushed_by_reading_all_of_a_buffer(gpu, way, left):
+    """Writing leaves changed lines, whose way to memory the next kernel pays for."""
+    stopwatch = timing.CudaClock(torch.device("cpu"), flush=way)
+    stopwatch._flush.fill_(3.0)
+    stopwatch.prepare(0.0)
+    assert stopwatch._flush.tolist() == [left] * 16
+    assert stopwatch._sum.item() == (48.0 if way == "read" else 0.0)
+
+
+def test_end_to_end_has_the_gaps_and_waits_only_at_the_ends(gpu):
+    """Steps of 3 ms for the host and 2 for the device, or 1 and 5; a sample lasts 29 ms or more."""
+    stopwatch = timing.clock("cuda", end_to_end=True)
+    steps = {"host": gpu.operator(1, 3.0, 2.0), "device": gpu.operator(1, 1.0, 5.0)}
+    found = timed(gpu, steps, stopwatch, min_time_ms=29.0)
+    assert found["host"] == pytest.approx([(6 * 3 + 2) / 6] * 3), "ceil(29 / 5) calls"
+    assert found["device"] == pytest.approx([(1 + 5 * 5) / 5] * 3), "ceil(29 / 6) calls"
+    assert not gpu.slept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_the_two_flushes_are_compared_on_a_gpu_alone(monkeypatch):
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        flush.main(flush.Options())
+    ways = []
+    monkeypatch.setattr(flush, "measure", lambda variants, flush, **_: (
+        ways.append(flush), variants[""](), {"": Timing((1.0, 2.0))})[-1])
+    found = flush.compare(Case("rmsnorm", (4, 8)), torch.device("cpu"), 2)
+    assert ways == ["read", "write"] * 2
+    assert {way: t.samples for way, t in found.items()} == dict.fromkeys(ways, (1.0, 2.0) * 2)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 import types
@@ -11,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common import hardware
 from data.loader import eval_batches, windows_per_epoch
 from data.manifest import shard_entry, write_manifest
 from gpt.config import ARCHITECTURES
+from gpt.flops import flops_per_token
 from gpt.run_folder import complete_checkpoints
 from tests import ranks
 from tests.conftest import every_architecture
@@ -55,7 +58,8 @@ def test_a_run_leaves_what_scripts_rely_on(tiny_flags, capsys):
     assert run.main(tiny_flags) == 0
     lines, folder = capsys.readouterr().out.splitlines(), out(tiny_flags)
     assert any(line.startswith("step 0: train loss ") and ", val loss " in line for line in lines)
-    assert any(line.startswith("iter 0: loss ") and "ms, mfu n/a" in line for line in lines)
+    step = re.compile(r"iter 0: loss \d\.\d{4}, time \d+\.\d\dms, [\d,]+ tok/s")
+    assert any(map(step.fullmatch, lines)), "nanoGPT's line, and no MFU of a CPU"
     assert "tokens per iteration will be: 128" in lines
     evaluations = [e for e in entries(folder) if "val/loss" in e]
     assert [e["iter"] for e in evaluations] == [0, 4, 8, 12]
@@ -82,6 +86,29 @@ def test_a_steps_time_on_a_cpu_is_its_own(tiny_flags, monkeypatch):
                     types.SimpleNamespace(position=0, epoch=0.0))
     report.write_pending()
     assert [e["time_ms"] for e in entries(out(tiny_flags))] == pytest.approx([10, 20, 30])
+
+
+def test_a_steps_time_on_a_gpu_is_the_devices(tiny_flags, monkeypatch, capsys):
+    """The host runs ahead of the device, which ends a step every 40 ms.
+
+    By the host's clock the last step before an evaluation took what was left of it, and its MFU
+    exceeded 100 %, which ended the run.
+    """
+    monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(hardware, "peak_memory_bytes", lambda device: 0)
+    monkeypatch.setattr(hardware, "now", lambda device: 0.0)
+    monkeypatch.setattr(hardware, "read_later", lambda end: lambda: ([2.0, 1.0, 0.0, 0.0], end))
+    flags = [*tiny_flags, "--peak_tflops=1e-3"]
+    report = Report(parse(flags), World(), torch.device("cuda"), StopRequest())
+    report.begin(0, False)
+    for step, end in enumerate((0.04, 0.08, 0.12)):
+        report.step(step, 1e-3, end, types.SimpleNamespace(position=0, epoch=0.0))
+    report.write_pending()
+    written = entries(out(tiny_flags))
+    assert [e["time_ms"] for e in written] == pytest.approx([40, 40, 40])
+    used = flops_per_token(report.config.model)["palm"] * written[2]["tokens_per_s"] / 1e9
+    assert written[2]["mfu"] == pytest.approx(100 * used)
+    assert f"time 40.00ms, 3,200 tok/s, mfu {100 * used:.2f}%" in capsys.readouterr().out
 
 
 @every_architecture

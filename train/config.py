@@ -167,6 +167,8 @@ class RunConfig:
     """cuda, cuda:1, mps, cpu; auto: the first of cuda, mps, cpu that is there"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """of the matrix multiplications; auto: bfloat16 where the device has units for it"""
+    peak_tflops: NonNegativeFloat = 0.0
+    """of the GPU in dense bf16, for the MFU; 0: that of its name, where known (gpt/peaks.py)"""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile; auto: where it pays within the run"""
     max_skipped: Positive = 20

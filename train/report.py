@@ -5,14 +5,13 @@ Only rank 0 writes. metrics.jsonl has one JSON object a line:
   skipped (steps so far whose loss or gradient was not finite), position (windows read), epoch,
   memory_bytes (a GPU's peak);
 - after an evaluation, with nanoGPT's wandb keys: iter, train/loss, val/loss, lr, mfu.
-mfu is in percent by PaLM's formula, null where the device's peak is unknown; numbers that are not
-finite are null, too.
+mfu is in percent by PaLM's formula, null where the device's peak is unknown (--peak_tflops).
+Numbers that are not finite are null, too.
 """
 
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from common.files import atomic_write, parse_json, write_json
 from common.plot import picture
 from data.loader import Loader
 from gpt.flops import mfu
+from gpt.peaks import peak_tflops
 from train.checkpoint import METRICS
 from train.config import Config, flatten
 from train.parallel import World
@@ -41,22 +41,24 @@ class Pending(NamedTuple):
     step: int
     lr: float
     data: dict[str, float]
-    read: Callable[[], list[float]]
-    """waits for train_step's numbers and returns them"""
+    read: Callable[[], tuple[list[float], hardware.Moment]]
+    """waits for train_step's numbers; returns them and the moment when the step ended"""
 
 
 class Report:
     """Writes a run's lines and metrics.
 
     On a GPU it reads a step's numbers when the next step is launched, so that the device never
-    waits for the host.
+    waits for the host. A step's time is from the end of the one before to its own, by the device's
+    clock.
     """
 
     def __init__(self, config: Config, world: World, device: torch.device,
                  stop_request: StopRequest):
         """`stop_request` is filled in where the terminal, or the reader of stdout, is gone."""
         self.config, self.device, self.world_size = config, device, world.size
-        self.device_name, self.out_dir = hardware.device_name(device), Path(config.run.out_dir)
+        self.peak_tflops = peak_tflops(hardware.device_name(device), config.run.peak_tflops)
+        self.out_dir = Path(config.run.out_dir)
         self.speaks = world.rank == 0
         self.stop_request, self.stop_requested = stop_request, False
         self.pending: Pending | None = None
@@ -65,7 +67,7 @@ class Report:
         self.mfu: float | None = None
         self.bar: tqdm | None = None
         self.sinks: list[Callable[[dict[str, Any]], None]] = []
-        self.clock = time.perf_counter()
+        self.clock = hardware.now(self.device)
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar, on rank 0."""
@@ -100,7 +102,7 @@ class Report:
             self.bar = tqdm(total=self.config.optim.max_iters, initial=step, unit="step",
                             disable=None, dynamic_ncols=True, smoothing=0.05)
             self.sinks = open_sinks(self.config, self.say)
-        self.clock = time.perf_counter()
+        self.clock = hardware.now(self.device)
 
     def step(self, step: int, lr: float, numbers: Tensor, batches: Loader) -> None:
         """Report a step that was just launched, given train_step's numbers.
@@ -119,14 +121,13 @@ class Report:
         if self.pending is None:
             return
         (step, lr, data, read), self.pending = self.pending, None
-        loss, grad_norm, skipped, stops = read()
+        (loss, grad_norm, skipped, stops), ended = read()
         self.stop_requested |= stops > 0
         numbers = {"iter": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         self._count_skipped(skipped > 0, numbers | data)
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        seconds, self.clock = hardware.seconds_between(self.clock, ended), ended
         tokens = self.config.tokens_per_iter
-        used = mfu(self.config.model, tokens / seconds / self.world_size, self.device_name)
+        used = mfu(self.config.model, tokens / seconds / self.world_size, self.peak_tflops)
         self.mfu = used["mfu_palm"] and 100 * used["mfu_palm"]
         if not self.speaks:
             return
@@ -136,8 +137,9 @@ class Report:
                 self.bar.set_postfix_str(speed, refresh=False)
                 self.bar.update(1)
         if step % self.config.run.log_interval == 0:
-            percent = "n/a" if self.mfu is None else f"{self.mfu:.2f}%"
-            self.say(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {percent}")
+            percent = "" if self.mfu is None else f", mfu {self.mfu:.2f}%"
+            self.say(f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, "
+                     f"{tokens / seconds:,.0f} tok/s{percent}")
             self._log(numbers | {
                 "tokens_per_s": tokens / seconds, "time_ms": 1000 * seconds, "mfu": self.mfu,
                 "mfu_causal": used["mfu_causal"] and 100 * used["mfu_causal"],
@@ -176,7 +178,7 @@ class Report:
 
     def restart_clock(self) -> None:
         """Time the next step from now, after an evaluation or a save."""
-        self.clock = time.perf_counter()
+        self.clock = hardware.now(self.device)
 
     def _log(self, values: dict[str, Any]) -> None:
         """Append an entry to metrics.jsonl, with null for what is not finite, and to the sinks."""

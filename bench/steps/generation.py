@@ -53,7 +53,8 @@ def main(options: Options) -> dict:
     best.to(weights_dtype(sample, best, idx.shape[1]))
     callables = {"ours": lambda: best.generate(idx, options.new_tokens),
                  **makers(options, weights, model, idx, options.new_tokens)}
-    timings = measure(callables, device=device, warmup=1, repeats=options.repeats)
+    timings = measure(callables, device=device, warmup=1, repeats=options.repeats,
+                      end_to_end=True)
     rate = {name: options.new_tokens / timing.median_ms * 1e3 for name, timing in timings.items()}
     rows: dict[str, dict] = {name: {"time": timings[name], "tokens_per_s": rate[name]}
                              for name in timings}

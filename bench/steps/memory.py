@@ -16,8 +16,8 @@ from functools import partial
 
 import torch
 
-from bench.mfu import GPU_CASES
 from bench.steps import peers
+from bench.steps.variants import GPU_CASES
 from bench.timing import environment, result_path, write_result
 from common import cli, hardware
 from gpt import GPT, GPTConfig

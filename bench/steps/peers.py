@@ -45,10 +45,11 @@ class Variant:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        loss = self.step(idx, targets)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        return loss
+        try:
+            return self.step(idx, targets)
+        finally:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def bytes_held(self) -> int:
         """Bytes of weights and optimizer state; another variant may share them."""
@@ -56,11 +57,15 @@ class Variant:
                   for t in state.values() if isinstance(t, Tensor))
         return sum(t.nbytes for t in [*self.module.parameters(), *states])
 
-    def step(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """One training step: forward, backward, clipping, optimizer. The loss, on the device."""
-        with hardware.autocast(self.device, self.dtype):
-            loss = self.loss(idx, targets)
-        loss.backward()
+    def step(self, idx: Tensor, targets: Tensor, micro_steps: int = 1) -> Tensor:
+        """One training step: forward, backward, clipping, optimizer. The loss, on the device.
+
+        Forward and backward run `micro_steps` times, on the same batch.
+        """
+        for _ in range(micro_steps):
+            with hardware.autocast(self.device, self.dtype):
+                loss = self.loss(idx, targets)
+            (loss / micro_steps).backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), OPTIM.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -109,7 +114,8 @@ def liger_kernels() -> Kernels:
     """Liger's layer norm and losses among PyTorch's operators; written for liger-kernel 0.8.
 
     It has no residual add beside a layer norm (only beside RMSNorm) and no attention. Its norm
-    needs a bias, which is zero here where ours has none.
+    needs a bias, which is zero here where ours has none; its RMS norm needs a weight, which
+    nanochat's has not, so that RMS norms are PyTorch's.
     """
     from liger_kernel.transformers.functional import (
         liger_cross_entropy,
@@ -129,10 +135,10 @@ def liger_kernels() -> Kernels:
                       ignore_index: int = -1) -> Tensor:
         return liger_cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)
 
-    def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean",
-                             ignore_index: int = -1) -> Tensor:
+    def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, cap: float = 0.0,
+                             reduction: str = "mean", ignore_index: int = -1) -> Tensor:
         return liger_fused_linear_cross_entropy(x, weight, targets, reduction=reduction,
-                                                ignore_index=ignore_index)
+                                                ignore_index=ignore_index, softcap=cap or None)
 
     return load("torch")._replace(layernorm=layernorm, add_layernorm=add_layernorm,
                                   cross_entropy=cross_entropy,
@@ -144,12 +150,13 @@ def nanogpt(folder: str | Path, config: GPTConfig, weights: dict[str, Tensor],
             compiled: bool = False, like: Variant | None = None) -> Variant:
     """The model.py and optimizer of a nanoGPT checkout; `like` as in `ours`.
 
-    Raises ValueError if `folder` has no model.py, or for a tanh GELU.
+    Raises ValueError if `folder` has no model.py, or for what nanoGPT does not have.
     """
     file = Path(folder) / "model.py"
     if not file.is_file():
         raise ValueError(f"--nanogpt={folder}: no model.py there; clone nanoGPT and "
                          "give its folder")
+    only_gpt2(config, "nanoGPT")
     if config.activation != "gelu":
         raise ValueError(f"nanoGPT has no {config.activation}; measure it with activation=gelu")
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
@@ -182,6 +189,7 @@ def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: tor
                       dtype: torch.dtype, *, name: str = "transformers", compiled: bool = False,
                       like: Variant | None = None) -> Variant:
     """transformers' GPT2LMHeadModel, PyTorch's fused attention and AdamW; `like` as in `ours`."""
+    only_gpt2(config, "transformers' GPT2LMHeadModel")
     from transformers import GPT2Config, GPT2LMHeadModel
 
     activation = "gelu_new" if config.activation == "gelu_tanh" else "gelu"
@@ -209,16 +217,28 @@ def transformers_gpt2(config: GPTConfig, weights: dict[str, Tensor], device: tor
     return Variant(name, model, loss, optimizer, device, dtype)
 
 
-def agree(variants: list[Variant], idx: Tensor, targets: Tensor) -> dict[str, float]:
-    """The losses of all variants on one batch. Raises ValueError if one is not like the first."""
+def only_gpt2(config: GPTConfig, peer: str) -> None:
+    """Raise ValueError for a model that `peer` does not have."""
+    if config.architecture != "gpt2" or not config.tied:
+        raise ValueError(f"{peer} is GPT-2 with a tied head, this is "
+                         f"{config.architecture} with tie_weights={config.tied}; leave it out")
+
+
+def agree(variants: list[Variant], idx: Tensor, targets: Tensor) -> None:
+    """Raise ValueError if the loss of a variant on one batch is not like that of the first."""
     losses = {variant.name: variant.evaluate(idx, targets) for variant in variants}
-    first = variants[0]
+    for name, why in unlike(variants, losses).items():
+        raise ValueError(f"{name} {why}")
+
+
+def unlike(variants: list[Variant], losses: dict[str, float]) -> dict[str, str]:
+    """The variants whose losses, by name, are not like that of the first, and in what."""
+    first, found = variants[0], {}
     expected = losses[first.name]
     for variant in variants:
         loss = losses[variant.name]
         allowed = max(TOLERANCE[variant.dtype], TOLERANCE[first.dtype])
         if not abs(loss - expected) <= allowed:
-            raise ValueError(f"{variant.name} has loss {loss:.5f} where {first.name} has "
-                             f"{expected:.5f}, on the same weights and batch "
-                             f"(allowed: {allowed}); not timed")
-    return losses
+            found[variant.name] = (f"has loss {loss:.5f} where {first.name} has {expected:.5f}, on "
+                                   f"the same weights and batch (allowed: {allowed}); not timed")
+    return found

@@ -33,7 +33,7 @@ KINDS = {
     "optimizer": r"adam|optimizer|multi_tensor|foreach|vector_norm|clip_grad",
     "matmul": r"gemm|nvjet|cutlass|cublas|::(t?mm|addmm|bmm|matmul|linear)\b|mkldnn_linear",
     "embedding": r"embedding|index_select|indexing_backward",
-    "elementwise": r"gelu|dropout|elementwise|copy|memcpy|memset|fill|zero_|cat\b"
+    "elementwise": r"gelu|relu|square|tanh|dropout|elementwise|copy|memcpy|memset|fill|zero_|cat\b"
                    r"|::(add|mul|div|sum|stack|_to_copy)_?\b|triton_|cpp_fused",
 }
 CATEGORIES = (*floors.CATEGORIES, "elementwise", "rest", "idle")
