@@ -46,15 +46,20 @@ def test_a_rehearsal_leaves_the_weights_bit_for_bit(weights, batch):
     assert not torch.equal(peer.module.lm_head.weight, weights["lm_head.weight"])
 
 
-def test_a_step_of_micro_steps_has_one_optimizer_step_of_the_mean_gradient(weights, batch):
+def test_a_step_of_micro_steps_has_one_optimizer_step_of_the_mean_gradient(weights, batch,
+                                                                           monkeypatch):
+    """The gradient before it is clipped: Adam's own step hardly depends on its size."""
     once, thrice = (peers.ours(CONFIG, weights, CPU, torch.float32) for _ in range(2))
-    passes, steps = [], []
+    passes, steps, norms = [], [], []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *inputs: norms.append(clip(*inputs).item()))
     loss, step = thrice.loss, thrice.optimizer.step
     thrice.loss = lambda *inputs: passes.append(1) or loss(*inputs)
     thrice.optimizer.step = lambda: steps.append(1) or step()
     once.step(*batch)
     thrice.step(*batch, micro_steps=3)
-    assert (len(passes), len(steps)) == (3, 1)
+    assert (len(passes), len(steps)) == (3, 1) and norms[0] == pytest.approx(norms[1])
     for p, q in zip(once.module.parameters(), thrice.module.parameters(), strict=True):
         torch.testing.assert_close(p, q)
 
