@@ -199,12 +199,12 @@ def _backward_kv(qkv, end, seed, lse, delta, dy, dk, dv, T, H, DROPPED: tl.const
         lses = tl.load(lse + i, mask=i < T, other=0.0)
         deltas = tl.load(delta + i, mask=i < T, other=0.0)
         s = dot(ks, qs.T)
-        dp = dot(vs, dys.T)
         if (m + 1 < n + BLOCK_N) | (m + BLOCK_M > unmasked):
             seen = j[:, None] <= i[None, :]
             if end is not None:
                 seen &= i[None, :] < ends[:, None]
             s = tl.where(seen, s, float("-inf"))
+        dp = dot(vs, dys.T)  # below the branch, for the exponentials to run beside it
         p = tl.exp2(s * scale - lses[None, :])
         kept = p
         if DROPPED:

@@ -31,7 +31,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 # - 90, D = 256: 255 registers, a few spills in the forward, and serialised products (C7515). It
 #   works, but slowly.
 # - 100: the tensor memory has 512 columns; for D = 256, wider blocks do not fit.
-# - 80: at D = 64 to 128 at most 16 bytes of spills; with dropout 600 in _backward_kv at D = 64.
+# - 80: at D = 64 to 128 at most 16 bytes of spills; with dropout 120 in _backward_kv at D = 128,
+#   8 at D = 64. There, blocks of 64 queries spill 216 without dropout.
 # - D = 40, like every odd multiple of 8, spills on every architecture: Triton loads its rows 2
 #   bytes at a time (bench/LOG.md).
 # - fp32 does not use the matrix units; each element of a product takes a register: small blocks.
@@ -52,7 +53,7 @@ _BACKWARD_Q: _Rows = {
 }
 _BACKWARD_KV: _Rows = {
     32: {128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
-    80: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 2)},
+    80: {128: (32, 64, 4, 2), 256: (32, 64, 8, 2)},
     90: {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 64, 8, 2)},
     100: {128: (64, 128, 8, 3), 256: (32, 64, 8, 2)},
 }
