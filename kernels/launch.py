@@ -24,14 +24,14 @@ def capability(device: torch.device) -> tuple[int, int]:
 # has timed a row: they are PyTorch's settings for FlexAttention where these kernels compile with
 # them without spills, else the nearest ones that do (code compiled ahead by triton 3.7.1).
 # - 90, D up to 64: the forward has 116 registers, so two blocks of 8 warps share a multiprocessor,
-#   and the softmax of one runs beside the products of the other. So do two of _backward_q, which
-#   has 126 when held to 128, else 139. _backward_kv has 218: one block. Blocks of 64 by 64 would
-#   need all of L2's bandwidth, about 20 bytes per cycle and multiprocessor. Blocks of 128 by 128
-#   with 4 warps spill, and ptxas serialises the matrix units (C7511).
+#   and the softmax of one runs beside the products of the other. So do two of backward_q, which has
+#   126 when held to 128, else 139. backward_kv has 218: one block. Blocks of 64 by 64 would need
+#   all of L2's bandwidth, about 20 bytes per cycle and multiprocessor. Blocks of 128 by 128 with 4
+#   warps spill, and ptxas serialises the matrix units (C7511).
 # - 90, D = 256: 255 registers, a few spills in the forward, and serialised products (C7515). It
 #   works, but slowly.
 # - 100: the tensor memory has 512 columns; for D = 256, wider blocks do not fit.
-# - 80: at D = 64 to 128 at most 16 bytes of spills; with dropout 120 in _backward_kv at D = 128,
+# - 80: at D = 64 to 128 at most 16 bytes of spills; with dropout 120 in backward_kv at D = 128,
 #   8 at D = 64. There, blocks of 64 queries spill 216 without dropout.
 # - D = 40, like every odd multiple of 8, spills on every architecture: Triton loads its rows 2
 #   bytes at a time (bench/LOG.md).
