@@ -81,8 +81,8 @@ def _keep(seed, i, j, head, DROPPED: tl.constexpr):
 
 
 @triton.jit
-def _forward(qkv, first, seed, y, y_low, lse, T, H, DROPPED: tl.constexpr, D: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def attention_forward(qkv, first, seed, y, y_low, lse, T, H, DROPPED: tl.constexpr,
+                      D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """y, y_low and lse of one block of queries, over the blocks of keys that they see."""
     scale: tl.constexpr = LOG2E * D**-0.5
     q, k, v = qkv
@@ -124,9 +124,10 @@ def _forward(qkv, first, seed, y, y_low, lse, T, H, DROPPED: tl.constexpr, D: tl
 
 
 @triton.jit
-def _backward_q(qkv, first, seed, y, y_low, lse, dy, dq, delta, T, H, DROPPED: tl.constexpr,
-                D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dq of one block of queries, and delta, which _backward_kv reads."""
+def attention_backward_q(qkv, first, seed, y, y_low, lse, dy, dq, delta, T, H,
+                         DROPPED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                         BLOCK_N: tl.constexpr):
+    """dq of one block of queries, and delta, which attention_backward_kv reads."""
     scale: tl.constexpr = LOG2E * D**-0.5
     q, k, v = qkv
     head, m = _query_block(T, BLOCK_M)
@@ -164,8 +165,8 @@ def _backward_q(qkv, first, seed, y, y_low, lse, dy, dq, delta, T, H, DROPPED: t
 
 
 @triton.jit
-def _backward_kv(qkv, end, seed, lse, delta, dy, dk, dv, T, H, DROPPED: tl.constexpr,
-                 D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def attention_backward_kv(qkv, end, seed, lse, delta, dy, dk, dv, T, H, DROPPED: tl.constexpr,
+                          D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dk and dv of one block of keys, over the blocks of queries that see it.
 
     Scores are transposed, (keys, queries): then p and ds leave the matrix units in the registers in
@@ -199,12 +200,12 @@ def _backward_kv(qkv, end, seed, lse, delta, dy, dk, dv, T, H, DROPPED: tl.const
         lses = tl.load(lse + i, mask=i < T, other=0.0)
         deltas = tl.load(delta + i, mask=i < T, other=0.0)
         s = dot(ks, qs.T)
-        dp = dot(vs, dys.T)
         if (m + 1 < n + BLOCK_N) | (m + BLOCK_M > unmasked):
             seen = j[:, None] <= i[None, :]
             if end is not None:
                 seen &= i[None, :] < ends[:, None]
             s = tl.where(seen, s, float("-inf"))
+        dp = dot(vs, dys.T)  # below the branch, for the exponentials to run beside it
         p = tl.exp2(s * scale - lses[None, :])
         kept = p
         if DROPPED:
@@ -252,7 +253,7 @@ def launch_forward(qkv, first, seed, y, y_low, lse, dropout) -> None:
     B, T, H, D = y.shape
     settings = launch.attention_forward(D, y.dtype, launch.capability(y.device))
     with torch.cuda.device_of(y):
-        _forward[(triton.cdiv(T, settings["BLOCK_M"]) * B * H,)](
+        attention_forward[(triton.cdiv(T, settings["BLOCK_M"]) * B * H,)](
             tuple(map(strided, qkv)), first, seed, strided(y), y_low if y_low.numel() else None,
             lse, T, H, int(dropout * 2**32), D, **settings)
 
@@ -281,10 +282,10 @@ def launch_backward(dy, qkv, grads, y, y_low, lse, first, end, seed, dropout) ->
     for_q = launch.attention_backward_q(D, y.dtype, capability)
     for_kv = launch.attention_backward_kv(D, y.dtype, capability)
     with torch.cuda.device_of(y):  # autograd's thread may have another current device
-        _backward_q[(triton.cdiv(T, for_q["BLOCK_M"]) * B * H,)](
+        attention_backward_q[(triton.cdiv(T, for_q["BLOCK_M"]) * B * H,)](
             inputs, first, seed, strided(y), y_low if y_low.numel() else None, lse, strided_dy,
             dq, delta, *sizes, **for_q)
-        _backward_kv[(triton.cdiv(T, for_kv["BLOCK_N"]) * B * H,)](
+        attention_backward_kv[(triton.cdiv(T, for_kv["BLOCK_N"]) * B * H,)](
             inputs, end, seed, lse, delta, strided_dy, dk, dv, *sizes, **for_kv)
 
 

@@ -87,8 +87,8 @@ def _loss(row, target, V, width, CAP: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
-def _losses(logits, targets, losses, stats, M, stride, V, width, ignore_index, CAP: tl.constexpr,
-            BLOCK_V: tl.constexpr):
+def cross_entropy_forward(logits, targets, losses, stats, M, stride, V, width, ignore_index,
+                          CAP: tl.constexpr, BLOCK_V: tl.constexpr):
     """The loss and the stats, row_max and sum_exp, of one row. Columns V to width hold -inf."""
     i = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + i)
@@ -101,8 +101,8 @@ def _losses(logits, targets, losses, stats, M, stride, V, width, ignore_index, C
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
-def _gradient(logits, targets, stats, dlosses, dlogits, M, stride, dlosses_stride, V, ignore_index,
-              BLOCK_V: tl.constexpr):
+def cross_entropy_backward(logits, targets, stats, dlosses, dlogits, M, stride, dlosses_stride, V,
+                           ignore_index, BLOCK_V: tl.constexpr):
     """Block j of row i of dlogits, in program (i, j)."""
     i = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -117,8 +117,8 @@ def _gradient(logits, targets, stats, dlosses, dlogits, M, stride, dlosses_strid
 
 
 @triton.jit(do_not_specialize=["M", "ignore_index"])
-def _losses_and_gradient(logits, targets, losses, M, V, width, ignore_index, CAP: tl.constexpr,
-                         BLOCK_V: tl.constexpr):
+def cross_entropy_in_place(logits, targets, losses, M, V, width, ignore_index, CAP: tl.constexpr,
+                           BLOCK_V: tl.constexpr):
     """Losses (M,), and the gradient of logits (M, width) over them. Columns V to width hold -inf.
 
     Program p takes the rows p, p + programs, ...: as many rows are in work as there are programs.
@@ -161,8 +161,9 @@ def _cross_entropy_op(logits: Tensor, targets: Tensor, ignore_index: int) -> tup
     logits = with_dense_rows(logits)
     # autograd's thread may have another current device; does nothing on a CPU
     with torch.cuda.device_of(logits):
-        _losses[(M,)](logits, targets.contiguous(), losses, stats, M, logits.stride(0), V, V,
-                      ignore_index, CAP=0.0, **launch.cross_entropy_forward(V))
+        cross_entropy_forward[(M,)](
+            logits, targets.contiguous(), losses, stats, M, logits.stride(0), V, V, ignore_index,
+            CAP=0.0, **launch.cross_entropy_forward(V))
     return losses, stats
 
 
@@ -180,7 +181,7 @@ def _cross_entropy_backward_op(logits: Tensor, targets: Tensor, stats: Tensor, d
     logits = with_dense_rows(logits)
     settings = launch.cross_entropy_backward(V)
     with torch.cuda.device_of(logits):
-        _gradient[(M, triton.cdiv(V, settings["BLOCK_V"]))](
+        cross_entropy_backward[(M, triton.cdiv(V, settings["BLOCK_V"]))](
             logits, targets.contiguous(), stats, dlosses, dlogits, M, logits.stride(0),
             dlosses.stride(0), V, ignore_index, **settings)
     return dlogits
@@ -234,11 +235,12 @@ def _replace_logits(padded: Tensor, targets: Tensor, losses: Tensor, V: int, ign
     with torch.cuda.device_of(padded):
         if by_gradient:
             programs = min(M, launch.cross_entropy_programs(launch.multiprocessors(padded.device)))
-            _losses_and_gradient[(programs,)](padded, targets, losses, M, V, width, ignore_index,
-                                              CAP=cap, **launch.cross_entropy_in_place(V))
+            cross_entropy_in_place[(programs,)](padded, targets, losses, M, V, width, ignore_index,
+                                                CAP=cap, **launch.cross_entropy_in_place(V))
         else:
-            _losses[(M,)](padded, targets, losses, losses.new_empty(2, M), M, width, V, width,
-                          ignore_index, CAP=cap, **launch.cross_entropy_forward(V))
+            cross_entropy_forward[(M,)](
+                padded, targets, losses, losses.new_empty(2, M), M, width, V, width, ignore_index,
+                CAP=cap, **launch.cross_entropy_forward(V))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -100,14 +100,15 @@ ALTERNATIVES: dict[str, tuple[dict[str, Settings], ...]] = {
 # has timed a row: they are PyTorch's settings for FlexAttention where these kernels compile with
 # them without spills, else the nearest ones that do (code compiled ahead by triton 3.7.1).
 # - 90, D up to 64: the forward has 116 registers, so two blocks of 8 warps share a multiprocessor,
-#   and the softmax of one runs beside the products of the other. So do two of _backward_q, which
-#   has 126 when held to 128, else 139. _backward_kv has 218: one block. Blocks of 64 by 64 would
-#   need all of L2's bandwidth, about 20 bytes per cycle and multiprocessor. Blocks of 128 by 128
-#   with 4 warps spill, and ptxas serialises the matrix units (C7511).
+#   and the softmax of one runs beside the products of the other. So do two of backward_q, which has
+#   126 when held to 128, else 139. backward_kv has 218: one block. Blocks of 64 by 64 would need
+#   all of L2's bandwidth, about 20 bytes per cycle and multiprocessor. Blocks of 128 by 128 with 4
+#   warps spill, and ptxas serialises the matrix units (C7511).
 # - 90, D = 256: 255 registers, a few spills in the forward, and serialised products (C7515). It
 #   works, but slowly.
 # - 100: the tensor memory has 512 columns; for D = 256, wider blocks do not fit.
-# - 80: at D = 64 to 128 at most 16 bytes of spills; with dropout 600 in _backward_kv at D = 64.
+# - 80: at D = 64 to 128 at most 16 bytes of spills; with dropout 120 in backward_kv at D = 128,
+#   8 at D = 64. There, blocks of 64 queries spill 216 without dropout.
 # - D = 40, like every odd multiple of 8, spills on every architecture: Triton loads its rows 2
 #   bytes at a time (bench/LOG.md).
 # - fp32 does not use the matrix units; each element of a product takes a register: small blocks.
@@ -128,7 +129,7 @@ _BACKWARD_Q: _Rows = {
 }
 _BACKWARD_KV: _Rows = {
     32: {128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
-    80: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 2)},
+    80: {128: (32, 64, 4, 2), 256: (32, 64, 8, 2)},
     90: {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 64, 8, 2)},
     100: {128: (64, 128, 8, 3), 256: (32, 64, 8, 2)},
 }

@@ -31,8 +31,8 @@ from kernels.inputs import DTYPES, check_norm, with_dense_rows
 
 
 @triton.jit(do_not_specialize=["M"])
-def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_stride, eps,
-             CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+def layernorm_forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_stride, eps,
+                      CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
     """total, y, mean and rstd of ROWS rows, held in registers.
 
     residual and total may be None, and so may b. A chunk is as many columns as a warp loads at
@@ -65,9 +65,9 @@ def _forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, residual_s
 
 
 @triton.jit(do_not_specialize=["M"])
-def _backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_stride,
-              dtotal_stride, total_stride, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
-              BLOCK_N: tl.constexpr):
+def layernorm_backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_stride,
+                       dtotal_stride, total_stride, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+                       BLOCK_N: tl.constexpr):
     """d of every row, and partial sums (1 or 2, programs, N) of dw and, with a bias, db.
 
     Program p takes the tiles p, p + programs, ... of ROWS rows. d_branch is d in the dtype of x,
@@ -146,7 +146,7 @@ def _launch_forward(x, residual, w, b, total, y, mean, rstd, eps) -> None:
     settings = launch.layernorm_forward(N, min(x.element_size(), stream.element_size()))
     # autograd's thread may have another current device; does nothing on a CPU
     with torch.cuda.device_of(x):
-        _forward[(triton.cdiv(M, settings["ROWS"]),)](
+        layernorm_forward[(triton.cdiv(M, settings["ROWS"]),)](
             x, residual, w.contiguous(), None if b is None else b.contiguous(), total, y, mean,
             rstd, M, N, x.stride(0), stream.stride(0), eps, **settings)
 
@@ -166,7 +166,7 @@ def _backward_op(dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, me
     programs = min(triton.cdiv(M, settings["ROWS"]), resident)
     partial = total.new_empty((1 + has_bias, programs, N), dtype=torch.float32)
     with torch.cuda.device_of(total):
-        _backward[(programs,)](
+        layernorm_backward[(programs,)](
             dy, dtotal, total, w.contiguous(), mean, rstd, d, None if branch is None else d_branch,
             partial, M, N, dy.stride(0), 0 if dtotal is None else dtotal.stride(0),
             total.stride(0), HAS_BIAS=has_bias, **settings)

@@ -33,8 +33,8 @@ def _mean(values, N):
 
 
 @triton.jit(do_not_specialize=["M"])
-def _forward(x, residual, total, y, rstd, M, N, x_stride, residual_stride, eps,
-             CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+def rmsnorm_forward(x, residual, total, y, rstd, M, N, x_stride, residual_stride, eps,
+                    CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
     """total, y and rstd of ROWS rows, held in registers; residual and total may be None.
 
     A chunk is as many columns as a warp loads at once: with the axes in this order a warp gets
@@ -56,8 +56,8 @@ def _forward(x, residual, total, y, rstd, M, N, x_stride, residual_stride, eps,
 
 
 @triton.jit(do_not_specialize=["M"])
-def _backward(dy, dtotal, total, rstd, d, d_branch, M, N, dy_stride, dtotal_stride, total_stride,
-              CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+def rmsnorm_backward(dy, dtotal, total, rstd, d, d_branch, M, N, dy_stride, dtotal_stride,
+                     total_stride, CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
     """d of ROWS rows. d_branch is d in the dtype of x, or None where d has it; dtotal may be None.
 
     All loads come before the first sum, so that they are in flight together.
@@ -115,7 +115,7 @@ def _launch_forward(x, residual, total, y, rstd, eps) -> None:
     settings = launch.rmsnorm_forward(N, min(x.element_size(), stream.element_size()))
     # autograd's thread may have another current device; does nothing on a CPU
     with torch.cuda.device_of(x):
-        _forward[(triton.cdiv(M, settings["ROWS"]),)](
+        rmsnorm_forward[(triton.cdiv(M, settings["ROWS"]),)](
             x, residual, total, y, rstd, M, N, x.stride(0), stream.stride(0), eps, **settings)
 
 
@@ -129,7 +129,7 @@ def _backward_op(dy: Tensor, dtotal: Tensor | None, total: Tensor, rstd: Tensor,
     dtotal = None if dtotal is None else with_dense_rows(dtotal)
     settings = launch.rmsnorm_backward(N, min(dy.element_size(), total.element_size()))
     with torch.cuda.device_of(total):
-        _backward[(triton.cdiv(M, settings["ROWS"]),)](
+        rmsnorm_backward[(triton.cdiv(M, settings["ROWS"]),)](
             dy, dtotal, total, rstd, d, None if branch is None else d_branch, M, N, dy.stride(0),
             0 if dtotal is None else dtotal.stride(0), total.stride(0), **settings)
     return d, d_branch

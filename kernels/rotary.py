@@ -52,7 +52,7 @@ def _rows(qkv, rotation, M, T, H, D: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "T"])
-def _forward(qkv, rotation, qk, rstd, M, T, H, eps, D: tl.constexpr, ROWS: tl.constexpr):
+def rotary_forward(qkv, rotation, qk, rstd, M, T, H, eps, D: tl.constexpr, ROWS: tl.constexpr):
     """qk and rstd of ROWS rows."""
     x, turn, out, mask, row, exists = _rows(qkv, rotation, M, T, H, D, ROWS)
     a = tl.load(x, mask=mask, other=0.0).to(tl.float32)
@@ -66,7 +66,7 @@ def _forward(qkv, rotation, qk, rstd, M, T, H, eps, D: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit(do_not_specialize=["M", "T"])
-def _backward(dqk, qk, rotation, rstd, dqkv, M, T, H, D: tl.constexpr, ROWS: tl.constexpr):
+def rotary_backward(dqk, qk, rotation, rstd, dqkv, M, T, H, D: tl.constexpr, ROWS: tl.constexpr):
     """The gradient of ROWS rows of q and k, in dqkv."""
     dx, turn, at, mask, row, exists = _rows(dqkv, rotation, M, T, H, D, ROWS)
     a = tl.load(qk + at, mask=mask, other=0.0).to(tl.float32)
@@ -93,7 +93,7 @@ def _forward_op(qkv: Tensor, rotation: Tensor, first: Tensor | None, seed: Tenso
     _, T, _, H, D = qk.shape
     M, settings = rstd.numel(), launch.rotary(D)
     with torch.cuda.device_of(qkv):
-        _forward[(triton.cdiv(M, settings["ROWS"]),)](
+        rotary_forward[(triton.cdiv(M, settings["ROWS"]),)](
             strided(qkv), rotation.contiguous(), qk, rstd, M, T, H, EPS, D, **settings)
     plain.launch_forward([*qk.unbind(2), qkv[:, :, 2]], first, seed, y, y_low, lse, dropout)
     return y, y_low, lse, qk, rstd
@@ -116,7 +116,7 @@ def _backward_op(dy: Tensor, qkv: Tensor, rotation: Tensor, y: Tensor, y_low: Te
     _, T, _, H, D = qk.shape
     M, settings = rstd.numel(), launch.rotary(D)
     with torch.cuda.device_of(qkv):
-        _backward[(triton.cdiv(M, settings["ROWS"]),)](
+        rotary_backward[(triton.cdiv(M, settings["ROWS"]),)](
             dqk, qk, rotation.contiguous(), rstd, strided(dqkv), M, T, H, D, **settings)
     return dqkv
 

@@ -27,7 +27,7 @@ from unittest.mock import patch
 from torch.utils._pytree import tree_leaves
 
 from bench.aot import sass, traffic
-from bench.aot.offline import name_of, offline
+from bench.aot.offline import offline
 from bench.ops import cases
 from bench.options import named
 from bench.timing import RESULTS, environment, write_result
@@ -91,7 +91,7 @@ def compile_cases(batch: list[Case], arch: int) -> list[dict]:
     case = batch[0]  # `launched` reads the loop's case
 
     def launched(kernel, grid, args, kwargs):
-        row = {"family": case.family, "kernel": name_of(kernel), "arch": arch,
+        row = {"family": case.family, "kernel": kernel.__name__, "arch": arch,
                "settings": _settings(kernel, args, kwargs)}
         key = repr(row)
         try:

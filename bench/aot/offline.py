@@ -91,11 +91,6 @@ class _Bodies(TorchDispatchMode):
         return result
 
 
-def name_of(kernel) -> str:
-    """The file and name of a kernel: "attention._forward"."""
-    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
-
-
 def _nbytes(tensor: Tensor) -> int:
     """The distinct bytes of a tensor: an expanded axis (stride 0) counts once."""
     elements = 1

@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from bench.aot.offline import MULTIPROCESSORS, STORAGE_BITS, Pointer, name_of, offline
+from bench.aot.offline import MULTIPROCESSORS, STORAGE_BITS, Pointer, offline
 from kernels.calls import Case, arguments, operator, options, run
 
 SECTOR = 32  # bytes: what L2 fetches and writes back
@@ -211,7 +211,7 @@ def _key(kernel, grid: tuple, args: list, kwargs: dict, nbytes: dict[int, int], 
             return arg.dtype, number, nbytes[storage], arg.address % SECTOR
         return arg
 
-    return repr((name_of(kernel), grid, [*map(alike, args)],
+    return repr((kernel.__name__, grid, [*map(alike, args)],
                  {k: alike(v) for k, v in kwargs.items()}, share))
 
 
@@ -247,14 +247,14 @@ def _phases(case: Case, capability: tuple[int, int], fn: Callable,
     def launched(kernel, grid, args, kwargs):
         if callable(grid):
             grid = grid(dict(zip(kernel.arg_names, args)) | kwargs)
-        counted = case.variant != "rotary" or name_of(kernel).startswith("rotary.")
+        counted = case.variant != "rotary" or kernel.__name__.startswith("rotary_")
         if counted and (programs := math.prod(grid)):
             share = cache_share(capability, programs, kwargs.get("num_warps", 4))
             key = _key(kernel, grid, args, kwargs, storages.nbytes, share)
             if key not in known:
                 known[key] = _launch_bytes(kernel, (*grid, 1, 1)[:3], args, kwargs,
                                            storages.nbytes, share)
-            add(name_of(kernel), *known[key])
+            add(kernel.__name__, *known[key])
 
     def by_torch(name, nbytes):
         if case.operator != "linear_cross_entropy":  # whose products are no part of the floor

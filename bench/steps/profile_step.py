@@ -27,7 +27,7 @@ from gpt.config import GPTConfig
 # The kind of a kernel or operator is the first pattern that its name matches. If none does, the
 # name of the operator that launched it decides, then that of this operator's caller, and so on.
 KINDS = {
-    "attention": r"attention|flash|fmha|sdpa",
+    "attention": r"attention|rotary|flash|fmha|sdpa",
     "cross-entropy": r"cross_entropy|log_softmax|nll_loss|cross-entropy",
     "norm": r"(layer|rms)_?norm",
     "optimizer": r"adam|optimizer|multi_tensor|foreach|vector_norm|clip_grad",
