@@ -80,10 +80,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 ALTERNATIVES: dict[str, tuple[dict[str, Settings], ...]] = {
     "attention": (
         {"attention_forward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
-         "attention_backward_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+         "attention_backward_q": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2,
+                                  "maxnreg": 168},
          "attention_backward_kv": {"num_stages": 2}},
         {"attention_forward": {"num_stages": 2}, "attention_backward_q": {"num_stages": 2},
-         "attention_backward_kv": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}},
+         "attention_backward_kv": {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}},
     ),
     "layernorm": (
         {"layernorm_backward": {"num_warps": 8}, "rmsnorm_backward": {"num_warps": 8}},

@@ -337,3 +337,25 @@ def test_a_programs_share_of_the_cache_is_that_of_the_programs_resident_at_once(
     assert cache_share((9, 0), 10**6, num_warps=4) == 50e6 // (132 * 16)
     assert cache_share((9, 0), 10**6, num_warps=32) == 50e6 // (132 * 2)
     assert cache_share((9, 0), 100, num_warps=4) == 50e6 // 100
+
+
+ALTERNATIVES = """
+import json, sys
+from bench.aot.ahead import compile_cases
+from bench.ops import cases
+from kernels import launch
+rows = []
+for family, sets in launch.ALTERNATIVES.items():
+    batch = [case for case in cases.models("124M") if case.family == family]
+    for settings in sets:
+        launch.use(settings)
+        rows += [row | {"settings": settings} for row in compile_cases(batch, 90)]
+json.dump(rows, sys.stdout)
+"""
+
+
+def test_the_other_settings_that_auto_tries_compile_without_spills():
+    """For sm_90, at the shapes of both architectures at 124M, by the installed Triton."""
+    rows = json.loads(python("-c", ALTERNATIVES))
+    assert {row["family"] for row in rows} == set(launch.ALTERNATIVES)
+    assert not [row for row in rows if "error" in row or row["spill_bytes"]]

@@ -52,7 +52,7 @@ def asked_of(config: Config, dtype: torch.dtype) -> dict[str, Asked]:
         "documents": config.data.document_mask, f"dropout={c.dropout}": c.dropout > 0}))
     norm, nobias = "rmsnorm" if modern else "layernorm", not modern and not c.bias
     add_norm = Case(f"add_{norm}", (B * T, C), dtype, _variant({
-        "nobias": nobias, "fp32 residual": dtype != torch.float32}))
+        "nobias": nobias, "fp32 residual": dtype == torch.float16}))
     loss = Case("linear_cross_entropy", (B * T, C, c.vocab_size), dtype, _variant({
         f"capped={c.logit_cap}": modern and c.logit_cap > 0}))
     # The one norm without a residual add before it, the first, is left out.
