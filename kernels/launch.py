@@ -28,8 +28,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 #   126 when held to 128, else 139. backward_kv has 218: one block. Blocks of 64 by 64 would need
 #   all of L2's bandwidth, about 20 bytes per cycle and multiprocessor. Blocks of 128 by 128 with 4
 #   warps spill, and ptxas serialises the matrix units (C7511).
-# - 90, by triton 3.6.0: the same, but backward_kv has 235: each thread copies lse and delta by 16
-#   times 8 bytes an iteration, for twice 4. Neither compiler spills at GPT-2's and nanochat's shapes.
+# - 90, by triton 3.6.0: the same, but backward_kv has 235, and each thread copies lse and delta in
+#   16 times 8 bytes an iteration, for twice 4. Neither compiler spills at GPT-2's and nanochat's
+#   shapes.
 # - 90, D = 256: 255 registers, a few spills in the forward, and serialised products (C7515). It
 #   works, but slowly.
 # - 100: the tensor memory has 512 columns; for D = 256, wider blocks do not fit.
