@@ -67,14 +67,14 @@ def per_multiprocessor(*counts: int) -> Callable[[Call, int], Iterator[int]]:
 
 
 def rows_of_norm(call: Call, current: dict) -> Iterator[dict]:
-    """Tiles of the same row length, 8 to 64 elements per thread; with chunks, in 1 to 8 of them."""
-    chunked = "CHUNKS" in current
-    block = current["CHUNKS"] * current["LANES"] if chunked else current["BLOCK_N"]
-    for rows, warps, chunks in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16),
-                                                 (1, 2, 4, 8) if chunked else (1,)):
+    """Tiles of 8 to 64 elements per thread, in 1 to 8 chunks; of layernorm_backward any number."""
+    N, any_number = call.arguments[0], call.function == "layernorm_backward"
+    block = 1 << (N - 1).bit_length()
+    for rows, warps, chunks in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
         if 8 <= rows * block // (32 * warps) <= 64:
-            split = {"CHUNKS": chunks, "LANES": block // chunks} if chunked else {}
-            yield current | {"ROWS": rows, "num_warps": warps} | split
+            lanes = block // chunks
+            yield current | {"CHUNKS": -(-N // lanes) if any_number else chunks, "ROWS": rows,
+                             "LANES": lanes, "num_warps": warps}
 
 
 # For each function of launch.py: the phase its kernel runs in, and the settings to try. chunk_rows

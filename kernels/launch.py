@@ -105,6 +105,9 @@ ALTERNATIVES: dict[str, tuple[dict[str, Settings], ...]] = {
 #   126 when held to 128, else 139. backward_kv has 218: one block. Blocks of 64 by 64 would need
 #   all of L2's bandwidth, about 20 bytes per cycle and multiprocessor. Blocks of 128 by 128 with 4
 #   warps spill, and ptxas serialises the matrix units (C7511).
+# - 90, by triton 3.6.0: the same, but backward_kv has 235, and each thread copies lse and delta in
+#   16 times 8 bytes an iteration, for twice 4. Neither compiler spills at GPT-2's and nanochat's
+#   shapes.
 # - 90, D = 256: 255 registers, a few spills in the forward, and serialised products (C7515). It
 #   works, but slowly.
 # - 100: the tensor memory has 512 columns; for D = 256, wider blocks do not fit.
@@ -213,13 +216,16 @@ def layernorm_forward(N: int, itemsize: int) -> dict[str, int]:
 
 @tunable
 def layernorm_backward(N: int) -> dict[str, int]:
-    """The tile of the backward: 4096 elements for four warps, 32 of each tensor per thread.
+    """The tile of the backward: at most three chunks of columns, as many as N needs.
 
-    A thread keeps the same columns in every row, so dw and db take two registers per column for any
-    number of rows.
+    At N = 768 a warp has whole rows, and none idles, as one of four would in 1024 columns: on sm_90
+    a tile of 4 rows takes 515 instructions and no barrier, instead of 810 and 6.
     """
     block = 1 << (N - 1).bit_length()
-    return {"ROWS": max(1, 4096 // block), "BLOCK_N": block, "num_warps": max(4, block // 1024)}
+    lanes = max(min(256, block), 1 << (-(-N // 3) - 1).bit_length())
+    rows = 1024 // lanes if lanes < 1024 else max(1, 4096 // block)
+    return {"CHUNKS": -(-N // lanes), "ROWS": rows, "LANES": lanes,
+            "num_warps": max(4, min(16, lanes // 256))}
 
 
 @tunable

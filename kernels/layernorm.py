@@ -64,48 +64,82 @@ def layernorm_forward(x, residual, w, b, total, y, mean, rstd, M, N, x_stride, r
     tl.store(rstd + rows, rs, mask=rows < M)
 
 
+@triton.jit
+def _over_rows(values, SUMS: tl.constexpr):
+    """`values` (ROWS, LANES), or their sum (1, LANES) where that needs no other warp."""
+    return tl.sum(values, 0, keep_dims=True) if SUMS == 1 else values
+
+
 @triton.jit(do_not_specialize=["M"])
 def layernorm_backward(dy, dtotal, total, w, mean, rstd, d, d_branch, partial, M, N, dy_stride,
-                       dtotal_stride, total_stride, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
-                       BLOCK_N: tl.constexpr):
+                       dtotal_stride, total_stride, HAS_BIAS: tl.constexpr, CHUNKS: tl.constexpr,
+                       ROWS: tl.constexpr, LANES: tl.constexpr):
     """d of every row, and partial sums (1 or 2, programs, N) of dw and, with a bias, db.
 
     Program p takes the tiles p, p + programs, ... of ROWS rows. d_branch is d in the dtype of x,
-    or None where d has that dtype; dtotal may be None.
+    or None where d has that dtype; dtotal may be None. A tile is CHUNKS (ROWS, LANES), not padded
+    to a power of two. Warps with rows of their own sum dw and db of these until after the loop.
     """
+    SUMS: tl.constexpr = ROWS if LANES < 1024 else 1  # four warps load 1024 columns at once
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    cols = tl.arange(0, BLOCK_N)[None, :]
-    in_row = cols < N
-    ws = tl.load(w + cols, mask=in_row, other=0.0).to(tl.float32)
-    dws = tl.zeros((1, BLOCK_N), tl.float32)
-    dbs = tl.zeros((1, BLOCK_N), tl.float32)
+    cols = tl.arange(0, LANES)[None, :]
+    each = cols + tl.zeros((ROWS, LANES), tl.int32)  # w is loaded as in the forward
+    dws: tl.tuple = ()
+    dbs: tl.tuple = ()
+    for _ in tl.static_range(CHUNKS):
+        dws = dws + (tl.zeros((SUMS, LANES), tl.float32),)
+        dbs = dbs + (tl.zeros((SUMS, LANES), tl.float32),)
     for tile in range(pid, tl.cdiv(M, ROWS), programs):
         rows = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-        mask = (rows < M) & in_row
+        exist = rows < M
         # all loads come before the first sum, so that they are in flight together
-        xs = tl.load(total + rows * total_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        dys = tl.load(dy + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        if dtotal is not None:
-            dts = tl.load(dtotal + rows * dtotal_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        mu = tl.load(mean + rows, mask=rows < M, other=0.0)
-        rs = tl.load(rstd + rows, mask=rows < M, other=0.0)
+        xs: tl.tuple = ()
+        dys: tl.tuple = ()
+        dts: tl.tuple = ()
+        for c in tl.static_range(CHUNKS):
+            at = c * LANES + cols
+            mask = exist & (at < N)
+            xs = xs + (tl.load(total + rows * total_stride + at, mask=mask, other=0.0),)
+            dys = dys + (tl.load(dy + rows * dy_stride + at, mask=mask, other=0.0),)
+            if dtotal is not None:
+                dts = dts + (tl.load(dtotal + rows * dtotal_stride + at, mask=mask, other=0.0),)
+        mu = tl.load(mean + rows, mask=exist, other=0.0)
+        rs = tl.load(rstd + rows, mask=exist, other=0.0)
 
-        xhat = (xs - mu) * rs  # not zero in the padding, but all that it meets is
-        g = dys * ws
-        ds = (g - tl.sum(g, 1, keep_dims=True) / N
-              - xhat * (tl.sum(g * xhat, 1, keep_dims=True) / N)) * rs
-        if dtotal is not None:
-            ds += dts
-        tl.store(d + rows * N + cols, ds, mask=mask)
-        if d_branch is not None:
-            tl.store(d_branch + rows * N + cols, ds, mask=mask)
-        dws += tl.sum(dys * xhat, 0, keep_dims=True)
+        sum_g, sum_gx = tl.zeros((ROWS, LANES), tl.float32), tl.zeros((ROWS, LANES), tl.float32)
+        new_dws: tl.tuple = ()
+        new_dbs: tl.tuple = ()
+        for c in tl.static_range(CHUNKS):
+            at = c * LANES + cols
+            xhat = (xs[c].to(tl.float32) - mu) * rs  # not zero in the padding, but all it meets is
+            ws = tl.load(w + c * LANES + each, mask=c * LANES + each < N, other=0.0).to(tl.float32)
+            g = dys[c].to(tl.float32) * ws
+            sum_g += g
+            sum_gx += g * xhat
+            new_dws = new_dws + (dws[c] + _over_rows(dys[c].to(tl.float32) * xhat, SUMS),)
+            new_dbs = new_dbs + (dbs[c] + _over_rows(dys[c].to(tl.float32), SUMS),)
+        dws, dbs = new_dws, new_dbs
+        mean_g = tl.sum(sum_g, 1, keep_dims=True) / N
+        mean_gx = tl.sum(sum_gx, 1, keep_dims=True) / N
+        for c in tl.static_range(CHUNKS):
+            at = c * LANES + cols
+            mask = exist & (at < N)
+            xhat = (xs[c].to(tl.float32) - mu) * rs
+            ws = tl.load(w + c * LANES + each, mask=c * LANES + each < N, other=0.0).to(tl.float32)
+            g = dys[c].to(tl.float32) * ws
+            ds = (g - mean_g - xhat * mean_gx) * rs
+            if dtotal is not None:
+                ds += dts[c].to(tl.float32)
+            tl.store(d + rows * N + at, ds, mask=mask)
+            if d_branch is not None:
+                tl.store(d_branch + rows * N + at, ds, mask=mask)
+    for c in tl.static_range(CHUNKS):
+        at = c * LANES + cols
+        tl.store(partial + pid * N + at, tl.sum(dws[c], 0, keep_dims=True), mask=at < N)
         if HAS_BIAS:
-            dbs += tl.sum(dys, 0, keep_dims=True)
-    tl.store(partial + pid * N + cols, dws, mask=in_row)
-    if HAS_BIAS:
-        tl.store(partial + (programs + pid) * N + cols, dbs, mask=in_row)
+            tl.store(partial + (programs + pid) * N + at, tl.sum(dbs[c], 0, keep_dims=True),
+                     mask=at < N)
 
 
 # -- operators ---------------------------------------------------------------

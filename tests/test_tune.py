@@ -46,7 +46,8 @@ def test_layernorm_candidates_cover_the_row(todays):
         if call.function in ("layernorm_forward", "rmsnorm_forward", "rmsnorm_backward"):
             assert {s["CHUNKS"] * s["LANES"] for s in candidates(call, current).values()} == {1024}
         if call.function == "layernorm_backward":
-            assert {s["BLOCK_N"] for s in candidates(call, current).values()} == {1024}
+            for s in candidates(call, current).values():
+                assert (s["CHUNKS"] - 1) * s["LANES"] < 768 <= s["CHUNKS"] * s["LANES"]
 
 
 def timings(**medians):
@@ -116,7 +117,7 @@ def test_inaccurate_operators_are_told():
 def test_only_settings_with_right_results_are_timed_and_all_is_written(
         monkeypatch, tmp_path, capsys):
     """A tile of half the row forgets elements; one whose size is no power of two does not run."""
-    good, forgetful, broken = [{"ROWS": r, "BLOCK_N": n, "num_warps": 4}
+    good, forgetful, broken = [{"CHUNKS": 1, "ROWS": r, "LANES": n, "num_warps": 4}
                                for r, n in ((1, 128), (1, 64), (3, 96))]
     tried = {"layernorm_backward": ("step", lambda call, current: [good, forgetful, broken])}
     monkeypatch.setattr(tune, "KNOBS", tried)

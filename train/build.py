@@ -60,8 +60,8 @@ def build(config: Config, held: ExitStack | None = None) -> Run:
         lock = run_folder.lock(Path(config.run.out_dir))
         parallel.broadcast_from_rank_0(lambda: held.enter_context(lock), world)
 
-    dtype = hardware.resolve_dtype(config.run.dtype, device)
     config, init, tokens, tokenizer, documents = read_inputs(config, choice, world)
+    dtype = hardware.resolve_dtype(config.run.dtype, device)
     choice = auto.decide(config, choice, device, dtype, init.measured, world)
     model = new_model(config, init, choice, device)
     compiled, why_compiled = parallel.broadcast_from_rank_0(

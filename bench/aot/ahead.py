@@ -2,11 +2,15 @@
 
     python bench/aot/ahead.py                         # every case, for sm_80, sm_86, sm_90, sm_100
     python bench/aot/ahead.py --quick=True --arch=90  # GPT-2's four sizes, for Hopper
+    OTHER/bin/python bench/aot/ahead.py --quick=True --out=FILE --beside=bench/results/ahead.json
 
 The cases are those of bench/ops/cases.py. For each kernel, launch setting and architecture:
 registers, spills, shared memory, resident blocks, matrix instructions, and the width of global
 loads and stores (bench/aot/sass.py). For each memory-bound operator: the bytes it moves over the
 fewest possible (bench/aot/traffic.py). A table goes to stdout, everything to a JSON file.
+
+Another triton than the installed one is that of the environment OTHER; --beside=FILE names the
+kernels to which it gives other registers or spills than the triton of that report.
 
 Triton's own launch path compiles the kernels: the operators run on tensors without data
 (bench/aot/offline.py), and each launch is specialised and compiled exactly as on the device, for a
@@ -22,6 +26,8 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from multiprocessing import get_context
+from pathlib import Path
+from typing import TypedDict
 from unittest.mock import patch
 
 from torch.utils._pytree import tree_leaves
@@ -33,6 +39,7 @@ from bench.options import named
 from bench.timing import RESULTS, environment, write_result
 from common import cli
 from common.bounds import NotEmpty, Processes
+from common.files import read_json
 from common.processes import end_with_parent
 from kernels import FAMILIES, calls
 from kernels.calls import Case
@@ -55,6 +62,16 @@ class Options:
     """JSON file for the result"""
     processes: Processes = 2
     """cores to use"""
+    beside: str = ""
+    """report of another triton; its registers and spills are printed beside these"""
+
+
+class Report(TypedDict):
+    """A JSON file of this program."""
+
+    environment: dict
+    kernels: list[dict]
+    traffic: list[dict]
 
 
 # -- compiling (in a worker process without TRITON_INTERPRET) ------------------
@@ -232,6 +249,26 @@ def traffic_table(moved: list[dict]) -> str:
                              f"{row['moved_over_floor']:.3f}"] for row in moved)])
 
 
+def comparison(here: dict, other: Report) -> str:
+    """A line for each kernel to which two reports give other registers or spills."""
+    def figures(row: dict) -> str:
+        return ("does not compile" if "error" in row
+                else f"{row['registers']} registers, {row['spill_bytes']} B of spills")
+
+    theirs = {(row["kernel"], row["arch"], case): figures(row)
+              for row in other["kernels"] for case in row["cases"]}
+    lines: dict[tuple, str] = {}
+    for row in here["kernels"]:
+        for case in row["cases"]:
+            found = theirs.get((row["kernel"], row["arch"], case), "not reported")
+            if found != figures(row):  # of the cases with equal figures, the first one
+                lines.setdefault((row["kernel"], row["arch"], figures(row), found), case)
+    versions = (f"triton {result['environment']['triton']}" for result in (here, other))
+    return table([["kernel", "sm", *versions, "case"],
+                  *([kernel, str(arch), ours, found, case]
+                    for (kernel, arch, ours, found), case in lines.items())])
+
+
 def architectures(given: str) -> list[int]:
     """The architectures of --arch. Raises ValueError for one that is not known."""
     return [int(name) for name in named("arch", given, map(str, sass.MULTIPROCESSOR))]
@@ -243,11 +280,15 @@ def main(options: Options) -> int:
     families = named("family", options.family, FAMILIES) if options.family else list(FAMILIES)
     every = cases.quick() if options.quick else cases.full()
     chosen = [case for case in every if case.family in families]
+    other = (read_json(Path(options.beside), Report, "name a report of bench/aot/ahead.py")
+             if options.beside else None)
     result = report(chosen, archs, options.processes)
     write_result(options.out, result)
     print(kernel_table(result["kernels"]))
     if result["traffic"]:
         print("\n" + traffic_table(result["traffic"]))
+    if other:
+        print("\n" + comparison(result, other))
     broken = sum("error" in row for row in result["kernels"])
     spilling = sum(row.get("spill_bytes", 0) > 0 for row in result["kernels"])
     print(f"\n{len(result['kernels'])} kernels: {broken} do not compile, {spilling} spill. Written "

@@ -55,7 +55,7 @@ def full() -> list[Case]:
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     dims = (16, 32, 40, 80, 96, 128, 160, 192, 256)
-    widths = (64, 128, 256, 384, 512, 1000, 2048, 3072, 4096, 5120, 8192, 16384)
+    widths = (64, 128, 256, 384, 512, 1000, 2048, 3072, 4096, 5120, 8192, 12288, 16384)
     return quick() + [
         *(Case("attention_qkv", (16, CONTEXT, 12, D)) for D in dims),
         *(Case("attention_qkv", (16, CONTEXT, 12, D), dtype) for D in (64, 128, 256)
