@@ -70,7 +70,7 @@ def test_the_faster_candidate_is_taken_and_the_line_says_by_how_much(monkeypatch
     times = timed(monkeypatch, clock, {"torch": 0.003, "a": 0.002, "b": 0.0025})
     assert times.ms == pytest.approx({BASE: 36.0, A: 24.0, B: 30.0})  # 12 calls
     assert auto.fastest(times.ms) is A
-    assert auto.line(A, times) == "a, 1.25 x as fast as b (24 ms)"
+    assert auto.line(A, times) == "a, 1.25 x as fast as b (24 ms a micro-step)"
 
 
 @pytest.mark.parametrize(("a", "taken"), [(0.0029, BASE), (0.0028, A), (0.004, BASE)],
@@ -78,6 +78,7 @@ def test_the_faster_candidate_is_taken_and_the_line_says_by_how_much(monkeypatch
 def test_pytorchs_stays_unless_another_gains_the_margin(monkeypatch, clock, a, taken):
     times = timed(monkeypatch, clock, {"torch": 0.00295, "a": a}, among=(BASE, A))
     assert auto.fastest(times.ms) is taken
+    assert ("within noise of a" in auto.line(taken, times)) == (a == 0.0029)
 
 
 def test_a_candidate_that_fails_is_left_out_and_said(monkeypatch, clock):

@@ -292,5 +292,7 @@ def line(best: Candidate, trial: Trial) -> str:
     others = sorted((ms, str(other)) for other, ms in trial.ms.items() if other != best)
     if others:
         ms, name = others[0]
-        told += f", {ms / trial.ms[best]:.2f} x as fast as {name} ({trial.ms[best]:.3g} ms)"
+        gain = ms / trial.ms[best]
+        told += f", {gain:.2f} x as fast as {name}" if gain >= 1 else f", within noise of {name}"
+        told += f" ({trial.ms[best]:.3g} ms a micro-step)"
     return told + "".join(f"; {other} left out: {why}" for other, why in trial.left_out.items())
