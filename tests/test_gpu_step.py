@@ -5,6 +5,8 @@ alone, as it does PyTorch's on a GPU; what operators do inside is tested with th
 out: without a GPU Inductor cannot ask its attention for the shapes of its outputs.
 """
 
+import math
+
 import pytest
 
 from gpt import GPTConfig
@@ -32,3 +34,12 @@ def test_a_step_is_one_graph_each_way(code, backend):
     assert "tangents" not in forward and "tangents" in backward
     for one in (forward, backward):
         assert "tl.store" in one and "async_compile.triton" in one and "cpp_fused" not in one
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_residual_stream_is_bf16(code, backend):
+    """No other tensor of its size is fp32 but the gradient of the embedding, which is summed."""
+    fp32 = [[shape for shape, dtype in gpu_code.buffers(one)
+             if dtype == "float32" and math.prod(shape) == math.prod(SHAPE) * C]
+            for one in code[backend]]
+    assert fp32 == [[], [(*SHAPE, C)]]
