@@ -43,3 +43,10 @@ def test_the_residual_stream_is_bf16(code, backend):
              if dtype == "float32" and math.prod(shape) == math.prod(SHAPE) * C]
             for one in code[backend]]
     assert fp32 == [[], [(*SHAPE, C)]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_added_atomically(code, backend):
+    """The embedding's gradient is PyTorch's operator, which sorts."""
+    assert not [one for one in code[backend] if "tl.atomic" in one]
+    assert "torch.ops.ridge.embedding_backward" in code[backend][1]
