@@ -102,7 +102,7 @@ class Decoder(nn.Module):
             raise ValueError(f"sequence of {start + idx.shape[1]} tokens, block_size is "
                              f"{self.config.block_size}: crop it")
         x, rotation = self.transformer.embed(idx, start)
-        return x, Context(rotation, doc_start, cache)
+        return x.to(stream_dtype(x)), Context(rotation, doc_start, cache)
 
     def forward(self, idx: Tensor, targets: Tensor, *, doc_start: Tensor | None = None,
                 reduction: str = "mean") -> Tensor:
@@ -130,3 +130,16 @@ class Decoder(nn.Module):
         """Next-token logits of idx (B, T): (B, T, V), or the last position's alone, (B, 1, V)."""
         x = self.features(idx)
         return self.head(x[:, -1:] if last_only else x)
+
+
+def stream_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the residual stream that begins as x: bf16 under bf16 autocast, else x's own.
+
+    Autocast leaves embeddings wide, and a wide stream would move 56 bytes through the two norms of
+    a block for each element, not 32. Under fp16 autocast it stays wide: fp16 ends at 65,504, and
+    the stream grows with every layer.
+    """
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.bfloat16 if torch.get_autocast_dtype(device) == torch.bfloat16 else x.dtype

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import GPTConfig
+from gpt.embedding import Embedding
 from gpt.layers import MLP, Attention, Block
 from kernels import Kernels, dropout
 
@@ -46,7 +47,7 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig, kernels: Kernels):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(block(config, kernels) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config, kernels)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import GPTConfig
+from gpt.embedding import Embedding
 from gpt.layers import MLP, Attention, Block
 from kernels import Kernels, dropout
 
@@ -40,7 +41,7 @@ class Transformer(nn.Module):
             raise ValueError(f"n_embd / n_head is {config.head_dim}; rotary positions take pairs "
                              "of elements: choose an even number")
         self.config, self.kernels, self.logit_cap = config, kernels, config.logit_cap
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(block(config, kernels) for _ in range(config.n_layer))
         self.ln_f = RMSNorm(kernels)
 

@@ -114,6 +114,8 @@ def test_kernels_triton_trains_from_the_command_line(tiny_flags, capsys):
 
 @needs_gpu
 def test_compiled_124m_step_has_no_graph_break_no_recompile_and_no_host_sync():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # reset leaves them
     config = GPTConfig(vocab_size=50304)
     model = GPT(config, load("triton")).cuda()
     model.compile(fullgraph=True)

@@ -12,6 +12,7 @@ from gpt.flops import count_params
 from gpt.generate import generate, sample_token
 from gpt.kv_cache import KVCache
 from gpt.pretrained import Trained, cropped
+from gpt.seam import residual_stream
 from gpt.tensors import POSITIONS, shapes_of
 from kernels import load
 from tests.conftest import every_architecture
@@ -64,6 +65,23 @@ def test_backends_agree_in_loss_and_gradients(changes):
     sum(losses).backward()
     for (name, p), q in zip(ours.named_parameters(), defined.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@every_architecture
+@pytest.mark.parametrize(("autocast", "stream"), [
+    (None, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_the_residual_stream_is_bf16_under_bf16_autocast(autocast, stream, architecture):
+    """And as wide as the weights otherwise; what every layer reads, on a CPU."""
+    model, seen = tiny(architecture=architecture), []
+    for layer in (*model.transformer.h, model.transformer.ln_f):
+        layer.register_forward_pre_hook(
+            lambda _, args: seen.append(residual_stream(args).dtype))
+    idx = torch.randint(65, (2, 7))
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        loss = model(idx, idx)
+    loss.backward()
+    assert seen == [stream] * 4
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 @every_architecture

@@ -227,9 +227,9 @@ def test_the_gradients_of_shards_and_of_copies_are_those_of_one_process(
 @every_architecture
 def test_the_gradients_of_bf16_shards_are_those_of_one_process_but_for_rounding(
         first_step, architecture):
-    """FSDP2 also rounds the embeddings, norms and residual stream, which autocast leaves in fp32.
+    """FSDP2 also rounds the embeddings and the weights of norms, which autocast leaves in fp32.
 
-    So each rank rounds them for itself.
+    So each rank rounds them for itself. The residual stream is bf16 in both.
 
     One rounding to 8 bits errs by at most u = 2**-8, and by u / sqrt(3) in the root mean square,
     whatever was rounded before; errors that do not know of each other add up in squares, and so do

@@ -1,4 +1,4 @@
-"""How one process spreads a model: what is compiled, recomputed and sharded.
+"""How one process spreads a model: what is compiled, recomputed and sharded; and graphs of two.
 
 Several ranks: tests/test_parallel.py.
 """
@@ -7,9 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gpt import GPT, GPTConfig
-from tests.conftest import every_architecture
+from tests import ranks
+from tests.conftest import every_architecture, write_tiny_data
 from tests.numerics import stirred
 from train import build, loop, parallel
 from train.command_line import parse
@@ -101,3 +103,40 @@ def test_evaluation_and_generation_do_not_compile_the_step_again(how, tiny_flags
             loop.train_step(built, lr=1e-3)
     finally:
         parallel.stop()
+
+
+def count_graphs(flags, folder):
+    """A rank that compiles a forward and backward, and writes how many graphs a backend gets."""
+    graphs = []
+    torch.compile = partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph)
+    built = build.build(parse(flags))
+    graphs.clear()  # that of the trial
+    loop.accumulate(built)
+    (folder / f"{built.world.rank}.graphs").write_text(f"{len(graphs)} {built.compiled}")
+    del built  # freed without its process group, DDP may wait forever
+    parallel.stop()
+
+
+@every_architecture
+def test_a_block_is_one_graph_under_ddp(tmp_path, architecture):
+    """Two gloo ranks on a CPU, fp32: two blocks and the loss; DDP's own optimizer made it five.
+
+    A block has 1.8 MB of weights, more than the first bucket's 1 MiB.
+    """
+    flags = [f"--data_dir={write_tiny_data(tmp_path / 'tiny')}", "--init_from=scratch",
+             f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--dtype=float32", "--compile=True",
+             "--parallel=ddp", "--n_layer=2", "--n_head=2", "--n_embd=192", "--block_size=16",
+             "--batch_size=1", "--gradient_accumulation_steps=2", f"--architecture={architecture}"]
+    assert ranks.run(count_graphs, (flags, tmp_path), 2, tmp_path / "logs") == [0, 0]
+    assert [(tmp_path / f"{rank}.graphs").read_text() for rank in range(2)] == ["3 True"] * 2
+
+
+@pytest.mark.parametrize(("device", "backend", "bound"), [
+    ("cuda:1", "auto", True), ("cuda:1", "nccl", True), ("cuda:1", "gloo", False),
+    ("cpu", "auto", False)])
+def test_nccl_is_told_its_gpu(monkeypatch, device, backend, bound):
+    """No GPU is asked; gloo has none to be told of."""
+    told = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **kwargs: told.update(kwargs))
+    parallel.start(World(), torch.device(device), ParallelConfig(parallel="ddp", backend=backend))
+    assert told["device_id"] == (torch.device(device) if bound else None)

@@ -74,8 +74,9 @@ def step_of_a_block(config: Config, kernels: Kernels,
     (block,) = model.transformer.h
     idx = torch.zeros(config.data.batch_size, config.model.block_size, dtype=torch.int64)
     doc_start = torch.zeros_like(idx, dtype=torch.int32) if config.data.document_mask else None
-    _, context = model.embed(idx, doc_start)
-    x = torch.randn(*idx.shape, config.model.n_embd, requires_grad=True)
+    with hardware.autocast(torch.device("cpu"), dtype), torch.no_grad():
+        stream, context = model.embed(idx, doc_start)
+    x = torch.randn_like(stream, requires_grad=True)
 
     def make(transform: Callable = lambda forward: forward) -> Callable[[], None]:
         forward = transform(block.forward)

@@ -70,10 +70,13 @@ def start(w: World, device: torch.device, c: ParallelConfig) -> dist.Store | Non
         # attempt has a prefix. Agents on several nodes count restarts apart, and their prefixes
         # would differ: docs/several-nodes.md gives them a new store for each attempt.
         store = dist.PrefixStore(f"attempt-{w.restarts}", store)
+    # NCCL connects at once, on this GPU, and not at the first collective on the one it guesses.
+    nccl = device.type == "cuda" and "nccl" in backend
     # Ten times the watchdog's: the watchdog must come first, since it names the rank that hangs;
     # and the first step may compile for long.
     timeout = datetime.timedelta(seconds=10 * c.hang_timeout)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=w.rank, world_size=w.size)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=w.rank, world_size=w.size,
+                            device_id=device if nccl else None)
     return dist.PrefixStore("ridge", store.clone())
 
 
@@ -120,6 +123,9 @@ def place(model: GPT, c: ParallelConfig, w: World, device: torch.device, dtype: 
     if compiled and how == "none":
         model.compile()
     elif compiled:
+        # DDP's own optimizer would cut a block's graph where a bucket ends. It serves models that
+        # are one graph; between blocks buckets go out without it.
+        torch._dynamo.config.optimize_ddp = False
         for block in model.transformer.h:
             block.forward = compiled_in_training(block.forward)
         loss = torch.compile(model.kernels.linear_cross_entropy)
