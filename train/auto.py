@@ -16,14 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from filelock import FileLock, Timeout
 
 import kernels
 from common import hardware
-from common.files import cache_folder, read_json, write_json
+from common.files import cache_folder, check_json, read_json, write_json
 from gpt.flops import flops_per_token
 from kernels import Choice, calls, launch
 from train import parallel
@@ -78,14 +78,16 @@ def decide(config: Config, choice: Choice, device: torch.device, dtype: torch.dt
            before: dict[str, Any] | None, w: World) -> Choice:
     """The choice with each family that is left to auto decided; all ranks take rank 0's.
 
-    `choice`: `kernels.resolve`'s. `before`: `measured` of the run that is resumed. The launch
-    settings are put in force. Every rank must call it. Measuring draws random numbers.
+    `choice`: `kernels.resolve`'s. `before`: `measured` of the run that is resumed, None for a new
+    run. The launch settings are put in force. Every rank must call it. Measuring draws random
+    numbers. Raises ValueError where `before` is damaged.
     """
     asked = {family: wanted for family, wanted in asked_of(config, dtype).items()
              if not config.kernel.families[family]}
     if config.kernel.kernels == "auto" and asked:
         compiled = device.type == "cuda" and config.run.compile is not False
-        short = device.type == "cpu" and _flops(config) < WORTH_MEASURING_FLOPS
+        short = config.run.eval_only or (
+            device.type == "cpu" and _flops(config) < WORTH_MEASURING_FLOPS)
         names = parallel.gather_or_raise(lambda: hardware.device_name(device), w)
         if device.type == "cpu" and before == {}:
             choice = choice._replace(why=f"{choice.why}, as before")
@@ -113,8 +115,11 @@ def _decision(asked: dict[str, Asked], device: torch.device, compiled: bool,
     """What the run that is resumed had, or the cache has, or is measured now; and which it was."""
     key = {"machine": machine(device), "asked": {f: str(a) for f, a in asked.items()}
            | {"compiled": str(compiled)}}
-    if before and before["machine"] == key["machine"]:
-        return cast(Decision, before), "auto: as before"
+    if before:
+        had = check_json(before, Decision, "state.json of the checkpoint: measured",
+                         "give --kernels=torch")
+        if had["machine"] == key["machine"]:
+            return had, "auto: as before"
     anew = "" if not before else ", anew on another machine or version, so bits may change"
     folder = cache_folder() / "auto"
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -140,9 +145,12 @@ def _kept_or_measured(file: Path, key: dict[str, Any], asked: dict[str, Asked],
                 return kept, f"auto: measured before, kept in {file}{anew}"
         except ValueError as error:
             damaged = f"; {error}"
-    decision = measured(asked, device, compiled, key)
-    write_json(file, decision)
-    return decision, f"auto: measured now{anew}{damaged}"
+    decision, unkept = measured(asked, device, compiled, key), ""
+    try:
+        write_json(file, decision)
+    except OSError as error:
+        unkept = f"; not kept: {error}"
+    return decision, f"auto: measured now{anew}{damaged}{unkept}"
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -51,7 +51,7 @@ class InitFrom:
     compiled: bool | None = None
     """whether the run to resume was compiled"""
     measured: dict[str, Any] | None = None
-    """what --kernels=auto measured in the run to resume"""
+    """what --kernels=auto measured in the run to resume; None for a new run"""
 
 
 class Source(NamedTuple):
@@ -146,7 +146,7 @@ def open_resumed(path: Path, skipped: str, asked: GPTConfig, w: World) -> InitFr
 
     state = read_state(path)
     return InitFrom(str(path), read_config(path), resume=resume_run,
-                    compiled=state.get("compiled"), measured=state["kernels"].get("measured"))
+                    compiled=state.get("compiled"), measured=state["kernels"].get("measured", {}))
 
 
 def read_pretrained(source: str, asked: GPTConfig) -> Trained:
