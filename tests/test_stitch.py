@@ -210,13 +210,16 @@ def test_cached_text_crosses_the_seam(pair):
 
 
 @every_architecture
-def test_the_stream_after_the_seam_keeps_fp32_under_autocast(pair):
+@pytest.mark.parametrize(("autocast", "stream"), [(torch.float16, torch.float32),
+                                                  (torch.bfloat16, torch.bfloat16)])
+def test_the_stream_after_the_seam_is_as_wide_as_before_it(pair, autocast, stream):
+    """On a CPU; the seam's product is in autocast's dtype."""
     A, B = pair
     model, seen = model_of(*stitch(A, B, 1, True, None)), []
     model.transformer.ln_f.register_forward_pre_hook(lambda _, args: seen.append(args[1].dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=autocast):
         model.features(IDX)
-    assert seen == [torch.float32]
+    assert seen == [stream]
 
 
 @every_architecture
