@@ -48,7 +48,8 @@ def test_settings_are_replaced_whole_for_a_call_and_in_part_for_a_function():
         launch.use({"layernorm_backward(768)": {"ROWS": 1}, "layernorm_forward": {"ROWS": 9},
                     "layernorm_programs": 7})
         assert launch.layernorm_backward(768) == {"ROWS": 1}
-        assert launch.layernorm_backward(1024)["BLOCK_N"] == 1024
+        backward = launch.layernorm_backward(1024)
+        assert backward["CHUNKS"] * backward["LANES"] == 1024
         forward = launch.layernorm_forward(768, 2)
         assert forward["ROWS"] == 9 and forward["CHUNKS"] * forward["LANES"] == 1024
         assert launch.layernorm_programs(768, 2, 132) == 7
