@@ -7,12 +7,12 @@ Each function of kernels/launch.py is tuned in turn; the others keep the setting
 The outputs and gradients of every candidate are checked, those that are right are timed in turns,
 and the fastest by median is taken if it beats today's setting by more than MARGIN. Then the
 operators are timed against PyTorch's fused ones under torch.compile. It prints rows for launch.py,
-and writes everything as JSON to the user's cache (and to --out). Most of the time goes into
+and writes everything as JSON to the user's cache, where --kernels=auto finds the settings (and to
+--out). Most of the time goes into
 compiling the candidates; Triton caches them, so a second run is faster.
 """
 
 import itertools
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from bench.options import named
 from bench.timing import Timing, environment, measure, write_result
 from common import cli
 from common.bounds import Positive
-from common.files import cache_folder
 from kernels import FAMILIES, calls, launch
 from kernels.calls import Case
 from kernels.launch import Call, Settings
+from train.candidates import tuned_file
 
 MARGIN = 0.01  # a setting is changed for at least 1 %: less is within the noise from run to run
 
@@ -126,11 +126,6 @@ def fastest(compared: list[dict]) -> dict[str, str]:
     for (family, _), total in totals.items():
         wins[family] = wins.get(family, True) and total["triton"] < total["torch"]
     return {family: "triton" if won else "torch" for family, won in wins.items()}
-
-
-def cache_file(gpu: str) -> Path:
-    """The file in the user's cache with the results of a GPU of this name."""
-    return cache_folder() / f"tune-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).strip('-')}.json"
 
 
 # -- measuring -------------------------------------------------------------------
@@ -260,7 +255,7 @@ def main(options: Options) -> None:
         raise ValueError(f"--batch={options.batch} does not fit on this GPU; try "
                          f"--batch={max(1, options.batch // 2)}") from error
     gpu = torch.cuda.get_device_name()
-    for path in [cache_file(gpu), *([Path(options.out)] if options.out else [])]:
+    for path in [tuned_file(gpu), *([Path(options.out)] if options.out else [])]:
         write_result(path, result)
         print(f"written to {path}")
     print(f"fastest on {gpu}: {result['fastest']}")

@@ -3,6 +3,7 @@
 import faulthandler
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -15,9 +16,15 @@ ranks.set_forkserver_preload(
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A free port below those that the system gives to sockets that ask for any.
+
+    One of those could be taken by another test's rank before ours listens on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def start(function, args: tuple, size: int, logs: Path, **environment) -> list:

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.files import write_json
 from gpt import GPTConfig
 from kernels import FAMILIES, calls, launch, resolve
 from kernels.calls import Case
 from tests import ranks
 from train import auto, parallel
-from train.candidates import Asked, Candidate, asked_of, candidates
+from train.candidates import Asked, Candidate, asked_of, candidates, read_tuned, tuned_file
 from train.command_line import parse
 from train.config import Config
 from train.parallel import World
@@ -166,14 +167,24 @@ def test_the_calls_of_both_architectures():
 def test_every_case_that_is_asked_can_be_computed_on_a_cpu(architecture):
     c = config("--document_mask=True", architecture=architecture, dropout=0.2, window=5)
     for family, asked in asked_of(c, torch.bfloat16).items():
-        times = tried(asked, candidates(family, CPU, False), auto.Clock(CPU))
+        times = tried(asked, candidates(family, CPU, False, {}), auto.Clock(CPU))
         assert not times.left_out and len(times.ms) == (3 if family == "attention" else 1)
 
 
-def test_on_a_gpu_there_are_ours_at_three_settings_and_cudnn():
-    found = list(map(str, candidates("attention", torch.device("cuda"), True)))
+def test_on_a_gpu_there_are_ours_at_three_settings_and_cudnn(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "NVIDIA H200")
+    gpu = torch.device("cuda")
+    found = list(map(str, candidates("attention", gpu, True, read_tuned(gpu))))
     assert found[:3] == ["torch compiled", "triton", "cudnn compiled"]
     assert found[-2:] == ["triton with settings 2", "triton with settings 3"]
+    file = tuned_file("NVIDIA H200")
+    write_json(file, {"rows": [{"call": "rotary(64)", "settings": {"ROWS": 8}, "before": {}}]})
+    tuned = candidates("layernorm", gpu, False, read_tuned(gpu))[2]
+    assert str(tuned) == "triton tuned" and tuned.settings == {"rotary(64)": {"ROWS": 8}}
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"tune-NVIDIA-H200\.json.*run bench/tune.py again"):
+        read_tuned(gpu)
     assert set(launch.ALTERNATIVES) == set(FAMILIES)
     assert all(len(rows) <= 2 for rows in launch.ALTERNATIVES.values())
 
@@ -225,6 +236,14 @@ def test_a_damaged_cache_is_written_anew(cache, damage):
     again = decide(config())
     assert again.why.startswith("auto: measured now; ") and str(file) in again.why
     assert json.loads(file.read_text())["backends"] == again.measured["backends"]
+
+
+def test_a_damaged_file_of_tune_is_said_and_does_not_stop_the_run(cache, monkeypatch):
+    def damaged(device):
+        raise ValueError("tune-X.json: not JSON")
+
+    monkeypatch.setattr(auto, "read_tuned", damaged)
+    assert decide(config()).why == "auto: measured now; tune-X.json: not JSON"
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_the_run(cache, monkeypatch):

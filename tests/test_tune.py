@@ -87,9 +87,9 @@ def test_a_familys_operators_count_together():
 
 def test_results_are_kept_per_gpu_in_the_users_cache(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
-    assert tune.cache_file("NVIDIA H200") == Path("/c/ridgegpt/tune-NVIDIA-H200.json")
+    assert tune.tuned_file("NVIDIA H200") == Path("/c/ridgegpt/tune-NVIDIA-H200.json")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tune.cache_file("A (b)") == Path.home() / ".cache/ridgegpt/tune-A-b.json"
+    assert tune.tuned_file("A (b)") == Path.home() / ".cache/ridgegpt/tune-A-b.json"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

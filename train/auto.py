@@ -27,7 +27,7 @@ from common.files import cache_folder, check_json, read_json, write_json
 from gpt.flops import flops_per_token
 from kernels import Choice, calls, launch
 from train import parallel
-from train.candidates import BASE, Asked, Candidate, asked_of, candidates, small
+from train.candidates import BASE, Asked, Candidate, asked_of, candidates, read_tuned, small
 from train.config import Config
 from train.parallel import World
 
@@ -113,14 +113,20 @@ def _flops(config: Config) -> float:
 def _decision(asked: dict[str, Asked], device: torch.device, compiled: bool,
               before: dict[str, Any] | None) -> tuple[Decision, str]:
     """What the run that is resumed had, or the cache has, or is measured now; and which it was."""
+    tuned, damaged = dict[str, Any](), ""
+    try:
+        tuned = read_tuned(device)
+    except ValueError as error:
+        damaged = f"; {error}"
     key = {"machine": machine(device), "asked": {f: str(a) for f, a in asked.items()}
-           | {"compiled": str(compiled)}}
+           | {"compiled": str(compiled), "tuned": json.dumps(tuned)}}
     if before:
         had = check_json(before, Decision, "state.json of the checkpoint: measured",
                          "give --kernels=torch")
         if had["machine"] == key["machine"]:
             return had, "auto: as before"
     anew = "" if not before else ", anew on another machine or version, so bits may change"
+    anew += damaged
     folder = cache_folder() / "auto"
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     try:
@@ -193,7 +199,8 @@ def measured(asked: dict[str, Asked], device: torch.device, compiled: bool,
              key: dict[str, Any]) -> Decision:
     """Measure each family that has a choice, in LIMIT_S and the last candidate's compilation."""
     clock, backends = Clock(device), dict.fromkeys(asked, BASE)
-    trials = {family: Trial(wanted, candidates(family, device, compiled))
+    tuned = json.loads(key["asked"]["tuned"])
+    trials = {family: Trial(wanted, candidates(family, device, compiled, tuned))
               for family, wanted in asked.items()}
     trials = {family: trial for family, trial in trials.items() if len(trial.among) > 1}
     began = clock()

@@ -1,12 +1,15 @@
 """What --kernels=auto chooses from: the calls of a run's micro-step, and who could compute them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from common.files import cache_folder, check_json, read_json
 from kernels import FAMILIES, launch
 from kernels.calls import Case
 from kernels.launch import Settings
@@ -72,8 +75,12 @@ def small(case: Case) -> Case:
     return replace(case, shape=(min(rows, 2 if case.family == "attention" else 256), *rest))
 
 
-def candidates(family: str, device: torch.device, compiled: bool) -> list[Candidate]:
-    """Who could compute a family on this device, BASE first. `compiled`: the run compiles."""
+def candidates(family: str, device: torch.device, compiled: bool,
+               tuned: Mapping[str, Settings]) -> list[Candidate]:
+    """Who could compute a family on this device, BASE first.
+
+    `compiled`: the run compiles. `tuned`: the launch settings of bench/tune.py, empty if none.
+    """
     form = "compiled" if compiled else ""
     found = [Candidate(BASE, form, compiled=compiled)]
     if device.type == "cpu":
@@ -81,8 +88,30 @@ def candidates(family: str, device: torch.device, compiled: bool) -> list[Candid
     if device.type != "cuda":
         return found
     found.append(Candidate("triton"))
+    if tuned:
+        found.append(Candidate("triton", "tuned", tuned))
     if family == "attention":
         found.append(Candidate("cudnn", form, compiled=compiled))
         found += [Candidate("flash_attn")] if find_spec("flash_attn") else []
     return found + [Candidate("triton", f"with settings {n}", settings)
                     for n, settings in enumerate(launch.ALTERNATIVES[family], 2)]
+
+
+def tuned_file(gpu: str) -> Path:
+    """The file in the user's cache with what bench/tune.py found on a GPU of this name."""
+    return cache_folder() / f"tune-{re.sub(r'[^A-Za-z0-9]+', '-', gpu).strip('-')}.json"
+
+
+def read_tuned(device: torch.device) -> dict[str, Settings]:
+    """The launch settings that bench/tune.py found on this device; empty without its file.
+
+    Raises ValueError where the file is damaged.
+    """
+    file = tuned_file(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if file is None or not file.exists():
+        return {}
+    remedy = "remove it, or run bench/tune.py again"
+    rows = read_json(file, dict[str, Any], remedy).get("rows")
+    rows = check_json(rows, list[dict[str, Any]], f"{file}: rows", remedy)
+    return check_json({row.get("call"): row.get("settings") for row in rows}, dict[str, Settings],
+                      f"{file}: rows", remedy)
