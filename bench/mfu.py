@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from bench.ops.check import failures, reason
+from bench.ops.check import failures
 from bench.options import named
 from bench.steps import peers
 from bench.steps.peers import Variant
@@ -212,7 +212,7 @@ def first_steps(variants: list[Variant], idx: Tensor,
             rows[variant.name] = {"cold_start_s": rehearse_s(variant, idx, targets),
                                   "loss": variant.evaluate(idx, targets)}
         except failures() as error:
-            failed[variant.name] = reason(error)
+            failed[variant.name] = cli.reason(error)
         print(f"{variant.name}: {failed.get(variant.name, 'runs')}", flush=True)
     if not rows:
         raise ValueError(f"no variant runs: {failed}")

@@ -25,7 +25,7 @@ from bench import floors
 from bench.aot import traffic
 from bench.floors import Rates, Work
 from bench.ops import cases
-from bench.ops.check import again, failures, reason, wrong
+from bench.ops.check import again, failures, wrong
 from bench.ops.peers import OURS, implementations
 from bench.options import named
 from bench.timing import Timing, environment, measure, result_path, write_result
@@ -225,7 +225,7 @@ def admit(case: Case, device: torch.device) -> Admitted:
             if isinstance(error, torch.OutOfMemoryError):
                 raise ValueError(f"{case}, {name}: {str(error).splitlines()[0]}; give a smaller "
                                  "--batch_size") from error
-            (found.failed if name == OURS else found.skipped)[name] = reason(error)
+            (found.failed if name == OURS else found.skipped)[name] = cli.reason(error)
             continue
         if fault:
             found.refused[name] = fault

@@ -187,7 +187,7 @@ def _wrong(fn: Callable, small: Case, whole: Callable[[], object],
             whole()
         return wrong
     except triton.TritonError as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return cli.reason(error)
 
 
 def tune(chosen_cases: list[tuple[str, Case, Case]], device: torch.device | str, repeats: int,

@@ -85,6 +85,11 @@ def _one_line(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in joined)
 
 
+def reason(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out. torch's CPU operators raise a RuntimeError for that."""
     return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))

@@ -1,4 +1,4 @@
-"""Attention on a CPU by kernels/cpu_attention.py, also where PyTorch's is usually faster."""
+"""Attention on a CPU, always by kernels/cpu_attention.py."""
 
 import torch
 from torch import Tensor

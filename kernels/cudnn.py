@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention, by cuDNN also where PyTorch would take another one."""
+"""PyTorch's scaled_dot_product_attention, always by cuDNN."""
 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention, also where kernels/torch_ops.py has a faster form."""
+"""PyTorch's scaled_dot_product_attention, always; kernels/torch_ops.py takes others on a CPU."""
 
 from torch import Tensor
 

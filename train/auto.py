@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import kernels
-from common import hardware
+from common import cli, hardware
 from common.files import cache_folder, check_json, read_json, write_json
 from gpt.flops import flops_per_token
 from kernels import Choice, calls, launch
@@ -197,7 +197,10 @@ class Trial:
 
 def measured(asked: dict[str, Asked], device: torch.device, compiled: bool,
              key: dict[str, Any]) -> Decision:
-    """Measure each family that has a choice, in LIMIT_S and the last candidate's compilation."""
+    """Measure each family that has several candidates.
+
+    Nothing is begun after LIMIT_S; what was begun before is finished.
+    """
     clock, backends = Clock(device), dict.fromkeys(asked, BASE)
     tuned = json.loads(key["asked"]["tuned"])
     trials = {family: Trial(wanted, candidates(family, device, compiled, tuned))
@@ -235,8 +238,7 @@ def prepare(trials: list[Trial], clock: Clock, until: float) -> None:
         try:
             trial.ready[candidate] = prepared(trial.asked, candidate, clock.device)
         except (*FAILURES, *kernels.triton_errors()) as error:
-            reason = str(error).strip().partition("\n")[0]
-            trial.left_out[candidate] = f"{type(error).__name__}: {reason}"
+            trial.left_out[candidate] = cli.reason(error)
 
 
 def time_ready(trial: Trial, clock: Clock, until: float) -> None:

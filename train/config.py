@@ -114,7 +114,7 @@ class KernelConfig:
     """Which backend runs each family of operators (kernels/__init__.py)."""
 
     kernels: Backend = "auto"
-    """of all families; auto: the fastest as measured at the start, on a CPU in long runs alone"""
+    """of all families; auto: the fastest, measured at the start; on a CPU only in long runs"""
     attention: AttentionBackend = ""
     """of attention alone; empty: as --kernels says"""
     layernorm: LayernormBackend = ""

@@ -20,11 +20,6 @@ def failures() -> tuple[type[BaseException], ...]:
     return (*PEERS_FAIL_WITH, *triton_errors())
 
 
-def reason(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 def wrong(fn: Callable, case: Case, device: torch.device) -> str:
     """Why `fn` is not accurate at the full shape, or "".
 
